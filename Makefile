@@ -1,0 +1,33 @@
+# `make demo` and `make test` set up by themselves; they need Python 3.10 to 3.13 and git, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup demo test test-all lint clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	# torch comes first and alone, so that a local index may serve it
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/alfa demo --output out/demo
+
+test: $(READY) lint
+	$(BIN)/pytest -m 'not slow'
+
+test-all: $(READY) lint
+	$(BIN)/pytest
+
+lint: $(READY)
+	$(BIN)/ruff check schemas pipeline jobs tests
+	$(BIN)/ruff format --check schemas pipeline jobs tests
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

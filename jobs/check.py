@@ -1,0 +1,98 @@
+"""`alfa check`: everything that a night needs, tried before the night."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from pipeline.alfa import load_encoder, locate_weights
+from pipeline.engine import connect, node_resources, plan_actors
+from pipeline.images import list_images, open_dataset
+from pipeline.prompts import missing_key
+from pipeline.storage import open_store
+from schemas.job import JobConfig
+
+
+class CheckError(RuntimeError):
+    """A check that failed, with what to do."""
+
+
+def run_check(job: JobConfig, console: Console) -> int:
+    """Runs all checks, also after one has failed; prints a line each. Returns 0, or 2 where one failed."""
+    checks: list[tuple[str, Callable[[JobConfig], str]]] = [
+        ("images readable", _check_images),
+        ("output writable", _check_output),
+        ("create-only writes", _check_create),
+        ("weights loadable", _check_weights),
+        ("LLM", _check_llm),
+        ("cluster", _check_cluster),
+    ]
+    failed = 0
+    for name, check in checks:
+        try:
+            mark, text = "[green]ok  [/green]", check(job)
+        except Exception as error:  # a preflight reports every fault, of whatever kind
+            mark, text = "[red]FAIL[/red]", f"{error}" or type(error).__name__
+            failed += 1
+        console.print(f"{mark}  {name}: {escape(text)}", highlight=False, soft_wrap=True)
+    return 2 if failed else 0
+
+
+def _check_images(job: JobConfig) -> str:
+    source = open_dataset(job.dataset, job.storage)
+    first = next(list_images(source)).slice(0, 1).to_pylist()[0]
+    size = len(source.store.read_uri(first["uri"]))
+    return f"layout {source.layout}; read {first['uri']} ({size} bytes)"
+
+
+def _check_output(job: JobConfig) -> str:
+    output = open_store(job.output.uri, job.storage)
+    key = f"checks/{uuid.uuid4().hex}"
+    output.write(key, b"alfa")
+    if output.read(key) != b"alfa":
+        raise CheckError(f"{output.uri(key)} does not hold what was just written to it")
+    output.delete(key)
+    return output.uri("")
+
+
+def _check_create(job: JobConfig) -> str:
+    output = open_store(job.output.uri, job.storage)
+    key = f"checks/{uuid.uuid4().hex}"
+    try:
+        first, second = output.create(key, b"first"), output.create(key, b"second")
+    finally:
+        output.delete(key)
+    if not first or second:
+        raise CheckError(
+            "the store does not honour create-only writes (If-None-Match), so an LLM might be asked twice for a class; "
+            "use a store that does: S3, SeaweedFS, MinIO, GCS, a local disk"
+        )
+    return "honoured"
+
+
+def _check_weights(job: JobConfig) -> str:
+    weights = locate_weights(job.model)
+    encoder = load_encoder(job.model, weights)
+    height, width = encoder.preprocess.size
+    note = "; a DEMONSTRATION model, not for real inspection" if weights.is_demonstration else ""
+    return f"{weights.label}, {width}x{height} px, SHA-256 {weights.sha256[:12]}{note}"
+
+
+def _check_llm(job: JobConfig) -> str:
+    if job.prompts.llm is None:
+        return "none configured; bundled prompts where the class is known, else the base ensemble"
+    if (missing := missing_key(job.prompts)) is not None:
+        raise CheckError(f"{job.prompts.llm} needs {missing} in the environment of the workers")
+    return f"{job.prompts.llm}, key present"
+
+
+def _check_cluster(job: JobConfig) -> str:
+    with connect(job):
+        plan = plan_actors(job, node_resources())
+    where = f"{plan.count} on GPUs" if plan.gpus else f"{plan.count} on CPU, {plan.cpus} cores each"
+    here = "a GPU" if torch.cuda.is_available() else "no GPU"
+    return f"scoring actors: {where}; this machine has {here}"

@@ -1,0 +1,205 @@
+"""The command line: thin commands over the jobs, one place for exit codes and errors."""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.storage import open_store
+from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml
+
+EXIT_OK, EXIT_ERRORS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Nightly, distributed, zero-shot visual inspection: a bucket of photos in, scores and masks out.",
+)
+
+JobFile = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job file (YAML): a path or a URI.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the job.")]
+Images = Annotated[str | None, typer.Option(help="Folder, table or URI of the images.")]
+Output = Annotated[str | None, typer.Option(help="Folder or URI for the results.")]
+Layout = Annotated[str | None, typer.Option(help="auto, folders, flat, mvtec, visa or table.")]
+ClassName = Annotated[str | None, typer.Option("--class", help="Class of all images (layout flat).")]
+Llm = Annotated[str | None, typer.Option(help="litellm model that describes classes.")]
+Model = Annotated[str | None, typer.Option(help="open_clip model, as NAME or NAME/PRETRAINED.")]
+RunDate = Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD; default: today, UTC.")]
+
+
+@app.command()
+def score(
+    job: JobFile = None,
+    images: Images = None,
+    output: Output = None,
+    layout: Layout = None,
+    class_name: ClassName = None,
+    llm: Llm = None,
+    model: Model = None,
+    run_date: RunDate = None,
+    overrides: Set = None,
+) -> None:
+    """Score a night's images and publish the results. Run again, it resumes."""
+    from jobs.score import run_score
+
+    config = _load(job, overrides, images, output, layout, class_name, llm, model, run_date)
+    _run(lambda: run_score(config, _console()))
+
+
+@app.command()
+def prompts(
+    job: JobFile = None,
+    images: Images = None,
+    output: Output = None,
+    layout: Layout = None,
+    class_name: ClassName = None,
+    llm: Llm = None,
+    model: Model = None,
+    overrides: Set = None,
+) -> None:
+    """Make, show and check the prompts of a job's classes; no image is scored."""
+    from jobs.prompts import run_prompts
+
+    config = _load(job, overrides, images, output, layout, class_name, llm, model, None)
+    owner = f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}"
+    _run(lambda: run_prompts(config, _console(), owner))
+
+
+@app.command()
+def check(
+    job: JobFile = None,
+    images: Images = None,
+    output: Output = None,
+    layout: Layout = None,
+    class_name: ClassName = None,
+    llm: Llm = None,
+    model: Model = None,
+    overrides: Set = None,
+) -> None:
+    """Try everything that the job needs: stores, weights, LLM key, cluster."""
+    from jobs.check import run_check
+
+    config = _load(job, overrides, images, output, layout, class_name, llm, model, None)
+    _run(lambda: run_check(config, _console()))
+
+
+@app.command()
+def status(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")],
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Show the runs of an output: progress, errors, what is published."""
+    from jobs.status import print_status
+
+    _run(lambda: print_status(open_store(output, Storage(endpoint_url=endpoint)), _console()))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
+) -> None:
+    """Score the images of the repository with the embedded model, offline."""
+    from jobs.demo import run_demo
+
+    _run(lambda: run_demo(output, _console()))
+
+
+def main() -> None:
+    """Entry point of `alfa`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[_log_handler()])
+    for name in ("pipeline", "jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    # A cluster stops a job with SIGTERM; it ends as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    app()
+
+
+def _load(
+    job: str | None,
+    overrides: list[str] | None,
+    images: str | None,
+    output: str | None,
+    layout: str | None,
+    class_name: str | None,
+    llm: str | None,
+    model: str | None,
+    run_date: str | None,
+) -> JobConfig:
+    name, _, pretrained = (model or "").partition("/")
+    flags: dict[str, Any] = {
+        "dataset.images": images,
+        "dataset.layout": layout,
+        "dataset.class_name": class_name,
+        "output.uri": output,
+        "prompts.llm": llm,
+        "model.name": name or None,
+        "model.pretrained": pretrained or None,
+        "run_date": run_date,
+    }
+    try:
+        return parse_job(read_job_yaml(_read_job(job)) if job else None, overrides or (), flags)
+    except JobError as error:
+        for line in str(error).splitlines():
+            _complain(line)
+        raise typer.Exit(EXIT_USAGE) from None
+
+
+def _read_job(location: str) -> str:
+    try:
+        if "://" in location:
+            folder, _, name = location.rpartition("/")
+            return open_store(folder, Storage()).read(name).decode()
+        return Path(location).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"the job file {location} cannot be read: {error}") from None
+
+
+def _run(job: Callable[[], int]) -> None:
+    """Runs a job; what the pipeline raises becomes one clear line and an exit code."""
+    from jobs.demo import DemoError
+    from pipeline.alfa import ModelError
+    from pipeline.engine import EngineError
+    from pipeline.images import DatasetError
+    from pipeline.prompts import LLMError, PromptLibraryError
+
+    try:
+        code = job()
+    except KeyboardInterrupt:
+        _complain("stopped; finished shards are kept. Run the same command again to resume")
+        code = EXIT_INTERRUPTED
+    except (DatasetError, ModelError, PromptLibraryError, DemoError) as error:
+        _complain(str(error))
+        code = EXIT_USAGE
+    except (EngineError, LLMError, OSError) as error:
+        _complain(f"{error}")
+        _complain("what was finished is kept; run the same command again to resume")
+        code = EXIT_ERRORS
+    raise typer.Exit(code)
+
+
+def _complain(line: str) -> None:
+    Console(stderr=True).print(f"alfa: {line}", markup=False, highlight=False, soft_wrap=True, style="red")
+
+
+def _console() -> Console:
+    return Console()
+
+
+def _log_handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        return RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    return handler

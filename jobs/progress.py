@@ -1,0 +1,99 @@
+"""How far a run is: stats.json in the lake for `alfa status`, a bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from datetime import datetime, timezone
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline import lake
+from pipeline.scoring import ShardStats
+from pipeline.storage import Store
+
+logger = logging.getLogger(__name__)
+
+_STATS_EVERY_S = 15.0
+
+
+class RunProgress:
+    """Counts what finished shards report. Use it as a context manager around the loop."""
+
+    def __init__(self, facts: dict[str, Any], output: Store, console: Console, images: int, actors: int) -> None:
+        """facts: what stats.json says of the run besides its counts (run_id, images, shards, ...)."""
+        self.facts = facts
+        self.scored = 0
+        self.errors: Counter[str] = Counter()
+        self.anomalies: Counter[str] = Counter()
+        self._output = output
+        self._console = console
+        self._started = self._written = time.monotonic()
+        self._bar = Progress(
+            TextColumn("scoring"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.1f} images/s"),
+            TextColumn("{task.fields[errors]} errors, {task.fields[anomalies]} anomalous"),
+            TextColumn(f"{actors} actor{'s' * (actors != 1)}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("scoring", total=images, rate=0.0, errors=0, anomalies=0)
+
+    def __enter__(self) -> RunProgress:
+        self._bar.start()
+        self.write("running")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._bar.stop()
+        if kind is not None:
+            self.write("interrupted" if kind is KeyboardInterrupt else "failed")
+
+    @property
+    def rate(self) -> float:
+        """Images a second since the start of the loop."""
+        return self.scored / max(time.monotonic() - self._started, 1e-9)
+
+    def add(self, stats: ShardStats) -> None:
+        """Counts a finished shard, and now and then tells the lake."""
+        self.scored += stats.images
+        self.errors.update(stats.errors)
+        self.anomalies.update(stats.anomalies)
+        self._bar.update(
+            self._task,
+            advance=stats.images,
+            rate=self.rate,
+            errors=self.errors.total(),
+            anomalies=self.anomalies.total(),
+        )
+        if time.monotonic() - self._written >= _STATS_EVERY_S:
+            self.write("running")
+            if not self._console.is_terminal:
+                done, errors, found = self.scored, self.errors.total(), self.anomalies.total()
+                logger.info("%d images scored, %.1f images/s, %d errors, %d anomalous", done, self.rate, errors, found)
+
+    def write(self, state: str, **more: Any) -> dict[str, Any]:
+        """Writes stats.json; returns it."""
+        self._written = time.monotonic()
+        stats = {
+            **self.facts,
+            "state": state,
+            "updated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "scored_by_this_job": self.scored,
+            "images_per_second": round(self.rate, 2),
+            "errors": dict(self.errors),
+            "anomalies": dict(self.anomalies),
+            **more,
+        }
+        key = lake.run_key(self.facts["run_id"], "stats.json")
+        self._output.write(key, json.dumps(stats, indent=2, ensure_ascii=False).encode())
+        return stats

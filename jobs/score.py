@@ -1,0 +1,233 @@
+"""`alfa score`: one night from listing to commit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.progress import RunProgress
+from pipeline import lake
+from pipeline.alfa import Weights, locate_weights, text_fits
+from pipeline.engine import ScoringPool, connect, obtain_prompts
+from pipeline.images import ImageSource, list_images, open_dataset
+from pipeline.prompts import compose_ensemble, find, obtain
+from pipeline.publish import publish_night, read_commit
+from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shard
+from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
+from pipeline.storage import Store, open_store
+from schemas.job import JobConfig, dump_job_yaml
+from schemas.prompts import PromptEnsemble, PromptSet, Usage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A night before its first image is scored."""
+
+    run: Run
+    weights: Weights
+    source: ImageSource
+    manifest: Manifest
+    ensembles: Sequence[PromptEnsemble]
+    usage: Usage
+    """What this job spent on prompts; sets that were there already cost nothing."""
+
+
+def run_score(job: JobConfig, console: Console) -> int:
+    """Scores and publishes a night. Returns the exit code: 0, or 1 past the error budget.
+
+    Run again, it resumes, or finds itself done. Raises the pipeline's errors; KeyboardInterrupt leaves finished shards.
+    """
+    output = open_store(job.output.uri, job.storage)
+    with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
+        plan = plan_run(job, Path(scratch), output)
+        commit = read_commit(output, job.run_date)
+        if commit and (commit["run_id"], commit["manifest"]) == (plan.run.run_id, plan.manifest.digest):
+            logger.info("run %s is already published; nothing to do", plan.run.run_id)
+            stats: dict[str, Any] = {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
+        else:
+            commit, stats = _execute(plan, output, console)
+    print_summary(plan, commit, stats, output, console)
+    return _exit_code(commit, job.engine.max_error_rate)
+
+
+def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
+    """Lists the images, obtains the prompts, and thereby knows the run."""
+    source = open_dataset(job.dataset, job.storage)
+    logger.info("layout %s at %s", source.layout, source.store.uri(""))
+    manifest = write_manifest(list_images(source), scratch)
+    logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
+    weights = locate_weights(job.model)
+    if weights.is_demonstration:
+        logger.warning("%s is a demonstration model: its scores say nothing about real defects", weights.label)
+    sets, usage = _prompt_sets(job, list(manifest.classes), output)
+    for prompt_set in sets:
+        logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
+    fits = text_fits(job.model)
+    ensembles = [compose_ensemble(prompt_set, fits) for prompt_set in sets]
+    prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in ensembles)
+    run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint)}"
+    return Plan(Run(run_id, job, weights.label, weights.sha256), weights, source, manifest, ensembles, usage)
+
+
+def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
+    """Stored and bundled sets are read here; Ray and its actor are needed only where an LLM is to be asked."""
+    stored = {name: find(output, name, job.prompts) for name in classes}
+    missing = [name for name, prompt_set in stored.items() if prompt_set is None]
+    made: dict[str, PromptSet] = {}
+    if job.prompts.llm is None:
+        made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
+    elif missing:
+        with connect(job):
+            made = dict(zip(missing, obtain_prompts(job, missing, uuid.uuid4().hex[:12]), strict=True))
+    sets = [prompt_set for name in classes if (prompt_set := stored[name] or made.get(name))]
+    return sets, _sum_usage([item.usage for item in made.values() if item.source == "llm"])
+
+
+def _sum_usage(items: Sequence[Usage]) -> Usage:
+    costs = [item.cost_usd for item in items]
+    return Usage(
+        calls=sum(item.calls for item in items),
+        prompt_tokens=sum(item.prompt_tokens for item in items),
+        completion_tokens=sum(item.completion_tokens for item in items),
+        cost_usd=None if not costs or None in costs else sum(cost for cost in costs if cost is not None),
+    )
+
+
+def _execute(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+    run, job, manifest = plan.run, plan.run.job, plan.manifest
+    output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
+    shard_ids = [shard.shard_id for shard in _shards(plan)]
+    finished = lake.finished_shards(output, run.shards) & set(shard_ids)
+    if finished:
+        logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
+    waiting = (shard for shard in _shards(plan) if shard.shard_id not in finished)
+    left = max(0, manifest.images - len(finished) * job.engine.shard_size)
+    facts = {
+        "run_id": run.run_id,
+        "run_date": str(job.run_date),
+        "images": manifest.images,
+        "shards": len(shard_ids),
+        "model": run.model,
+        "demonstration_model": plan.weights.is_demonstration,
+        "prompt_sources": Counter(item.source for item in plan.ensembles),
+        "usage": plan.usage.model_dump(),
+    }
+    with connect(job):
+        pool = ScoringPool(run, plan.weights, plan.source.store.uri(""))
+        try:
+            with RunProgress(facts, output, console, left, pool.plan.count) as progress:
+                if len(finished) < len(shard_ids):
+                    pool.embed(plan.ensembles)
+                    for stats in pool.score(waiting):
+                        progress.add(stats)
+                folder = _mask_all(run, pool, shard_ids, output)
+                commit = publish_night(run, manifest.digest, folder, shard_ids, output)
+                return commit, progress.write("done", **_totals(commit))
+        finally:
+            pool.close()
+
+
+def _shards(plan: Plan) -> Iterator[Shard]:
+    return cut_shards(plan.manifest.batches(), plan.run.job.engine.shard_size)
+
+
+def _mask_all(run: Run, pool: ScoringPool, shard_ids: Sequence[str], output: Store) -> str:
+    """The folder of the shards to publish; where thresholds follow from the run's scores, masks are made now."""
+    if fixed_thresholds(run.job) is not None:
+        return run.shards
+    columns = ["class_name", "score", "score_local"]
+    scores = (read_shard(output, run.shards, shard_id, columns) for shard_id in shard_ids)
+    thresholds = quantile_thresholds(scores, run.job.threshold.quantile)
+    folder = lake.run_key(run.run_id, f"masked-{_digest(thresholds)}")
+    finished = lake.finished_shards(output, folder)
+    for _ in pool.mask((shard for shard in shard_ids if shard not in finished), folder, thresholds):
+        pass
+    return folder
+
+
+def _digest(thresholds: Mapping[str, Thresholds]) -> str:
+    text = repr(sorted((name, cut.score, cut.mask) for name, cut in thresholds.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _totals(commit: Mapping[str, Any]) -> dict[str, Any]:
+    errors: Counter[str] = Counter()
+    for entry in commit["files"]:
+        errors.update(entry["errors"])
+    anomalies = {entry["class_name"]: entry["anomalies"] for entry in commit["files"]}
+    return {"rows": commit["rows"], "errors": dict(errors), "anomalies": anomalies}
+
+
+def _exit_code(commit: Mapping[str, Any], max_error_rate: float) -> int:
+    errors = sum(_totals(commit)["errors"].values())
+    if commit["rows"] and errors / commit["rows"] > max_error_rate:
+        logger.error("%d of %d images are errors, more than max_error_rate %g", errors, commit["rows"], max_error_rate)
+        return 1
+    return 0
+
+
+def print_summary(
+    plan: Plan, commit: Mapping[str, Any], stats: Mapping[str, Any], output: Store, console: Console
+) -> None:
+    """What a person wants to know at the end: how many, what failed, what it cost, where it lies."""
+    run, totals = plan.run, _totals(commit)
+    table = Table(title=f"run {run.run_id}", title_justify="left")
+    for column, justify in (
+        ("class", "left"),
+        ("images", "right"),
+        ("anomalous", "right"),
+        ("errors", "right"),
+        ("prompts", "left"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    sources = {item.class_name: item.source for item in plan.ensembles}
+    for entry in commit["files"]:
+        errors = sum(entry["errors"].values())
+        name = entry["class_name"]
+        table.add_row(escape(name), str(entry["rows"]), str(entry["anomalies"]), str(errors), sources.get(name, ""))
+    console.print(table)
+    errors = totals["errors"]
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(errors.items())) or "none"
+    usage = stats["usage"]
+    cost = "unknown" if usage["cost_usd"] is None else f"{usage['cost_usd']:.4f} USD"
+    spent = f"{usage['calls']} calls"
+    if usage["calls"]:
+        spent += f", {usage['prompt_tokens'] + usage['completion_tokens']} tokens, cost {cost}"
+    lines = [
+        ("images", f"{commit['rows']}, {commit['rows'] - sum(errors.values())} ok; errors: {listed}"),
+        ("LLM", spent),
+        ("rate", f"{stats['images_per_second']} images/s" if stats["scored_by_this_job"] else "nothing left to score"),
+        ("table", output.uri(lake.TABLE)),
+        ("masks", output.uri(f"masks/run_date={run.job.run_date}")),
+        ("run", output.uri(lake.run_key(run.run_id, "").rstrip("/"))),
+        ("commit", output.uri(lake.commit_key(run.job.run_date))),
+    ]
+    if plan.weights.is_demonstration:
+        lines.insert(0, ("model", f"{run.model}, a DEMONSTRATION model: its scores say nothing about real defects"))
+    for name, text in lines:
+        console.print(f"{name:>7}  {escape(text)}", highlight=False, soft_wrap=True)
+
+
+def _origin(prompt_set: PromptSet) -> str:
+    if prompt_set.source == "llm":
+        return f"by {prompt_set.model}"
+    return "bundled" if prompt_set.source == "bundled" else "base ensemble only; no LLM has described this class"
+
+
+def _shorten(classes: Mapping[str, int], most: int = 8) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:most])
+    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")

@@ -1,0 +1,19 @@
+"""The method: ALFA (arXiv 2404.09654), reconstructed from its abstract. Pure torch, no I/O but loading weights."""
+
+from pipeline.alfa.detector import Detection, Detector, PromptEmbeddings
+from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
+from pipeline.alfa.explain import Evidence
+
+__all__ = [
+    "Detection",
+    "Detector",
+    "Encoder",
+    "Evidence",
+    "ModelError",
+    "Preprocess",
+    "PromptEmbeddings",
+    "Weights",
+    "load_encoder",
+    "locate_weights",
+    "text_fits",
+]

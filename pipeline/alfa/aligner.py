@@ -1,0 +1,71 @@
+"""Fine-grained aligner, training-free: patches in the space of texts (ALFA, reconstructed from its abstract).
+
+CLIP aligns only its class token with text. `value` applies to each patch the map that makes the class token; `ridge`
+fits a linear map, per image, from patch tokens to the class embeddings of windows; `raw` projects patch tokens as they
+are.
+Formulas: method.md, "Fine-grained aligner"; the paper is arXiv 2404.09654.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.alfa.encoder import Encoder, ImageFeatures
+
+_SEQUENCES_AT_ONCE = 2048
+_WINDOWS = (2, 3)
+
+
+def align(features: ImageFeatures, encoder: Encoder, aligner: str, ridge_lambda: float) -> Tensor:
+    """Local embeddings [L, B, P, D] of the chosen levels, normalised, float32."""
+    if aligner == "value":
+        if features.values is None:
+            raise ValueError("aligner value needs features with the value path")
+        return encoder.project(features.values)
+    if aligner == "raw":
+        return encoder.project(features.tokens)
+    windows = window_patches(encoder.grid)
+    targets = torch.cat([features.embedding[:, None], _window_embeddings(features.embedded, windows, encoder)], dim=1)
+    return torch.stack([ridge(tokens, windows, targets, ridge_lambda) for tokens in features.tokens])
+
+
+def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: float) -> Tensor:
+    """Patches mapped by ridge regression from mean region tokens L to region embeddings G: [B, P, D], normalised.
+
+    tokens: [B, P, W]; windows: patch indices of the regions besides the whole image, by size; targets: G [B, R, D], the
+    whole image first. x W with W = (L^T L + lambda I)^-1 L^T G, solved in the dual (regions x regions), float32.
+    """
+    means = [tokens.mean(1, keepdim=True), *(tokens[:, index].mean(2) for index in windows)]
+    regions = torch.cat(means, dim=1)
+    gram = regions @ regions.transpose(1, 2)
+    gram = gram + ridge_lambda * torch.eye(gram.shape[1], device=gram.device)
+    return F.normalize(tokens @ regions.transpose(1, 2) @ torch.linalg.solve(gram, targets), dim=-1)
+
+
+def window_patches(grid: tuple[int, int]) -> list[Tensor]:
+    """Patch indices of all 2x2 windows [R2, 4] and all 3x3 windows [R3, 9] of a grid (rows, columns), stride 1."""
+    numbers = torch.arange(grid[0] * grid[1]).view(grid)
+    return [
+        numbers.unfold(0, size, 1).unfold(1, size, 1).reshape(-1, size * size) for size in _WINDOWS if min(grid) >= size
+    ]
+
+
+def _window_embeddings(embedded: Tensor, windows: list[Tensor], encoder: Encoder) -> Tensor:
+    """Class embedding of each window's tokens with the class token through the same ViT: [B, R, D].
+
+    Some images at a time, so that memory does not grow with the batch.
+    """
+    parts = []
+    for index in windows:
+        images = embedded.split(max(1, _SEQUENCES_AT_ONCE // len(index)))
+        parts.append(torch.cat([_encode_windows(some, index, encoder) for some in images]))
+    return torch.cat(parts, dim=1)
+
+
+def _encode_windows(embedded: Tensor, index: Tensor, encoder: Encoder) -> Tensor:
+    patches = embedded[:, 1:][:, index]
+    classes = embedded[:, None, :1].expand(-1, len(index), -1, -1)
+    sequences = torch.cat([classes, patches], dim=2)
+    return encoder.encode_tokens(sequences.flatten(0, 1)).unflatten(0, sequences.shape[:2])

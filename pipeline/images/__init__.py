@@ -1,0 +1,15 @@
+"""Layouts of image datasets -> manifest rows, streamed; and safe decoding."""
+
+from pipeline.images.decoding import Decoded, ImageError, decode_image, decode_mask
+from pipeline.images.layouts import DatasetError, ImageSource, list_images, open_dataset
+
+__all__ = [
+    "DatasetError",
+    "Decoded",
+    "ImageError",
+    "ImageSource",
+    "decode_image",
+    "decode_mask",
+    "list_images",
+    "open_dataset",
+]

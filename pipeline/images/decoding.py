@@ -1,0 +1,109 @@
+"""Bytes -> pixels of the model's size. Whatever the bytes are, the outcome is pixels or an ImageError."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from schemas.tables import ErrorType
+
+_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "TIFF", "WEBP")
+_MAGIC = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF")
+_TRUNCATION_WORDS = ("truncated", "not enough", "broken data stream", "unexpected end", "incomplete", "read length")
+_INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+
+
+class ImageError(Exception):
+    """Why an image has no pixels: a type from the closed list, and a message for a person."""
+
+    def __init__(self, error_type: ErrorType, message: str) -> None:
+        super().__init__(error_type, message)
+        self.error_type = error_type
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """pixels: uint8 [height, width, 3], RGB, of the model's size; source size in pixels after EXIF orientation."""
+
+    pixels: NDArray[np.uint8]
+    source_width: int
+    source_height: int
+
+
+def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int) -> Decoded:
+    """The whole image, squashed to size (height, width) as the model's pre-processing does.
+
+    JPEG, PNG, BMP, TIFF, WebP; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled, not
+    clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. Raises
+    ImageError alone, whatever the bytes.
+    """
+    if not data:
+        raise ImageError(ErrorType.EMPTY, "the file has no bytes")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
+                raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
+            upright = _to_rgb(ImageOps.exif_transpose(image))
+        squashed = upright.resize((size[1], size[0]), _INTERPOLATIONS[interpolation])
+        return Decoded(np.asarray(squashed), upright.width, upright.height)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+        raise _classify(error, data) from None
+
+
+def decode_mask(data: bytes) -> NDArray[np.bool_]:
+    """Ground truth [height, width]: a pixel is anomalous where it is above 0 (VisA's masks hold class ids)."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        values = np.asarray(image)
+    return values.max(axis=2) > 0 if values.ndim == 3 else values > 0
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_bytes(image)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_bytes(image: Image.Image) -> NDArray[np.uint8]:
+    """Deep greyscale as 8 bits; Pillow's own conversion clips everything above 255 to white."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = finite.min(), finite.max()
+        return np.asarray(np.rint((finite - low) / max(high - low, 1e-12) * 255), dtype=np.uint8)
+    # Mode I holds 16-bit files too (Pillow widens them); only what goes beyond 65535 is 32 bits deep.
+    unsigned = values.astype(np.int64).clip(min=0)
+    depth = 65535 if unsigned.max(initial=0) <= 65535 else 2**32 - 1
+    return np.asarray(np.rint(unsigned / depth * 255), dtype=np.uint8)
+
+
+def _classify(error: Exception, data: bytes) -> ImageError:
+    text = f"{type(error).__name__}: {str(error)[:200]}"
+    if isinstance(error, UnidentifiedImageError):
+        if data.startswith(_MAGIC):
+            kind = ErrorType.TRUNCATED if len(data) < 64 else ErrorType.CORRUPT
+            return ImageError(kind, f"it starts like an image, but its header cannot be read ({len(data)} bytes)")
+        return ImageError(
+            ErrorType.NOT_AN_IMAGE, "its bytes are no JPEG, PNG, BMP, TIFF or WebP, whatever its name says"
+        )
+    if isinstance(error, Image.DecompressionBombError):
+        return ImageError(ErrorType.TOO_MANY_PIXELS, text)
+    if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATION_WORDS):
+        return ImageError(ErrorType.TRUNCATED, f"the file ends too early ({text})")
+    return ImageError(ErrorType.CORRUPT, f"the file is damaged ({text})")

@@ -1,0 +1,267 @@
+"""How folders and tables become manifest rows. Listings stream: no step holds all keys in Python objects."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import logging
+import posixpath
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby, islice
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline.storage import ObjectInfo, Store, open_store
+from schemas.job import Dataset, Storage
+from schemas.tables import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+GOOD = "good"
+
+_VISA_SPLIT = "split_csv/1cls.csv"
+_TABLES = (".parquet", ".csv")
+_BATCH = 16_384
+_LOOKED_AT = 2000
+"""Keys that `auto` looks at before it decides."""
+
+Row = dict[str, Any]
+
+
+class DatasetError(ValueError):
+    """The images cannot be listed; the message says what was found and what is expected."""
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Opened images. store: their root (layout table: the table's folder); layout: never `auto`."""
+
+    store: Store
+    layout: str
+    class_name: str | None
+    table_key: str | None
+
+
+def open_dataset(dataset: Dataset, storage: Storage) -> ImageSource:
+    """Finds the root and the layout of the images. Raises DatasetError where there is nothing to score.
+
+    With dataset.class_name and another layout than flat, only that class is listed.
+    """
+    if dataset.images.lower().endswith(_TABLES) and dataset.layout in ("auto", "table"):
+        folder, _, name = dataset.images.rpartition("/")
+        store = open_store(folder or ".", storage)
+        if not store.exists(name):
+            raise DatasetError(f"the table {dataset.images} is not there")
+        return ImageSource(store, "table", dataset.class_name, name)
+    store = open_store(dataset.images, storage)
+    layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name)
+    if layout == "table":
+        raise DatasetError(f"layout table wants a .parquet or .csv file, not {dataset.images}")
+    source = ImageSource(store, layout, dataset.class_name, None)
+    if next(_list_rows(source), None) is None:
+        wanted = f" of class {dataset.class_name!r}" if dataset.class_name else ""
+        raise DatasetError(f"no images{wanted} at {store.uri('')} in layout {layout}; {_LAYOUTS_HELP}")
+    return source
+
+
+def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
+    """Manifest rows in batches, in a steady order; each image once. Raises DatasetError for a faulty table."""
+    rows = _unique(_list_rows(source)) if source.layout == "table" else _list_rows(source)
+    while chunk := list(islice(rows, _BATCH)):
+        yield pa.RecordBatch.from_pylist([_identify(row) for row in chunk], schema=MANIFEST)
+
+
+_LAYOUTS_HELP = (
+    "layouts: folders (root/class/...), flat (one class, named by dataset.class_name), mvtec (class/test/kind/...), "
+    "visa (split_csv/1cls.csv), table (a .parquet or .csv file with uri and class_name)"
+)
+
+
+def _recognise(store: Store, class_name: str | None) -> str:
+    if store.exists(_VISA_SPLIT):
+        return "visa"
+    keys = [info.key for info in islice(_list_keys(store), _LOOKED_AT)]
+    if not keys:
+        raise DatasetError(f"no images at {store.uri('')}; {_LAYOUTS_HELP}")
+    parts = [key.split("/") for key in keys]
+    if any(len(part) == 4 and part[1] in ("test", "ground_truth") for part in parts):
+        return "mvtec"
+    if class_name is not None and all(len(part) == 1 for part in parts):
+        return "flat"
+    if any(len(part) > 1 for part in parts):
+        return "folders"
+    raise DatasetError(
+        f"{store.uri('')} holds images, but no folders that would name their class; name it (--class), or use another "
+        f"layout; {_LAYOUTS_HELP}"
+    )
+
+
+def _list_keys(store: Store) -> Iterator[ObjectInfo]:
+    """Images by their suffix; hidden files and folders are left out."""
+    for info in store.list():
+        if info.key.lower().endswith(SUFFIXES) and not info.key.startswith(".") and "/." not in info.key:
+            yield info
+
+
+def _list_rows(source: ImageSource) -> Iterator[Row]:
+    rows = _LISTERS[source.layout](source)
+    if source.class_name is None or source.layout == "flat":
+        return rows
+    return (row for row in rows if row["class_name"] == source.class_name)
+
+
+def _list_flat(source: ImageSource) -> Iterator[Row]:
+    return (_row(source.store, info, str(source.class_name)) for info in _list_keys(source.store))
+
+
+def _list_folders(source: ImageSource) -> Iterator[Row]:
+    """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
+    for info in _list_keys(source.store):
+        class_name, separator, _ = info.key.partition("/")
+        yield _row(source.store, info, class_name if separator else "unsorted")
+
+
+def _list_mvtec(source: ImageSource) -> Iterator[Row]:
+    """class/test/kind/image, with the ground truth at class/ground_truth/kind/image_mask.png; train is not scored."""
+    for class_name, infos in groupby(_list_keys(source.store), key=lambda info: info.key.partition("/")[0]):
+        tests: list[ObjectInfo] = []
+        masks: dict[str, str] = {}
+        for info in infos:
+            parts = info.key.split("/")
+            if len(parts) == 4 and parts[1] == "test":
+                tests.append(info)
+            elif len(parts) == 4 and parts[1] == "ground_truth":
+                stem = posixpath.splitext(parts[3])[0].removesuffix("_mask")
+                masks[f"{parts[2]}/{stem}"] = source.store.uri(info.key)
+        for info in tests:
+            kind, name = info.key.split("/")[2:]
+            mask = None if kind == GOOD else masks.get(f"{kind}/{posixpath.splitext(name)[0]}")
+            yield _row(source.store, info, class_name, label=kind, mask_uri=mask)
+
+
+def _list_visa(source: ImageSource) -> Iterator[Row]:
+    """The test split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
+    table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
+    _require_columns(table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT))
+    rows = [row for row in table.to_pylist() if row["split"] == "test"]
+    for class_name, group in groupby(rows, key=lambda row: str(row["object"])):
+        found = {info.key: info for info in source.store.list(class_name)} if "/" not in class_name else {}
+        for row in group:
+            info = found.get(row["image"], ObjectInfo(row["image"], None, None))
+            label = GOOD if row["label"] == "normal" else "anomaly"
+            mask = source.store.uri(row["mask"]) if row["mask"] else None
+            yield _row(source.store, info, class_name, label=label, mask_uri=mask)
+
+
+def _list_table(source: ImageSource) -> Iterator[Row]:
+    """Rows of a Parquet or CSV file; an uri is absolute, or relative to the table's folder."""
+    name = str(source.table_key)
+    place, number = source.store.uri(name), 0
+    for batch in _read_table(source.store, name):
+        _require_columns(batch.schema.names, ("uri", "class_name"), place)
+        for row in batch.to_pylist():
+            number += 1
+            uri, class_name = row["uri"], row["class_name"]
+            if not uri or not class_name:
+                raise DatasetError(f"{place}: row {number} has no {'class_name' if uri else 'uri'}")
+            uri = _resolve(source.store, str(uri))
+            key = source.store.key_of(uri) or posixpath.join(urlsplit(uri).netloc, urlsplit(uri).path.lstrip("/"))
+            mask = row.get("mask_uri")
+            yield {
+                "uri": uri,
+                "key": key.lstrip("/"),
+                "class_name": str(class_name),
+                "size": row.get("size"),
+                "etag": row.get("etag"),
+                "label": row.get("label"),
+                "mask_uri": _resolve(source.store, str(mask)) if mask else None,
+            }
+
+
+_LISTERS: dict[str, Callable[[ImageSource], Iterator[Row]]] = {
+    "flat": _list_flat,
+    "folders": _list_folders,
+    "mvtec": _list_mvtec,
+    "visa": _list_visa,
+    "table": _list_table,
+}
+
+_STRINGS = pa.csv.ConvertOptions(
+    column_types={name: pa.string() for name in ("object", "split", "label", "image", "mask")}, strings_can_be_null=True
+)
+
+
+def _read_table(store: Store, name: str) -> Iterator[pa.RecordBatch]:
+    data = io.BytesIO(store.read(name))
+    try:
+        if name.lower().endswith(".parquet"):
+            yield from pq.ParquetFile(data).iter_batches()
+        else:
+            texts = {column: pa.string() for column in ("uri", "class_name", "label", "mask_uri", "etag")}
+            yield from pa.csv.open_csv(
+                data,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
+            )
+    except pa.ArrowInvalid as error:
+        raise DatasetError(f"{store.uri(name)} cannot be read as a table: {str(error)[:300]}") from None
+
+
+def _require_columns(found: Iterable[str], wanted: Iterable[str], place: str) -> None:
+    found = list(found)
+    for name in wanted:
+        if name not in found:
+            near = difflib.get_close_matches(name, found, n=1)
+            hint = f" (is {near[0]!r} meant?)" if near else ""
+            raise DatasetError(f"{place} has no column {name!r}{hint}; its columns: {', '.join(found)}")
+
+
+def _resolve(store: Store, uri: str) -> str:
+    if urlsplit(uri).scheme or uri.startswith("/"):
+        return uri
+    return (
+        store.uri(posixpath.normpath(uri))
+        if not uri.startswith("..")
+        else posixpath.normpath(store.uri("") + "/" + uri)
+    )
+
+
+def _unique(rows: Iterator[Row]) -> Iterator[Row]:
+    """The first row of each uri: an image has exactly one row. Holds a digest of 16 bytes an image."""
+    seen: set[bytes] = set()
+    repeated = 0
+    for row in rows:
+        digest = hashlib.blake2b(row["uri"].encode(), digest_size=16).digest()
+        if digest in seen:
+            repeated += 1
+            continue
+        seen.add(digest)
+        yield row
+    if repeated:
+        logger.warning("the table names %d images more than once; the first row of each is used", repeated)
+
+
+def _row(
+    store: Store, info: ObjectInfo, class_name: str, *, label: str | None = None, mask_uri: str | None = None
+) -> Row:
+    return {
+        "uri": store.uri(info.key),
+        "key": info.key,
+        "class_name": class_name,
+        "size": info.size,
+        "etag": info.etag,
+        "label": label,
+        "mask_uri": mask_uri,
+    }
+
+
+def _identify(row: Row) -> Row:
+    text = f"{row['uri']}\0{row['etag'] or ''}"
+    return {**row, "image_id": hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()}

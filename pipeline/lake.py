@@ -1,0 +1,66 @@
+"""Where everything lies below the output: names to keys, and nothing else."""
+
+from __future__ import annotations
+
+import datetime
+from urllib.parse import quote
+
+from pipeline.names import safe_path, safe_segment
+from pipeline.storage import Store
+
+TABLE = "scores"
+
+
+def run_key(run_id: str, name: str) -> str:
+    """A file of a run: job.yaml, run.json, stats.json, a manifest."""
+    return f"runs/{run_id}/{name}"
+
+
+def manifest_key(run_id: str, digest: str) -> str:
+    """The manifest is immutable, so its name is its content: images that arrive later make another one."""
+    return run_key(run_id, f"manifest-{digest}.parquet")
+
+
+def shard_key(folder: str, shard_id: str) -> str:
+    """The commit record of a shard: it is written last, so a shard that is listed is finished."""
+    return f"{folder}/{shard_id}.parquet"
+
+
+def finished_shards(store: Store, folder: str) -> set[str]:
+    """Ids of the shards that are finished, by one listing."""
+    return {
+        info.key.rsplit("/", 1)[-1].removesuffix(".parquet")
+        for info in store.list(folder)
+        if info.key.endswith(".parquet")
+    }
+
+
+def mask_key(run_date: datetime.date, class_name: str, image_key: str) -> str:
+    """The mask of an image; different images never share one, and none leaves the folder."""
+    return f"masks/run_date={run_date}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
+
+
+def map_key(run_date: datetime.date, class_name: str, image_key: str) -> str:
+    """The raw anomaly map of an image."""
+    return f"maps/run_date={run_date}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
+
+
+def partition(run_date: datetime.date, class_name: str) -> str:
+    """Hive partition of the table, quoted as Spark and Arrow do."""
+    return f"run_date={run_date}/class_name={quote(class_name, safe='')}"
+
+
+def table_key(run_date: datetime.date, class_name: str) -> str:
+    """The one file of a class and night. Its name is fixed: replacing it is a single atomic write, so a reader of the
+    table sees a class's old rows or its new ones, never both and never none."""
+    return f"{TABLE}/{partition(run_date, class_name)}/part-00000.parquet"
+
+
+def version_key(run_id: str, manifest_digest: str, run_date: datetime.date, class_name: str) -> str:
+    """The same file under a name that is never written again: what a commit refers to."""
+    return run_key(run_id, f"table-{manifest_digest}/{partition(run_date, class_name)}/part-00000.parquet")
+
+
+def commit_key(run_date: datetime.date) -> str:
+    """The one object that says what belongs to a night."""
+    return f"commits/{run_date}.json"

@@ -1,0 +1,69 @@
+"""A prompt set -> the sentences that CLIP reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+
+from pipeline.prompts.base import base_prompts
+from schemas.prompts import Prompt, PromptEnsemble, PromptSet
+
+_LONGEST_NOUN = 60
+_BOUNDARIES = (r"(?<=[.;!?])\s+", r",\s+", r"\s+")
+
+
+def display_name(class_name: str) -> str:
+    """A class as it stands in a sentence: `metal_nut` -> `metal nut`, `pcb1` -> `pcb`; bounded, on one line."""
+    words = "".join(char if char.isprintable() else " " for char in class_name).replace("_", " ").split()
+    noun = " ".join(words)[:_LONGEST_NOUN].strip()
+    return re.sub(r"(?<=[^\W\d])\d+$", "", noun) or noun or "object"
+
+
+def compose_ensemble(prompt_set: PromptSet, fits: Callable[[str], bool]) -> PromptEnsemble:
+    """The base ensemble, and the described details as "a {domain} image of a {state} {class} with {detail}".
+
+    fits: whether CLIP's tokenizer reads a text whole; longer ones are cut here, at a sentence, else at a comma, else at
+    a word. A text appears once.
+    """
+    noun = display_name(prompt_set.class_name)
+    prompts: dict[tuple[str, str], Prompt] = {}
+    for prompt in (*base_prompts(noun), *_described(prompt_set, noun)):
+        text = _shorten(prompt.text, fits)
+        prompts.setdefault((prompt.side, text), prompt.model_copy(update={"text": text}))
+    ordered = tuple(prompts.values())
+    facts = [[prompt.text, prompt.side, prompt.defect] for prompt in ordered]
+    fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return PromptEnsemble(
+        class_name=prompt_set.class_name, source=prompt_set.source, fingerprint=fingerprint, prompts=ordered
+    )
+
+
+def _described(prompt_set: PromptSet, noun: str) -> Iterator[Prompt]:
+    description, source = prompt_set.description, prompt_set.source
+    if description is None:
+        return
+    start = f"a {description.domain} image of a"
+    for phrase in description.normal:
+        yield Prompt(text=f"{start} flawless {noun} with {_clean(phrase)}", side="normal", source=source)
+    for defect in description.defects:
+        text = f"{start} damaged {noun} with {_clean(defect.look)}"
+        yield Prompt(text=text, side="anomalous", source=source, defect=_clean(defect.name))
+
+
+def _clean(phrase: str) -> str:
+    return " ".join(phrase.split()).rstrip(".")
+
+
+def _shorten(text: str, fits: Callable[[str], bool]) -> str:
+    for boundary in _BOUNDARIES:
+        if fits(text):
+            return text
+        starts = [match.start() for match in re.finditer(boundary, text)]
+        cut = next((text[:end] for end in reversed(starts) if fits(text[:end])), None)
+        if cut is not None:
+            return cut
+    while not fits(text):
+        text = text[:-1]
+    return text

@@ -1,0 +1,123 @@
+"""Finished shards -> the partitioned scores table, and the commit that says what belongs to a night.
+
+What readers are promised while a night is published again:
+- who reads the files that commits/<run_date>.json names sees the whole old night or the whole new one: those files are
+  never written again, and the commit is replaced in one step;
+- who reads the table by a glob sees, for each class, its old rows or its new ones: each class is one file of a fixed
+  name, replaced in one step. Different classes may for a moment be of different runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline import lake
+from pipeline.scoring import Run, read_shard
+from pipeline.storage import Store
+from schemas.tables import SCHEMA_VERSION, SCORES
+
+_ORDER = [("score", "descending"), ("image_uri", "ascending")]
+
+
+def publish_night(
+    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store
+) -> dict[str, Any]:
+    """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
+
+    Memory is that of the largest class. The commit is written last: a night that has it is published as a whole.
+    """
+    run_date = run.job.run_date
+    with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
+        parts = _split_by_class(Path(scratch), (read_shard(output, folder, shard) for shard in shard_ids))
+        entries = []
+        for class_name, path in sorted(parts.items()):
+            table = pq.read_table(path, schema=SCORES).sort_by(_ORDER)
+            path.write_bytes(data := _encode(table, run))
+            version = lake.version_key(run.run_id, manifest_digest, run_date, class_name)
+            output.write(version, data)
+            entries.append(_entry(class_name, table, data, version, lake.table_key(run_date, class_name)))
+        for class_name, path in sorted(parts.items()):
+            output.write(lake.table_key(run_date, class_name), path.read_bytes())
+    wanted = {entry["table_key"] for entry in entries}
+    for info in list(output.list(f"{lake.TABLE}/run_date={run_date}")):
+        if info.key not in wanted:
+            output.delete(info.key)
+    commit = _commit(run, manifest_digest, entries)
+    output.write(lake.commit_key(run_date), json.dumps(commit, indent=2, ensure_ascii=False).encode())
+    return commit
+
+
+def read_commit(output: Store, run_date: Any) -> dict[str, Any] | None:
+    """What belongs to a night; None where nothing is published."""
+    try:
+        commit: dict[str, Any] = json.loads(output.read(lake.commit_key(run_date)))
+    except FileNotFoundError:
+        return None
+    return commit
+
+
+def _split_by_class(folder: Path, tables: Iterable[pa.Table]) -> dict[str, Path]:
+    """One local file a class, since a shard may hold several classes and all shards together do not fit in memory."""
+    paths: dict[str, Path] = {}
+    with ExitStack() as stack:
+        writers: dict[str, pq.ParquetWriter] = {}
+        for table in tables:
+            for class_name in pc.unique(table.column("class_name")).to_pylist():
+                if class_name not in writers:
+                    paths[class_name] = folder / f"{len(paths)}.parquet"
+                    writers[class_name] = stack.enter_context(pq.ParquetWriter(paths[class_name], SCORES))
+                rows = table.filter(pc.equal(table.column("class_name"), class_name)).select(SCORES.names)
+                writers[class_name].write_table(rows.cast(SCORES))
+    return paths
+
+
+def _encode(table: pa.Table, run: Run) -> bytes:
+    provenance = {
+        "schema_version": str(SCHEMA_VERSION),
+        "alfa.run_id": run.run_id,
+        "alfa.model": run.model,
+        "alfa.weights_sha256": run.weights_sha256,
+    }
+    buffer = io.BytesIO()
+    table = table.replace_schema_metadata(provenance)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=65_536, coerce_timestamps="us")
+    return buffer.getvalue()
+
+
+def _entry(class_name: str, table: pa.Table, data: bytes, version_key: str, table_key: str) -> dict[str, Any]:
+    anomalous = pc.sum(table.column("is_anomalous")).as_py() or 0
+    errors = pc.value_counts(table.column("error_type").drop_null()).to_pylist()
+    return {
+        "class_name": class_name,
+        "rows": table.num_rows,
+        "errors": {entry["values"]: entry["counts"] for entry in errors},
+        "anomalies": anomalous,
+        "key": version_key,
+        "table_key": table_key,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def _commit(run: Run, manifest_digest: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_date": str(run.job.run_date),
+        "run_id": run.run_id,
+        "manifest": manifest_digest,
+        "rows": sum(entry["rows"] for entry in entries),
+        "committed_at": datetime.now(timezone.utc).isoformat(),
+        "files": list(entries),
+    }

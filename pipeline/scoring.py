@@ -1,0 +1,286 @@
+"""score_shard: read, decode, detect, write masks, write the shard's Parquet, which is its commit record.
+
+Threads read and decode ahead of the model and write masks behind it, so that the model does not wait.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from itertools import islice
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import lake
+from pipeline.alfa import Detection, Detector, PromptEmbeddings
+from pipeline.images import Decoded, ImageError, decode_image
+from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+from pipeline.shards import Shard
+from pipeline.storage import Store
+from schemas.job import JobConfig
+from schemas.tables import SHARD, ErrorType
+
+Row = dict[str, Any]
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all rows of a run share."""
+
+    run_id: str
+    job: JobConfig
+    model: str
+    weights_sha256: str
+
+    @property
+    def shards(self) -> str:
+        """Folder of the finished shards."""
+        return lake.run_key(self.run_id, "shards")
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Values from which an image's score, and a pixel of its map, count as anomalous."""
+
+    score: float
+    mask: float
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """What became of a shard's images."""
+
+    shard_id: str
+    images: int
+    errors: Mapping[str, int] = field(default_factory=dict)
+    anomalies: Mapping[str, int] = field(default_factory=dict)
+
+
+def fixed_thresholds(job: JobConfig) -> Thresholds | None:
+    """The thresholds that are known before a run; None where they follow from the run's own scores."""
+    if job.threshold.policy != "fixed":
+        return None
+    value, mask_value = job.threshold.value, job.threshold.mask_value
+    return Thresholds(value, value if mask_value is None else mask_value)
+
+
+def quantile_thresholds(tables: Iterable[pa.Table], quantile: float) -> dict[str, Thresholds]:
+    """Per class, the quantile (linear interpolation) of the scores of this run's images; that of a mask is the same
+    quantile of the local scores, so the share of images with a marked pixel equals the share called anomalous.
+
+    tables: columns class_name, score, score_local; null scores (errors) do not count.
+    """
+    scores: dict[str, list[tuple[float, float]]] = {}
+    for table in tables:
+        columns = (table.column(name).to_pylist() for name in ("class_name", "score", "score_local"))
+        for class_name, score, local in zip(*columns, strict=True):
+            if score is not None:
+                scores.setdefault(class_name, []).append((score, local))
+    cuts = {name: np.quantile(np.asarray(pairs), quantile, axis=0) for name, pairs in scores.items()}
+    return {name: Thresholds(float(cut[0]), float(cut[1])) for name, cut in cuts.items()}
+
+
+def score_shard(
+    shard: Shard,
+    run: Run,
+    detector: Detector,
+    prompts: Mapping[str, PromptEmbeddings],
+    source: Store,
+    output: Store,
+    threads: int,
+) -> ShardStats:
+    """Scores every image of a shard; a bad image becomes a row with status error.
+
+    prompts: for each class of the shard. Where the thresholds follow from the run's scores, masks are left to
+    mask_shard. Raises OSError where the output cannot be written, or StoreError where a store is out of use.
+    """
+    preprocess, job = detector.encoder.preprocess, run.job
+    thresholds = fixed_thresholds(job)
+
+    def read(image: Row) -> tuple[Row, Decoded | ImageError]:
+        return image, _read_image(image["uri"], source, preprocess.size, preprocess.interpolation, job)
+
+    def finish(row: Row) -> Row:
+        return row if thresholds is None or row["status"] == "error" else write_mask(row, thresholds, run, output)
+
+    images = (row for batch in shard.images.to_batches(max_chunksize=job.model.batch_size) for row in batch.to_pylist())
+    rows: list[Row] = []
+    with ThreadPoolExecutor(threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
+        decoded = _map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
+        scored = (
+            row
+            for batch in _batches(decoded, job.model.batch_size)
+            for row in _score_batch(batch, shard.shard_id, run, detector, prompts)
+        )
+        rows.extend(_map_ahead(writers, finish, scored, ahead=2 * job.model.batch_size))
+    return _commit(rows, run.shards, shard.shard_id, output)
+
+
+def mask_shard(
+    shard_id: str, folder: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
+) -> ShardStats:
+    """The second pass over a scored shard, for thresholds that follow from the run's scores: writes its masks, and its
+    rows with them below `folder`."""
+
+    def finish(row: Row) -> Row:
+        return row if row["status"] == "error" else write_mask(row, thresholds[row["class_name"]], run, output)
+
+    rows = read_shard(output, run.shards, shard_id).to_pylist()
+    with ThreadPoolExecutor(threads, "write") as writers:
+        finished = list(_map_ahead(writers, finish, rows, ahead=2 * threads))
+    return _commit(finished, folder, shard_id, output)
+
+
+def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
+    """The rows of a finished shard, in schema SHARD."""
+    return pq.read_table(io.BytesIO(output.read(lake.shard_key(folder, shard_id))), columns=columns)
+
+
+def write_mask(row: Row, thresholds: Thresholds, run: Run, output: Store) -> Row:
+    """Writes the mask (and the map, if asked for) of a scored row; the row with all that follows from thresholds."""
+    job = run.job
+    width, height = row["width"], row["height"]
+    grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
+    names = row["defect_names"]
+    defect_grid = np.asarray(row["defect_grid"], dtype=np.float32).reshape(len(names), *grid.shape)
+    anomaly_map = upsample(grid, width, height)
+    mask = anomaly_map >= thresholds.mask
+    mask_key = lake.mask_key(job.run_date, row["class_name"], row["image_key"])
+    output.write(mask_key, encode_mask(mask))
+    map_key = lake.map_key(job.run_date, row["class_name"], row["image_key"]) if job.output.maps else None
+    if map_key is not None:
+        output.write(map_key, encode_map(anomaly_map))
+    return {
+        **row,
+        "threshold": thresholds.score,
+        "mask_threshold": thresholds.mask,
+        "is_anomalous": row["score"] >= thresholds.score,
+        "mask_uri": output.uri(mask_key),
+        "map_uri": None if map_key is None else output.uri(map_key),
+        "mask_area": float(mask.mean()),
+        "regions": [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)],
+    }
+
+
+def _read_image(
+    uri: str, source: Store, size: tuple[int, int], interpolation: str, job: JobConfig
+) -> Decoded | ImageError:
+    try:
+        data = source.read_uri(uri)
+    except FileNotFoundError:
+        return ImageError(ErrorType.VANISHED, f"{uri} is no longer there; it was when the images were listed")
+    except PermissionError as error:
+        return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
+    except IsADirectoryError:
+        return ImageError(ErrorType.NOT_AN_IMAGE, f"{uri} is a folder")
+    try:
+        return decode_image(data, size=size, interpolation=interpolation, max_pixels=job.dataset.max_pixels)
+    except ImageError as error:
+        return error
+
+
+def _score_batch(
+    batch: list[tuple[Row, Decoded | ImageError]],
+    shard_id: str,
+    run: Run,
+    detector: Detector,
+    prompts: Mapping[str, PromptEmbeddings],
+) -> Iterator[Row]:
+    good = [(image, item) for image, item in batch if isinstance(item, Decoded)]
+    detections: Iterator[Detection] = iter(())
+    if good:
+        pixels = torch.from_numpy(np.stack([item.pixels for _, item in good])).permute(0, 3, 1, 2)
+        detections = iter(detector.detect(pixels, [prompts[image["class_name"]] for image, _ in good]))
+    for image, item in batch:
+        row = _new_row(image, shard_id, run, prompts[image["class_name"]])
+        if isinstance(item, ImageError):
+            yield {**row, **_failure(item)}
+            continue
+        detection = next(detections)
+        row |= {"width": item.source_width, "height": item.source_height}
+        if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
+            message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
+            yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
+            continue
+        yield {**row, **_outcome(detection, prompts[image["class_name"]])}
+
+
+def _new_row(image: Row, shard_id: str, run: Run, prompts: PromptEmbeddings) -> Row:
+    return {
+        "class_name": image["class_name"],
+        "image_key": image["key"],
+        "image_id": image["image_id"],
+        "image_uri": image["uri"],
+        "image_etag": image["etag"],
+        "run_id": run.run_id,
+        "shard_id": shard_id,
+        "prompt_source": prompts.ensemble.source,
+        "prompt_fingerprint": prompts.ensemble.fingerprint,
+        "model": run.model,
+        "weights_sha256": run.weights_sha256,
+        "scored_at": datetime.now(timezone.utc),
+    }
+
+
+def _failure(error: ImageError) -> Row:
+    return {"status": "error", "error_type": error.error_type.value, "error_message": error.message}
+
+
+def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
+    return {
+        "status": "ok",
+        "score": detection.score,
+        "score_global": detection.score_global,
+        "score_local": detection.score_local,
+        "explanation": [asdict(evidence) for evidence in detection.explanation],
+        "prompts_kept_normal": detection.kept_normal,
+        "prompts_kept_anomalous": detection.kept_anomalous,
+        "grid": detection.grid.ravel(),
+        "grid_width": detection.grid.shape[1],
+        "defect_names": list(prompts.defects),
+        "defect_grid": detection.defect_grid.ravel(),
+    }
+
+
+def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> ShardStats:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer, compression="zstd")
+    output.write(lake.shard_key(folder, shard_id), buffer.getvalue())
+    return ShardStats(
+        shard_id,
+        len(rows),
+        errors=Counter(row["error_type"] for row in rows if row["status"] == "error"),
+        anomalies=Counter(row["class_name"] for row in rows if row.get("is_anomalous")),
+    )
+
+
+def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], *, ahead: int
+) -> Iterator[_R]:
+    """function over items in their order, at most `ahead` of them under way: a bounded `map`."""
+    waiting: deque[Future[_R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,307 @@
+"""Store: all input and output of alfa, over fsspec (file, s3, gs, az, memory).
+
+Writes are atomic: a reader sees the whole object or none. `create` is create-only: of many writers one wins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from schemas.job import Storage
+
+STAGING = ".staging"
+"""Folder below a local store's root that holds objects until they are whole; nothing reads it."""
+
+_LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
+"""Codes that every request will meet; AccessDenied may concern one object alone."""
+
+
+class StoreError(OSError):
+    """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """An object in a listing: key below the store's root, bytes, and what tells versions apart (null if unknown)."""
+
+    key: str
+    size: int | None
+    etag: str | None
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Worth another try: time-outs, resets and overload; not a missing object, a denial or a full disk."""
+    if isinstance(error, (*_LOST, FileExistsError, PermissionError, StoreError)):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EINVAL, errno.ENAMETOOLONG)
+    return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "asyncio", "gcsfs", "azure")
+
+
+_patiently = retry(
+    retry=retry_if_exception(_is_transient),
+    wait=wait_random_exponential(multiplier=0.2, max=10.0),
+    stop=stop_after_attempt(7),
+    reraise=True,
+)
+"""The one place where storage is retried: exponential backoff with jitter, seven tries, about half a minute."""
+
+
+class Store:
+    """A folder or a prefix of a bucket. Keys are relative to it, with `/` between their parts.
+
+    Methods raise FileNotFoundError for a missing object, StoreError where the whole store is out of use, and
+    OSError for what stays wrong after retries.
+    """
+
+    def __init__(self, root: str, storage: Storage | None = None) -> None:
+        """root: a path or an fsspec URI; storage: how object storage is reached (credentials: the environment)."""
+        self._storage = storage or Storage()
+        fs, path = url_to_fs(root, **_fs_options(root, self._storage))
+        self.fs: fsspec.AbstractFileSystem = fs
+        self.path: str = path.rstrip("/") or "/"
+        self.is_local = isinstance(fs, LocalFileSystem)
+        self.is_s3 = "s3" in _protocols(fs)
+
+    def __repr__(self) -> str:
+        return f"Store({self.uri('')!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.uri(""), self._storage)
+
+    def uri(self, key: str) -> str:
+        """The address of a key: an absolute path on local disk, else a URI."""
+        path = self._path(key) if key else self.path
+        return path if self.is_local else str(self.fs.unstrip_protocol(path))
+
+    def key_of(self, uri: str) -> str | None:
+        """The key below this root of an address in the same file system; None where it lies elsewhere."""
+        scheme = urlsplit(uri).scheme
+        if scheme and scheme not in _protocols(self.fs):
+            return None
+        path = str(self.fs._strip_protocol(uri))
+        prefix = self.path.rstrip("/") + "/"
+        return path[len(prefix) :] if path.startswith(prefix) else None
+
+    def read(self, key: str) -> bytes:
+        """The whole object."""
+        return self._read(self._path(key))
+
+    def read_uri(self, uri: str) -> bytes:
+        """The whole object at an address of the same file system, inside or outside this root."""
+        return self._read(str(self.fs._strip_protocol(uri)))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole."""
+        with _as_store_error(self, key):
+            if self.is_local:
+                self._write_local(key, data, replace=True)
+            else:
+                _patiently(self.fs.pipe_file)(self._path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did."""
+        with _as_store_error(self, key):
+            if self.is_local:
+                return self._write_local(key, data, replace=False)
+            try:
+                self.fs.pipe_file(self._path(key), data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if not _is_failed_precondition(error):
+                    raise
+                return False
+            return True
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there, asked anew (no cached listing)."""
+        with _as_store_error(self, key):
+            try:
+                self.info(key)
+            except _LOST:
+                return False
+            return True
+
+    def info(self, key: str) -> ObjectInfo:
+        """Size and version of one object."""
+        with _as_store_error(self, key):
+            self.fs.invalidate_cache()
+            return _describe(key, _patiently(self.fs.info)(self._path(key)))
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object below a folder, streamed in a steady order, sub-folders included; none where it is missing."""
+        with _as_store_error(self, prefix):
+            top = self._path(prefix) if prefix else self.path
+            if self.is_local:
+                yield from _walk_local(Path(top), Path(self.path))
+            elif self.is_s3:
+                yield from self._list_s3(top)
+            else:
+                self.fs.invalidate_cache()
+                root = self.path.rstrip("/") + "/"
+                for path, info in sorted(self.fs.find(top, detail=True).items()):
+                    yield _describe(str(path)[len(root) :], info)
+
+    def delete(self, key: str) -> None:
+        """Removes the object; one that is not there is no error."""
+        with _as_store_error(self, key), contextlib.suppress(FileNotFoundError):
+            _patiently(self.fs.rm_file)(self._path(key))
+
+    def _path(self, key: str) -> str:
+        if key.startswith("/") or ".." in key.split("/"):
+            raise ValueError(f"{key!r} would leave the store")
+        return posixpath.join(self.path, key)
+
+    def _read(self, path: str) -> bytes:
+        with _as_store_error(self, path):
+            return bytes(_patiently(self.fs.cat_file)(path))
+
+    def _write_local(self, key: str, data: bytes, *, replace: bool) -> bool:
+        target = Path(self._path(key))
+        staged = Path(self.path) / STAGING / uuid.uuid4().hex
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with staged.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if replace:
+                staged.replace(target)
+                return True
+            # A hard link fails where the target exists, and shows the whole file at once: rename would overwrite.
+            os.link(staged, target)
+        except FileExistsError:
+            return False
+        finally:
+            staged.unlink(missing_ok=True)
+        return True
+
+    def _list_s3(self, top: str) -> Iterator[ObjectInfo]:
+        # s3fs.find holds every key in Python objects; pages do not.
+        bucket, _, prefix = top.partition("/")
+        base = self.path.partition("/")[2]
+        skip = len(base) + 1 if base else 0
+        page: dict[str, Any] = {}
+        while True:
+            arguments = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
+            if page:
+                arguments["ContinuationToken"] = page["NextContinuationToken"]
+            page = _patiently(self.fs.call_s3)("list_objects_v2", **arguments)
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):
+                    yield ObjectInfo(item["Key"][skip:], item["Size"], item["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+
+
+def _is_failed_precondition(error: OSError) -> bool:
+    """s3fs has no exception of its own for If-None-Match that did not match; the cause is botocore's."""
+    response = getattr(error.__cause__, "response", {})
+    return response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict")
+
+
+def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
+    if urlsplit(root).scheme not in ("s3", "s3a"):
+        return {}
+    client: dict[str, Any] = {}
+    if storage.region:
+        client["region_name"] = storage.region
+    endpoint = storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {
+        "anon": storage.anonymous,
+        "endpoint_url": endpoint,
+        "client_kwargs": client,
+        "config_kwargs": {
+            "max_pool_connections": 32,
+            "retries": {"max_attempts": 1},  # _patiently retries
+            **({"s3": {"addressing_style": "path"}} if endpoint else {}),
+        },
+        "use_listings_cache": False,
+    }
+
+
+def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _describe(key: str, info: dict[str, Any]) -> ObjectInfo:
+    version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or info.get("created")
+    if isinstance(version, datetime):
+        version = version.isoformat()
+    return ObjectInfo(key, info.get("size"), None if version is None else str(version).strip('"'))
+
+
+def _walk_local(folder: Path, root: Path) -> Iterator[ObjectInfo]:
+    """Depth first, by name; symbolic links to folders are not followed (they may form a ring)."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            if entry.name != STAGING:
+                yield from _walk_local(Path(entry.path), root)
+            continue
+        try:
+            status = entry.stat()
+        except FileNotFoundError:  # vanished since listing, or a link that leads nowhere
+            continue
+        if entry.is_file():
+            key = os.path.relpath(entry.path, root).replace(os.sep, "/")
+            yield ObjectInfo(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+
+
+@contextlib.contextmanager
+def _as_store_error(store: Store, key: str) -> Iterator[None]:
+    """Turns what makes the whole store unusable into StoreError, with what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        advice = _advice(error)
+        if advice is None:
+            raise
+        raise StoreError(f"{store.uri('')}: {advice} ({key or 'root'}: {type(error).__name__})") from error
+    except Exception as error:
+        if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
+            raise StoreError(
+                f"{store.uri('')}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            ) from error
+        raise
+
+
+def _advice(error: OSError) -> str | None:
+    cause = str(error) + str(error.__cause__ or "")
+    if any(code in cause for code in _DENIED_CODES):
+        return "access denied; check the credentials in the environment, and that they have not expired"
+    if "NoSuchBucket" in cause or "bucket does not exist" in cause:
+        return "no such bucket; check the URI and the endpoint"
+    by_number = {errno.ENOSPC: "the disk is full; free space", errno.EDQUOT: "the quota is used up; free space"}
+    by_number[errno.EROFS] = "read-only; mount it writable"
+    return by_number.get(error.errno or 0)
+
+
+@functools.lru_cache(maxsize=64)
+def open_store(root: str, storage: Storage) -> Store:
+    """A store shared by all callers of this process: connections and credentials are set up once."""
+    return Store(root, storage)

@@ -1,0 +1,303 @@
+"""What a job is: frozen models, read from YAML, overrides and flags; every error names the key and what is allowed."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+EMBEDDED_MODEL = "alfa-tiny"
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class JobError(ValueError):
+    """A job that cannot be understood; the message names each key at fault and what is allowed there."""
+
+
+class Part(BaseModel):
+    """Base of every part of a job: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _without_credentials(uri: str) -> str:
+    parts = urlsplit(uri)
+    if parts.password or (parts.username and parts.scheme):
+        raise ValueError("must not hold credentials; set them in the environment (AWS_ACCESS_KEY_ID, ...)")
+    return uri
+
+
+class Dataset(Part):
+    """Where the images are and how their folders are to be read."""
+
+    images: str = Field(min_length=1, description="folder, table file or URI of the images")
+    layout: Literal["auto", "folders", "flat", "mvtec", "visa", "table"] = Field(
+        "auto", description="how class names are found; auto recognises the layout and says which"
+    )
+    class_name: str | None = Field(None, min_length=1, description="the class of every image (layout flat)")
+    max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
+
+    _no_credentials = field_validator("images")(_without_credentials)
+
+
+class Output(Part):
+    """Where the results go."""
+
+    uri: str = Field(min_length=1, description="folder or URI of the data lake")
+    maps: bool = Field(False, description="write raw anomaly maps too, as 16-bit PNG")
+
+    _no_credentials = field_validator("uri")(_without_credentials)
+
+
+class Storage(Part):
+    """How object storage is reached. Credentials come from the environment, never from a job."""
+
+    endpoint_url: str | None = Field(None, description="S3 endpoint; default: AWS_ENDPOINT_URL, else AWS itself")
+    region: str | None = None
+    anonymous: bool = Field(False, description="read public buckets without credentials")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else _without_credentials(value)
+
+
+class Model(Part):
+    """Which CLIP sees the images."""
+
+    name: str = Field(EMBEDDED_MODEL, description="any open_clip ViT, or alfa-tiny, the embedded demonstration model")
+    pretrained: str | None = Field(
+        None, description="open_clip pretrained tag or path of a weights file; required unless the model is embedded"
+    )
+    image_size: PositiveInt | None = Field(
+        None, description="pixels a side; other than the model's own interpolates its positions"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
+    batch_size: PositiveInt = 32
+
+    @model_validator(mode="after")
+    def _weights_named(self) -> Model:
+        if self.name != EMBEDDED_MODEL and self.pretrained is None:
+            raise ValueError(
+                f"pretrained is required for {self.name}: an open_clip tag (such as laion400m_e32) or a weights file"
+            )
+        return self
+
+
+class Prompts(Part):
+    """Who describes the classes, and how hard it is tried."""
+
+    llm: str | None = Field(None, description="litellm model string; none: bundled prompts, else the base ensemble")
+    api_base: str | None = Field(None, description="address of an OpenAI-compatible server")
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
+    timeout_s: PositiveFloat = 60.0
+    max_attempts: PositiveInt = 5
+    on_failure: Literal["fail", "base"] = Field("fail", description="base: go on with the base ensemble, said in rows")
+
+    @field_validator("api_base")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else _without_credentials(value)
+
+
+class Method(Part):
+    """The options of ALFA (method.md), each by name."""
+
+    adaptation: Literal["none", "mean", "rank", "interval", "soft"] = "mean"
+    floor_count: PositiveInt = Field(3, description="prompts that each side keeps at least")
+    floor_share: Share = Field(0.25, description="share of prompts that each side keeps at least")
+    soft_temperature: PositiveFloat = Field(0.01, description="T of adaptation soft, in units of cosine distance")
+    aligner: Literal["value", "ridge", "raw"] | None = Field(
+        None, description="default: value, and raw for the embedded model"
+    )
+    value_depth: PositiveInt | None = Field(
+        None, description="blocks of the value path, from the last; default: all but the first quarter"
+    )
+    levels: tuple[int, ...] = Field((-1,), min_length=1, description="blocks whose maps are averaged; -1 is the last")
+    ridge_lambda: PositiveFloat = 1.0
+    local_weight: Share = Field(0.5, description="w: score = (1 - w) global + w local")
+    local_top_k: PositiveInt = Field(1, description="local score: mean of the k highest patches")
+
+
+class Threshold(Part):
+    """When an image, and a pixel, counts as anomalous."""
+
+    policy: Literal["fixed", "quantile"] = "fixed"
+    value: float = Field(0.5, description="policy fixed: score from which an image is anomalous")
+    mask_value: float | None = Field(None, description="policy fixed: the same for pixels; default: value")
+    quantile: Share = Field(0.95, description="policy quantile: share of a class's images of this run that lie below")
+
+
+class Engine(Part):
+    """How Ray is used."""
+
+    address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local one is started")
+    actors: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="auto: one a GPU; else one a node"
+    )
+    cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    shard_size: PositiveInt = 256
+    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_error_rate: Share = Field(0.05, description="share of error rows past which the job exits with 1")
+
+
+class JobConfig(Part):
+    """One night: which images, what with, where to."""
+
+    dataset: Dataset
+    output: Output
+    run_date: datetime.date = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date())
+    storage: Storage = Storage()
+    model: Model = Field(default_factory=lambda: Model())
+    prompts: Prompts = Field(default_factory=lambda: Prompts())
+    method: Method = Field(default_factory=lambda: Method())
+    threshold: Threshold = Field(default_factory=lambda: Threshold())
+    engine: Engine = Field(default_factory=lambda: Engine())
+
+    @model_validator(mode="after")
+    def _class_named(self) -> JobConfig:
+        if self.dataset.layout == "flat" and self.dataset.class_name is None:
+            raise ValueError("dataset.class_name is required with dataset.layout flat (flag --class)")
+        return self
+
+    @property
+    def aligner(self) -> Literal["value", "ridge", "raw"]:
+        """The aligner in force: the embedded model was trained for `raw`, real CLIP is best with `value`."""
+        return self.method.aligner or ("raw" if self.model.name == EMBEDDED_MODEL else "value")
+
+    def result_fingerprint(self, weights_sha256: str, prompts_fingerprint: str) -> str:
+        """Hash (12 hex digits) of all that determines the rows of a night: what is read, the model and its weights,
+        the method, the thresholds, the prompts. How fast or where it runs does not count."""
+        facts = {
+            "dataset": self.dataset.model_dump(mode="json"),
+            "maps": self.output.maps,
+            "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
+            "method": {**self.method.model_dump(mode="json"), "aligner": self.aligner},
+            "threshold": self.threshold.model_dump(mode="json"),
+            "weights_sha256": weights_sha256,
+            "prompts": prompts_fingerprint,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def parse_job(
+    document: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> JobConfig:
+    """A job from a YAML document, then `key.path=value` overrides, then flags (dotted keys), the later ones winning.
+
+    Raises JobError with one line per fault; each names the key, what is wrong and what is allowed.
+    """
+    merged: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
+    assignments = [_parse_override(item) for item in overrides]
+    assignments += [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
+    for path, value in assignments:
+        _assign(merged, path, value)
+    try:
+        return JobConfig.model_validate(merged)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(fault) for fault in error.errors())
+        raise JobError("\n".join(lines)) from None
+
+
+def read_job_yaml(text: str) -> dict[str, Any]:
+    """The mapping in a YAML text. Raises JobError where it is no YAML or no mapping."""
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise JobError(f"the job file is not valid YAML: {error}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise JobError(f"the job file must hold keys and values, not a {type(document).__name__}")
+    return document
+
+
+def dump_job_yaml(job: JobConfig) -> str:
+    """The resolved job as YAML, each key spelled out; it parses back to the same job."""
+    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _parse_override(item: str) -> tuple[list[str], Any]:
+    key, separator, value = item.partition("=")
+    if not separator or not key.strip():
+        raise JobError(f"--set {item}: write it as key=value, such as --set model.name=ViT-B-16")
+    try:
+        return key.strip().split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip().split("."), value
+
+
+def _assign(target: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for name in path[:-1]:
+        child = target.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise JobError(f"{'.'.join(path)}: {name} holds a value, not keys")
+        target = child
+    target[path[-1]] = value
+
+
+def _explain(fault: Any) -> str:
+    location = _path_of(fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}? " if near else ""
+        return f"{'.'.join(location)}: no such key; {hint}allowed here: {', '.join(known)}"
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if fault["type"] == "missing":
+        return f"{'.'.join(location)}: required, but not given{_purpose(location)}"
+    where = ".".join(location) or "job"
+    given = fault.get("input")
+    secret = fault["type"] == "value_error"
+    shown = f" (given: {str(given)[:80]!r})" if isinstance(given, (str, int, float, bool)) and not secret else ""
+    return f"{where}: {message}{shown}"
+
+
+def _path_of(location: Sequence[int | str]) -> list[str]:
+    """The key of a fault, without the branch names that pydantic adds inside a union."""
+    steps = [str(step) for step in location]
+    for end, name in enumerate(steps):
+        field = _model_at(steps[:end]).model_fields.get(name)
+        if field is not None and _submodel(field.annotation) is None:
+            return steps[: end + 1]
+    return steps
+
+
+def _model_at(path: Sequence[str]) -> type[BaseModel]:
+    model: type[BaseModel] = JobConfig
+    for name in path:
+        field = model.model_fields.get(name)
+        found = None if field is None else _submodel(field.annotation)
+        if found is None:
+            return model
+        model = found
+    return model
+
+
+def _submodel(annotation: Any) -> type[BaseModel] | None:
+    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    return list(_model_at(path).model_fields)
+
+
+def _purpose(path: Sequence[str]) -> str:
+    field = _model_at(path[:-1]).model_fields.get(path[-1]) if path else None
+    return f": {field.description}" if field is not None and field.description else ""

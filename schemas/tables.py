@@ -1,0 +1,116 @@
+"""The tables as Arrow schemas. Each field carries its meaning and unit in its metadata (key `doc`).
+
+Schemas grow by nullable columns alone; SCHEMA_VERSION counts them.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+class ErrorType(str, Enum):
+    """Why an image has no score: the closed list of `error_type`."""
+
+    EMPTY = "empty"
+    NOT_AN_IMAGE = "not_an_image"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    VANISHED = "vanished"
+    UNREADABLE = "unreadable"
+    INTERNAL = "internal"
+
+
+def _field(name: str, kind: pa.DataType, doc: str, *, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"doc": doc})
+
+
+_TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+MANIFEST = pa.schema(
+    [
+        _field("uri", pa.string(), "where the image is", nullable=False),
+        _field("key", pa.string(), "its path below the dataset's root; names its mask", nullable=False),
+        _field("class_name", pa.string(), "class of the part", nullable=False),
+        _field("size", pa.int64(), "bytes; null where the listing does not say"),
+        _field("etag", pa.string(), "ETag of the object, or mtime and size of a local file; null where unknown"),
+        _field("image_id", pa.string(), "hash of uri and etag, 32 hex digits", nullable=False),
+        _field("label", pa.string(), "ground truth: good, or the kind of defect; null where unknown"),
+        _field("mask_uri", pa.string(), "ground truth mask; null where there is none"),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+
+_REGION = pa.struct(
+    [
+        _field("x", pa.int32(), "left edge, pixels of the source image"),
+        _field("y", pa.int32(), "top edge, pixels of the source image"),
+        _field("width", pa.int32(), "pixels"),
+        _field("height", pa.int32(), "pixels"),
+        _field("area", pa.int64(), "pixels of the mask in this region"),
+        _field("peak", pa.float32(), "highest value of the anomaly map in it, a probability"),
+        _field("defect", pa.string(), "name of the nearest described defect; null where only base prompts exist"),
+    ]
+)
+
+_EXPLANATION = pa.struct(
+    [
+        _field("prompt", pa.string(), "anomalous prompt that was kept"),
+        _field("defect", pa.string(), "name of the defect that it describes; null for base prompts"),
+        _field("weight", pa.float32(), "share of the prompt in the anomalous prototype, 0 to 1"),
+        _field("similarity", pa.float32(), "cosine of image and prompt, -1 to 1"),
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        _field("image_id", pa.string(), "hash of uri and etag, 32 hex digits", nullable=False),
+        _field("image_uri", pa.string(), "where the image was read", nullable=False),
+        _field("image_etag", pa.string(), "version of the image that was read; null where unknown"),
+        _field("run_id", pa.string(), "run_date and fingerprint of what determines the result", nullable=False),
+        _field("shard_id", pa.string(), "shard that the image was scored in", nullable=False),
+        _field("width", pa.int32(), "pixels, after EXIF orientation; null on error"),
+        _field("height", pa.int32(), "pixels, after EXIF orientation; null on error"),
+        _field("status", pa.string(), "ok or error", nullable=False),
+        _field("error_type", pa.string(), "one of schemas.tables.ErrorType; null when ok"),
+        _field("error_message", pa.string(), "what failed, for a person; null when ok"),
+        _field("score", pa.float32(), "unified anomaly score (1 - w) global + w local, raw, 0 to 1; null on error"),
+        _field("score_global", pa.float32(), "softmax probability of the anomalous prototype for the whole image"),
+        _field("score_local", pa.float32(), "mean of the k highest patches of the anomaly map"),
+        _field("threshold", pa.float32(), "score from which the image counts as anomalous"),
+        _field("mask_threshold", pa.float32(), "map value from which a pixel counts as anomalous"),
+        _field("is_anomalous", pa.bool_(), "score >= threshold; null on error"),
+        _field("mask_uri", pa.string(), "8-bit PNG, 0 or 255, of the size of the source image; null on error"),
+        _field("map_uri", pa.string(), "16-bit PNG, value / 65535 is the anomaly map; null unless asked for"),
+        _field("mask_area", pa.float32(), "share of pixels that the mask marks, 0 to 1"),
+        _field("regions", pa.list_(_REGION), "connected regions (8 neighbours) of the mask, highest peak first"),
+        _field("explanation", pa.list_(_EXPLANATION), "kept anomalous prompts by weight x similarity, best first"),
+        _field("prompts_kept_normal", pa.int32(), "normal prompts left after adaptation"),
+        _field("prompts_kept_anomalous", pa.int32(), "anomalous prompts left after adaptation"),
+        _field("prompt_source", pa.string(), "llm, bundled or base"),
+        _field("prompt_fingerprint", pa.string(), "hash of the prompts' texts, edits included"),
+        _field("model", pa.string(), "open_clip model and pretrained tag or file name", nullable=False),
+        _field("weights_sha256", pa.string(), "SHA-256 of the weights file", nullable=False),
+        _field("scored_at", _TIMESTAMP, "when the row was made", nullable=False),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+"""One row an image. Partition columns run_date and class_name are in the path, not in the files."""
+
+SHARD = pa.schema(
+    [
+        _field("class_name", pa.string(), "class of the part", nullable=False),
+        _field("image_key", pa.string(), "path of the image below the dataset's root", nullable=False),
+        *SCORES,
+        _field("grid", pa.list_(pa.float32()), "anomaly map on the patch grid, row by row; null on error"),
+        _field("grid_width", pa.int32(), "columns of the patch grid"),
+        _field("defect_names", pa.list_(pa.string()), "described defects of the class"),
+        _field("defect_grid", pa.list_(pa.float32()), "similarity of each patch with each defect: defect, row, column"),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+"""A shard's record in runs/: the rows of the table, and what masks are made of."""

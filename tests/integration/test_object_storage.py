@@ -1,0 +1,98 @@
+"""The same job on a real S3 (SeaweedFS), through the command line, as a user would run it."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.storage import Store
+from schemas.job import Storage
+from tests.seaweed import ObjectStorage, run_seaweed
+
+DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
+NIGHT = "2026-01-02"
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
+    with run_seaweed(tmp_path_factory.mktemp("seaweed")) as storage, pytest.MonkeyPatch.context() as patch:
+        for name, value in storage.environment.items():
+            patch.setenv(name, value)
+        yield storage
+
+
+def alfa(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240)
+
+
+def test_create_only_writes_are_honoured(s3: ObjectStorage) -> None:
+    store = Store("s3://lake/create")
+    assert store.create("a", b"first")
+    assert not store.create("a", b"second")
+    assert store.read("a") == b"first"
+
+
+def test_listing_pages_through_many_keys(s3: ObjectStorage) -> None:
+    store = Store("s3://lake/many")
+    keys = [f"k/{number:04}" for number in range(1100)]
+    store.fs.pipe({f"lake/many/{key}": b"x" for key in keys})
+    assert [info.key for info in store.list("k")] == keys
+
+
+def test_wrong_credentials_are_one_clear_error(s3: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    store = Store("s3://lake/denied", Storage(region="us-east-1"))
+    with pytest.raises(OSError, match="credentials") as caught:
+        store.write("a", b"x")
+    assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_night_on_s3(s3: ObjectStorage) -> None:
+    photos = Store("s3://lake/photos")
+    for class_name, kind, numbers in (("hazelnut", "colour", "01"), ("capsules", "good", "01")):
+        for number in numbers:
+            data = (DEMO / class_name / "test" / kind / f"0{number}.jpg").read_bytes()
+            photos.write(f"{class_name}/line 1/ü#{number}.jpg", data)
+    photos.write("hazelnut/broken.jpg", b"not an image")
+    arguments = (
+        "score", "--images", "s3://lake/photos", "--output", "s3://lake/inspection", "--run-date", NIGHT,
+        "--set", "engine.shard_size=2", "--set", "engine.max_error_rate=0.5",
+    )  # fmt: skip
+    first = alfa(*arguments)
+    assert first.returncode == 0, first.stderr
+    assert "layout folders" in first.stderr and "DEMONSTRATION" in first.stdout
+
+    lake = Store("s3://lake/inspection")
+    tables = {info.key: lake.read(info.key) for info in lake.list("scores")}
+    assert sorted(tables) == [
+        f"scores/run_date={NIGHT}/class_name={name}/part-00000.parquet" for name in ("capsules", "hazelnut")
+    ]
+    rows = [row for data in tables.values() for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+    assert sorted(row["image_uri"] for row in rows) == sorted(photos.uri(info.key) for info in photos.list())
+    for row in rows:
+        if row["image_uri"].endswith("broken.jpg"):
+            assert (row["status"], row["error_type"], row["score"]) == ("error", "not_an_image", None)
+            continue
+        mask = np.asarray(Image.open(io.BytesIO(lake.read_uri(row["mask_uri"]))))
+        photo = Image.open(io.BytesIO(photos.read_uri(row["image_uri"])))
+        assert mask.shape == (photo.height, photo.width) == (row["height"], row["width"])
+        assert set(np.unique(mask)) <= {0, 255}
+        assert row["mask_area"] == pytest.approx((mask == 255).mean(), abs=1e-6)
+        assert 0 < row["score"] < 1 and row["prompt_source"] == "bundled"
+
+    second = alfa(*arguments)
+    assert second.returncode == 0 and "already published" in second.stderr
+    assert {info.key: lake.read(info.key) for info in lake.list("scores")} == tables
+
+    status = alfa("status", "s3://lake/inspection")
+    assert status.returncode == 0 and "done, published" in status.stdout

@@ -1,0 +1,83 @@
+import datetime
+
+import pytest
+
+from schemas.job import JobConfig, JobError, dump_job_yaml, parse_job, read_job_yaml
+
+MINIMAL = {"dataset": {"images": "photos"}, "output": {"uri": "lake"}}
+
+
+def fault_of(document: dict[str, object], *overrides: str) -> str:
+    with pytest.raises(JobError) as caught:
+        parse_job({**MINIMAL, **document}, overrides)
+    return str(caught.value)
+
+
+def test_flags_win_over_overrides_and_those_over_the_document() -> None:
+    document = {**MINIMAL, "model": {"batch_size": 1, "image_size": 10}, "run_date": "2026-01-01"}
+    job = parse_job(
+        document, ["model.batch_size=2", "run_date=2026-01-02"], {"run_date": "2026-01-03", "prompts.llm": None}
+    )
+    assert (job.model.batch_size, job.model.image_size, job.run_date) == (2, 10, datetime.date(2026, 1, 3))
+    assert job.prompts.llm is None
+
+
+def test_misspelt_key_is_refused_with_the_nearest_right_name() -> None:
+    assert "dataset.imags: no such key; did you mean dataset.images?" in fault_of({"dataset": {"imags": "x"}})
+    assert "outptu: no such key; did you mean output?" in fault_of({"outptu": 1})
+
+
+def test_every_fault_has_its_own_line_with_key_and_what_is_allowed() -> None:
+    lines = fault_of({"dataset": {"images": "x", "layout": "tree"}, "engine": {"shard_size": 0}}).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["dataset.layout", "engine.shard_size"]
+    assert "'mvtec'" in lines[0] and "greater than or equal to 1" in lines[1]
+
+
+def test_fault_inside_a_choice_names_the_key_alone() -> None:
+    assert all(line.startswith("engine.actors: ") for line in fault_of({}, "engine.actors=many").splitlines())
+
+
+def test_credentials_in_a_uri_are_refused_and_not_repeated() -> None:
+    message = fault_of({"dataset": {"images": "s3://AKIA:hunter2@bucket/x"}})
+    assert "dataset.images" in message and "environment" in message and "hunter2" not in message
+
+
+def test_a_real_model_needs_named_weights() -> None:
+    assert "pretrained is required for ViT-B-16" in fault_of({"model": {"name": "ViT-B-16"}})
+
+
+def test_flat_layout_needs_a_class() -> None:
+    assert "--class" in fault_of({"dataset": {"images": "x", "layout": "flat"}})
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "!!python/object/apply:os.system ['true']"])
+def test_job_files_that_are_no_mapping_are_refused(text: str) -> None:
+    with pytest.raises(JobError):
+        read_job_yaml(text)
+
+
+def test_a_stored_job_reads_back_as_itself() -> None:
+    job = parse_job({**MINIMAL, "threshold": {"policy": "quantile", "quantile": 0.9}})
+    assert parse_job(read_job_yaml(dump_job_yaml(job))) == job
+
+
+def changed(*overrides: str) -> JobConfig:
+    return parse_job(MINIMAL, ["run_date=2026-01-01", *overrides])
+
+
+@pytest.mark.parametrize(
+    "override", ["engine.actors=4", "prompts.timeout_s=5", "output.uri=s3://b/x", "model.batch_size=3"]
+)
+def test_how_fast_or_where_it_runs_does_not_make_another_run(override: str) -> None:
+    assert changed(override).result_fingerprint("w", "p") == changed().result_fingerprint("w", "p")
+
+
+@pytest.mark.parametrize(
+    "override", ["method.adaptation=none", "threshold.value=0.4", "dataset.images=other", "output.maps=true"]
+)
+def test_what_determines_rows_makes_another_run(override: str) -> None:
+    assert changed(override).result_fingerprint("w", "p") != changed().result_fingerprint("w", "p")
+
+
+def test_weights_and_prompts_make_another_run() -> None:
+    assert len({changed().result_fingerprint(w, p) for w in "ab" for p in "ab"}) == 4

@@ -1,0 +1,61 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+
+NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
+
+
+@pytest.mark.parametrize("size", [(1500, 1000), (31, 17), (240, 240)])
+def test_upsampling_is_bilinear_with_pixel_centres(size: tuple[int, int]) -> None:
+    width, height = size
+    grid = np.random.default_rng(0).random((15, 13), dtype=np.float32)
+    expected = torch.nn.functional.interpolate(torch.from_numpy(grid)[None, None], (height, width), mode="bilinear")
+    np.testing.assert_allclose(upsample(grid, width, height), expected[0, 0].numpy(), atol=2e-6)
+
+
+def test_a_patch_comes_back_at_its_place_in_an_oblong_image() -> None:
+    grid = np.zeros((15, 15), dtype=np.float32)
+    grid[2, 12] = 1.0
+    row, column = np.unravel_index(np.argmax(upsample(grid, 1500, 1000)), (1000, 1500))
+    assert abs(row + 0.5 - 2.5 * 1000 / 15) <= 0.5 and abs(column + 0.5 - 12.5 * 1500 / 15) <= 0.5
+
+
+def test_regions_have_boxes_areas_and_peaks_and_touch_at_corners() -> None:
+    anomaly_map = np.array([[0.9, 0, 0, 0], [0, 0.8, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0.95]], dtype=np.float32)
+    first, second = find_regions(anomaly_map >= 0.5, anomaly_map, [], NO_DEFECTS)
+    assert (first.x, first.y, first.width, first.height, first.area) == (3, 3, 1, 1, 1)
+    assert (second.x, second.y, second.width, second.height, second.area) == (0, 0, 2, 2, 2)
+    assert (first.peak, second.peak) == (pytest.approx(0.95), pytest.approx(0.9))
+    assert first.defect is None
+
+
+def test_a_region_is_named_after_the_defect_nearest_to_its_patches() -> None:
+    anomaly_map = np.zeros((4, 8), dtype=np.float32)
+    anomaly_map[0:2, 4:8] = 1.0  # all of patch (0, 1) of a 2 x 2 grid
+    grid = np.array([[[0.9, 0.1], [0.9, 0.9]], [[0.1, 0.2], [0.1, 0.1]]], dtype=np.float32)
+    (region,) = find_regions(anomaly_map > 0, anomaly_map, ["scratch", "dent"], grid)
+    assert region.defect == "dent"
+
+
+def test_an_empty_mask_has_no_region() -> None:
+    anomaly_map = np.zeros((4, 4), dtype=np.float32)
+    assert find_regions(anomaly_map > 0, anomaly_map, [], NO_DEFECTS) == []
+
+
+def test_masks_decode_to_0_and_255() -> None:
+    mask = np.array([[True, False, False], [False, True, True]])
+    image = Image.open(io.BytesIO(encode_mask(mask)))
+    assert (image.mode, image.size) == ("L", (3, 2))
+    np.testing.assert_array_equal(np.asarray(image), mask * 255)
+
+
+def test_maps_decode_to_probabilities() -> None:
+    anomaly_map = np.array([[0.0, 0.25, 1.0]], dtype=np.float32)
+    image = Image.open(io.BytesIO(encode_map(anomaly_map)))
+    assert image.mode == "I;16"
+    np.testing.assert_allclose(np.asarray(image) / 65535, anomaly_map, atol=1 / 65535)

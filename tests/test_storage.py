@@ -1,0 +1,88 @@
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Store
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return Store(str(tmp_path / "lake") if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_create_is_won_by_one(store: Store) -> None:
+    assert store.create("a/b", b"first")
+    assert not store.create("a/b", b"second")
+    assert store.read("a/b") == b"first"
+
+
+def test_of_many_threads_that_create_one_wins_and_its_bytes_stay(tmp_path: Path) -> None:
+    start, wins = threading.Barrier(16), []
+
+    def contend(number: int) -> None:
+        start.wait()
+        if Store(str(tmp_path)).create("claim", str(number).encode()):
+            wins.append(number)
+
+    threads = [threading.Thread(target=contend, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wins) == 1
+    assert Store(str(tmp_path)).read("claim") == str(wins[0]).encode()
+
+
+def test_write_replaces_and_a_listing_sees_each_key_once_in_order(store: Store) -> None:
+    for key in ("b", "a/2", "a/1", "a/1"):
+        store.write(key, key.encode())
+    assert [(info.key, info.size) for info in store.list()] == [("a/1", 3), ("a/2", 3), ("b", 1)]
+    assert [info.key for info in store.list("a")] == ["a/1", "a/2"]
+    assert list(store.list("missing")) == []
+
+
+def test_etag_changes_with_content(store: Store) -> None:
+    store.write("a", b"1")
+    before = store.info("a").etag
+    store.write("a", b"22")
+    assert before is not None and store.info("a").etag != before
+
+
+def test_missing_objects(store: Store) -> None:
+    assert not store.exists("a")
+    store.delete("a")
+    with pytest.raises(FileNotFoundError):
+        store.read("a")
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x"])
+def test_a_key_never_leaves_the_store(store: Store, key: str) -> None:
+    with pytest.raises(ValueError, match="leave"):
+        store.write(key, b"")
+
+
+def test_local_writes_leave_no_temporary_file(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write("a/b", b"1")
+    store.create("a/b", b"2")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["b"]
+
+
+def test_uris_lead_back_to_keys(store: Store) -> None:
+    store.write("a b/ü#%2e.png", b"x")
+    uri = store.uri("a b/ü#%2e.png")
+    assert store.key_of(uri) == "a b/ü#%2e.png"
+    assert store.read_uri(uri) == b"x"
+    assert store.key_of("s3://elsewhere/x") is None
+
+
+def test_a_store_travels_to_another_process(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write("a", b"1")
+    assert pickle.loads(pickle.dumps(Store(str(tmp_path)))).read("a") == b"1"
+
+
+def test_read_only_output_is_said_clearly() -> None:
+    with pytest.raises(OSError, match=r"/proc"):
+        Store("/proc/alfa").write("a", b"")
