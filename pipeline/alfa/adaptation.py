@@ -46,7 +46,8 @@ def adapt(similarities: Tensor, prompts: PromptBatch, method: Method) -> Tensor:
     """Weight of each prompt for each image: [B, P], 0 where removed or padded, else 1 (soft: shares of its side).
 
     similarities: cosines of image and prompts, [B, P], float32. On the side that the image leans to (smaller mean
-    distance) prompts with C >= 0 are kept, on the other those with C <= 0; each side keeps at least its floor, best first.
+    distance) prompts with C >= 0 are kept, on the other those with C <= 0; each side keeps at least its floor, best
+    first.
     """
     if method.adaptation == "none":
         return prompts.valid.float()

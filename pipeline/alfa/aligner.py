@@ -68,4 +68,4 @@ def _encode_windows(embedded: Tensor, index: Tensor, encoder: Encoder) -> Tensor
     patches = embedded[:, 1:][:, index]
     classes = embedded[:, None, :1].expand(-1, len(index), -1, -1)
     sequences = torch.cat([classes, patches], dim=2)
-    return encoder.encode_tokens(sequences.flatten(0, 1)).unflatten(0, sequences.shape[:2])
+    return encoder.encode_tokens(sequences.flatten(0, 1)).view(*sequences.shape[:2], -1)

@@ -81,10 +81,10 @@ class Detector:
 
     @torch.inference_mode()
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
-        """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, of any mix of classes.
+        """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, any mix of classes.
 
-        The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local, local
-        the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner").
+        The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
+        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner").
         Raises ValueError where pixels have another size, or prompts another number.
         """
         if len(prompts) != len(pixels):

@@ -94,15 +94,15 @@ def load_encoder(model: Model, weights: Weights) -> Encoder:
     """Builds the model with its weights; nothing is ever left at random.
 
     A weights file without a tag is taken to expect open_clip's default mean, std and interpolation. QuickGELU is used
-    where the tag or the configuration (ViT-B-16-quickgelu) says so. Raises ModelError where weights are missing, partial
-    or of another model, where the model is no open_clip ViT with a class token, and where there is no such device.
+    where the tag or the configuration (ViT-B-16-quickgelu) says so. Raises ModelError where weights are missing,
+    partial or of another model, where the model is no open_clip ViT with a class token, or the device is not there.
     """
     config = _config(model.name)
-    tag = open_clip.get_pretrained_cfg(model.name, model.pretrained) if model.pretrained else {}
-    if model.pretrained and Path(model.pretrained).is_file():
-        tag = {}
+    from_file = model.pretrained is None or Path(model.pretrained).is_file()
+    tag = {} if from_file else open_clip.get_pretrained_cfg(model.name, model.pretrained)
     device = _device(model)
-    trained, patch = _pair(config["vision_cfg"]["image_size"]), _pair(config["vision_cfg"]["patch_size"])
+    vision = CLIPVisionCfg(**config["vision_cfg"])
+    trained, patch = _pair(vision.image_size), _pair(vision.patch_size)
     size = trained if model.image_size is None else _pair(model.image_size)
     if any(side % step for side, step in zip(size, patch, strict=True)):
         raise ModelError(
@@ -185,16 +185,14 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_images(self, pixels: Tensor, levels: Sequence[int], value_depth: int | None = None) -> ImageFeatures:
-        """One forward pass over pixels [B, 3, H, W], uint8, of the model's size; mean and std are applied on the device.
+        """One forward pass over pixels [B, 3, H, W], uint8, of the model's size; normalised on the device.
 
-        levels: blocks to keep, from 0, ascending; value_depth: blocks of the value path, counted from the last; None: no
-        path. Raises ValueError for pixels of another type or size.
+        levels: blocks to keep, from 0, ascending; value_depth: blocks of the value path, counted from the last; None:
+        no path. Raises ValueError for pixels of another type or size.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (3, *self.preprocess.size):
-            raise ValueError(
-                f"pixels must be uint8 [B, 3, {self.preprocess.size[0]}, {self.preprocess.size[1]}], not {pixels.dtype} "
-                f"{list(pixels.shape)}"
-            )
+            wanted = ["B", 3, *self.preprocess.size]
+            raise ValueError(f"pixels must be torch.uint8 {wanted}, not {pixels.dtype} {list(pixels.shape)}")
         images = (pixels.to(self.device, non_blocking=True).float() - self._mean) / self._std
         first = self.blocks - value_depth if value_depth else self.blocks
         tokens: list[Tensor] = []
@@ -221,7 +219,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Class embeddings [N, D], normalised, float32, of sequences [N, T, W] of embedded tokens, the class token first."""
+        """Normalised class embeddings [N, D], float32, of sequences [N, T, W] of embedded tokens, class token first."""
         with self._cast():
             for block in self._visual.transformer.resblocks:
                 tokens = block(tokens)

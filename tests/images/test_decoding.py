@@ -1,0 +1,160 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.images import Decoded, ImageError, decode_image, decode_mask
+from schemas.tables import ErrorType
+
+
+def decode(data: bytes, size: tuple[int, int] = (8, 8), max_pixels: int = 1_000_000) -> Decoded:
+    return decode_image(data, size=size, interpolation="bilinear", max_pixels=max_pixels)
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def flat(mode: str, colour: object, kind: str = "PNG", **options: object) -> bytes:
+    return encode(Image.new(mode, (20, 10), colour), kind, **options)  # type: ignore[arg-type]
+
+
+PALETTE = Image.new("P", (20, 10), 1)
+PALETTE.putpalette([0, 0, 0, 200, 100, 50])
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (flat("RGB", (200, 100, 50)), (200, 100, 50)),
+        (flat("RGB", (200, 100, 50), "BMP"), (200, 100, 50)),
+        (flat("RGB", (200, 100, 50), "TIFF"), (200, 100, 50)),
+        (flat("RGB", (200, 100, 50), "WEBP", lossless=True), (200, 100, 50)),
+        (flat("L", 77), (77, 77, 77)),
+        (flat("LA", (77, 255)), (77, 77, 77)),
+        (flat("1", 1), (255, 255, 255)),
+        (flat("1", 0), (0, 0, 0)),
+        (flat("RGBA", (200, 100, 50, 255)), (200, 100, 50)),
+        (flat("RGBA", (200, 100, 50, 0)), (255, 255, 255)),
+        (encode(PALETTE, "PNG"), (200, 100, 50)),
+        (encode(PALETTE, "PNG", transparency=1), (255, 255, 255)),
+        (flat("I;16", 32768), (128, 128, 128)),
+        (flat("I;16", 65535), (255, 255, 255)),
+        (flat("I;16", 32768, "TIFF"), (128, 128, 128)),
+    ],
+)
+def test_every_mode_becomes_rgb(data: bytes, expected: tuple[int, int, int]) -> None:
+    decoded = decode(data)
+    assert (decoded.source_width, decoded.source_height) == (20, 10)
+    assert decoded.pixels.shape == (8, 8, 3) and decoded.pixels.dtype == np.uint8
+    np.testing.assert_array_equal(decoded.pixels[4, 4], expected)
+
+
+def test_cmyk_red_is_red() -> None:
+    red = decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)).pixels[4, 4]
+    assert red[0] > 200 and red[1] < 60 and red[2] < 60
+
+
+def test_float_tiff_is_stretched() -> None:
+    ramp = Image.fromarray(np.linspace(-3, 5, 64, dtype=np.float32).reshape(8, 8))
+    pixels = decode(encode(ramp, "TIFF")).pixels
+    assert (pixels[0, 0, 0], pixels[-1, -1, 0]) == (0, 255)
+
+
+CORNER = {1: (0, 0), 2: (0, -1), 3: (-1, -1), 4: (-1, 0), 5: (0, 0), 6: (0, -1), 7: (-1, -1), 8: (-1, 0)}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:4, :4] = 255  # the stored top left corner
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encode(Image.fromarray(pixels), "PNG", exif=exif), size=(4, 4))
+    upright = (16, 8) if orientation <= 4 else (8, 16)
+    assert (decoded.source_width, decoded.source_height) == upright
+    bright = np.argwhere(decoded.pixels[..., 0] > 127)
+    assert np.array_equal(decoded.pixels[CORNER[orientation]] > 127, [True] * 3) and len(bright) == 2
+
+
+def test_the_whole_image_is_squashed_without_a_crop() -> None:
+    pixels = np.zeros((10, 100, 3), dtype=np.uint8)
+    pixels[:, :50] = 255
+    decoded = decode(encode(Image.fromarray(pixels), "PNG"), size=(4, 4))
+    np.testing.assert_array_equal(decoded.pixels[..., 0] > 127, [[True, True, False, False]] * 4)
+
+
+def test_the_first_of_several_frames_counts() -> None:
+    frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
+    for kind in ("TIFF", "WEBP"):
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+        np.testing.assert_allclose(decode(data).pixels[4, 4], (255, 0, 0), atol=2)
+
+
+def error_type(data: bytes, max_pixels: int = 1_000_000) -> ErrorType:
+    with pytest.raises(ImageError) as caught:
+        decode(data, max_pixels=max_pixels)
+    assert caught.value.message
+    return caught.value.error_type
+
+
+def bomb(width: int, height: int) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b""))
+    packed = (struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def test_what_is_no_image_has_a_type() -> None:
+    assert error_type(b"") is ErrorType.EMPTY
+    assert error_type(b"not an image") is ErrorType.NOT_AN_IMAGE
+    assert error_type(encode(Image.new("P", (9, 9)), "GIF")) is ErrorType.NOT_AN_IMAGE
+    assert error_type(bomb(50_000, 50_000)) is ErrorType.TOO_MANY_PIXELS
+    assert error_type(flat("RGB", 0), max_pixels=199) is ErrorType.TOO_MANY_PIXELS
+    assert decode(flat("RGB", 0), max_pixels=200).source_width == 20
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+def test_a_file_cut_anywhere_is_an_error_or_pixels(kind: str) -> None:
+    data = encode(NOISE, kind)
+    types = set()
+    for length in range(0, len(data), max(1, len(data) // 60)):
+        try:
+            decode(data[:length])
+        except ImageError as error:
+            types.add(error.error_type)
+    assert ErrorType.EMPTY in types
+    assert types & {ErrorType.TRUNCATED, ErrorType.CORRUPT}
+    if kind in ("JPEG", "PNG", "BMP"):
+        assert error_type(data[: len(data) // 2]) is ErrorType.TRUNCATED
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(["JPEG", "PNG", "BMP", "TIFF", "WEBP"]),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=20),
+)
+def test_flipped_bytes_are_an_error_or_pixels(kind: str, flips: list[tuple[int, int]]) -> None:
+    data = bytearray(encode(NOISE.resize((16, 16)), kind))
+    for place, value in flips:
+        data[place % len(data)] = value
+    try:
+        assert decode(bytes(data)).pixels.shape == (8, 8, 3)
+    except ImageError as error:
+        assert error.message
+
+
+def test_masks_are_anomalous_above_zero() -> None:
+    mask = np.zeros((2, 3), dtype=np.uint8)
+    mask[0, 1], mask[1, 2] = 1, 255
+    np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(mask), "PNG")), mask > 0)

@@ -1,0 +1,171 @@
+import csv
+import io
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.images import DatasetError, list_images, open_dataset
+from pipeline.storage import Store
+from schemas.job import Dataset, Storage
+from schemas.tables import MANIFEST
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(params=["local", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path) if request.param == "local" else f"memory://{tmp_path.name}"
+
+
+def fill(root: str, *keys: str) -> None:
+    for key in keys:
+        Store(root).write(key, key.encode())
+
+
+def rows_of(images: str, **options: object) -> tuple[str, list[dict[str, object]]]:
+    source = open_dataset(Dataset.model_validate({"images": images, **options}), Storage())
+    batches = list(list_images(source))
+    assert all(batch.schema.equals(MANIFEST) for batch in batches)
+    return source.layout, [row for batch in batches for row in batch.to_pylist()]
+
+
+def listed(images: str, **options: object) -> tuple[str, list[tuple[object, object]]]:
+    layout, rows = rows_of(images, **options)
+    return layout, [(row["key"], row["class_name"]) for row in rows]
+
+
+def fault_of(images: str, **options: object) -> str:
+    with pytest.raises(DatasetError) as caught:
+        list(list_images(open_dataset(Dataset.model_validate({"images": images, **options}), Storage())))
+    return str(caught.value)
+
+
+def test_folders(root: str) -> None:
+    fill(root, "bolt/a.jpg", "bolt/deep/er/b.PNG", "nut/c.tiff", "nut/notes.txt", "nut/.hidden.jpg", ".x/y.jpg", "z.jpg")
+    layout, rows = listed(root)
+    assert layout == "folders"
+    assert sorted(rows) == [("bolt/a.jpg", "bolt"), ("bolt/deep/er/b.PNG", "bolt"), ("nut/c.tiff", "nut"), ("z.jpg", "unsorted")]
+    assert listed(root, class_name="nut") == ("folders", [("nut/c.tiff", "nut")])
+
+
+def test_flat(root: str) -> None:
+    fill(root, "a.jpg", "b.jpg")
+    assert listed(root, class_name="bolt") == ("flat", [("a.jpg", "bolt"), ("b.jpg", "bolt")])
+    assert "--class" in fault_of(root)
+
+
+def test_mvtec(root: str) -> None:
+    fill(root, "nut/train/good/0.png", "nut/test/good/0.png", "nut/test/bent/0.png", "nut/test/bent/1.png")
+    fill(root, "nut/ground_truth/bent/0_mask.png", "bolt/test/good/0.png")
+    layout, rows = rows_of(root)
+    assert layout == "mvtec"
+    facts = [(row["key"], row["class_name"], row["label"], row["mask_uri"]) for row in rows]
+    assert facts == [
+        ("bolt/test/good/0.png", "bolt", "good", None),
+        ("nut/test/bent/0.png", "nut", "bent", Store(root).uri("nut/ground_truth/bent/0_mask.png")),
+        ("nut/test/bent/1.png", "nut", "bent", None),
+        ("nut/test/good/0.png", "nut", "good", None),
+    ]
+
+
+def test_visa(root: str) -> None:
+    lines = [
+        ["object", "split", "label", "image", "mask"],
+        ["pcb1", "train", "normal", "pcb1/Data/Images/Normal/0.JPG", ""],
+        ["pcb1", "test", "normal", "pcb1/Data/Images/Normal/1.JPG", ""],
+        ["pcb1", "test", "anomaly", "pcb1/Data/Images/Anomaly/2.JPG", "pcb1/Data/Masks/Anomaly/2.png"],
+        ["pcb1", "test", "anomaly", "pcb1/Data/Images/Anomaly/gone.JPG", ""],
+    ]
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    Store(root).write("split_csv/1cls.csv", text.getvalue().encode())
+    fill(root, *(line[3] for line in lines[1:4]))
+    layout, rows = rows_of(root)
+    assert layout == "visa"
+    assert [(row["label"], row["etag"] is None) for row in rows] == [("good", False), ("anomaly", False), ("anomaly", True)]
+    assert [row["mask_uri"] for row in rows] == [None, Store(root).uri("pcb1/Data/Masks/Anomaly/2.png"), None]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_table(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = str(tmp_path / "other" / "b.jpg")
+    table = pa.table(
+        {
+            "uri": ["in/a.jpg", elsewhere, "in/a.jpg", "s3://bucket/c d.jpg"],
+            "class_name": ["007", "nut", "nut", "nut"],
+            "label": ["good", None, "bent", None],
+        }
+    )
+    path = tmp_path / "list" / f"images.{kind}"
+    path.parent.mkdir()
+    if kind == "csv":
+        pa.csv.write_csv(table, path)
+    else:
+        pq.write_table(table, path)
+    layout, rows = rows_of(str(path))
+    assert layout == "table"
+    assert [(row["uri"], row["key"], row["class_name"], row["label"]) for row in rows] == [
+        (str(tmp_path / "list" / "in" / "a.jpg"), "in/a.jpg", "007", "good"),
+        (elsewhere, elsewhere[1:], "nut", None),
+        ("s3://bucket/c d.jpg", "bucket/c d.jpg", "nut", None),
+    ]
+    assert "1 images more than once" in caplog.text
+
+
+def test_faulty_tables_are_said(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("url,class_name\nx.jpg,nut\n")
+    assert "no column 'uri' (is 'url' meant?)" in fault_of(str(tmp_path / "a.csv"))
+    (tmp_path / "b.csv").write_text("uri,class_name\nx.jpg,nut\ny.jpg,\n")
+    assert "row 2 has no class_name" in fault_of(str(tmp_path / "b.csv"))
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no table")
+    assert "cannot be read as a table" in fault_of(str(tmp_path / "c.parquet"))
+    assert "is not there" in fault_of(str(tmp_path / "d.csv"))
+
+
+def test_nothing_to_score_is_said(root: str) -> None:
+    assert "no images" in fault_of(root)
+    fill(root, "bolt/a.jpg")
+    assert "no images of class 'nut'" in fault_of(root, layout="folders", class_name="nut")
+
+
+def test_awkward_keys_keep_their_names_and_ids_differ(root: str) -> None:
+    keys = ["c/a b.jpg", "c/ü.jpg", "c/#1.jpg", "c/%2e%2e.jpg", "c/new\nline.jpg", "c/漢字.jpg"]
+    fill(root, *keys)
+    _, rows = rows_of(root)
+    assert sorted(str(row["key"]) for row in rows) == sorted(keys)
+    assert len({row["image_id"] for row in rows}) == len(keys)
+    assert [Store(root).read_uri(str(row["uri"])) for row in rows] == [str(row["key"]).encode() for row in rows]
+
+
+def test_an_id_follows_the_version_of_an_image(tmp_path: Path) -> None:
+    fill(str(tmp_path), "c/a.jpg")
+    first = rows_of(str(tmp_path))[1][0]["image_id"]
+    assert rows_of(str(tmp_path))[1][0]["image_id"] == first
+    Store(str(tmp_path)).write("c/a.jpg", b"another photo")
+    assert rows_of(str(tmp_path))[1][0]["image_id"] != first
+
+
+def test_many_keys_come_in_bounded_batches(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for number in range(20_000):
+        (tmp_path / "c" / f"{number}.jpg").touch()
+    source = open_dataset(Dataset(images=str(tmp_path)), Storage())
+    sizes = [batch.num_rows for batch in list_images(source)]
+    assert sum(sizes) == 20_000 and len(sizes) > 1
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the development data sets are not on this machine")
+@pytest.mark.parametrize(
+    ("folder", "layout", "good", "anomalous"),
+    [("visa", "visa", 60, 100), ("aws_cookie", "mvtec", 31, 32), ("hazelnut_toy", "mvtec", 34, 17)],
+)
+def test_real_sets(folder: str, layout: str, good: int, anomalous: int) -> None:
+    found, rows = rows_of(str(DATA / folder))
+    assert found == layout
+    labels = [row["label"] == "good" for row in rows]
+    assert (labels.count(True), labels.count(False)) == (good, anomalous)
+    assert all((row["mask_uri"] is None) == (row["label"] == "good") for row in rows)
+    assert all(row["etag"] is not None for row in rows)
