@@ -22,7 +22,7 @@ def display_name(class_name: str) -> str:
 
 
 def compose_ensemble(prompt_set: PromptSet, fits: Callable[[str], bool]) -> PromptEnsemble:
-    """The base ensemble, and the described details as "a {domain} image of a {state} {class} with {detail}".
+    """The base ensemble, and the described details as "a(n) {domain} image of a {state} {class} with {detail}".
 
     fits: whether CLIP's tokenizer reads a text whole; longer ones are cut here, at a sentence, else at a comma, else at
     a word. A text appears once.
@@ -44,7 +44,8 @@ def _described(prompt_set: PromptSet, noun: str) -> Iterator[Prompt]:
     description, source = prompt_set.description, prompt_set.source
     if description is None:
         return
-    start = f"a {description.domain} image of a"
+    article = "an" if description.domain == "object" else "a"
+    start = f"{article} {description.domain} image of a"
     for phrase in description.normal:
         yield Prompt(text=f"{start} flawless {noun} with {_clean(phrase)}", side="normal", source=source)
     for defect in description.defects:

@@ -8,10 +8,9 @@ import torch
 from pipeline.alfa.adaptation import PromptBatch, adapt, contextual_scores, prototypes, random_filter
 from schemas.job import Method
 
-# One image; distances d = 1 - s. Normal 0.1 0.2 0.6 (mean 0.3), anomalous 0.3 0.5 0.7 0.9 (mean 0.6): it leans to normal.
-# C: normal 0.6 - d = 0.5, 0.4, 0.0; anomalous 0.3 - d = 0.0, -0.2, -0.4, -0.6.
+# One image, three normal and four anomalous prompts, distances d = 1 - s; means 0.28333 and 0.6125: it leans to normal.
+# C = 0.6125 - d for the normal, 0.28333 - d for the anomalous.
 DISTANCES = torch.tensor([[0.1, 0.2, 0.55, 0.35, 0.5, 0.7, 0.9]])
-# With 0.55 and 0.35: mean normal 0.85 / 3 = 0.28333, mean anomalous 2.45 / 4 = 0.6125.
 CONTEXTUAL = [0.5125, 0.4125, 0.0625, -0.066667, -0.216667, -0.416667, -0.616667]
 
 
@@ -69,23 +68,14 @@ def test_soft_is_a_softmax_within_each_side() -> None:
     assert sum(found[:3]) == pytest.approx(1) and sum(found[3:]) == pytest.approx(1)
 
 
-def test_floor_keeps_the_best_oriented_first() -> None:
-    # The overlap [0.1, 0.8] holds all normal prompts and 0.2 of the anomalous; both sides lean to normal.
+def test_floor_keeps_the_best_after_what_is_kept_anyway() -> None:
+    # It leans to normal (means 0.433 and 0.6), so best is near among the normal, far among the anomalous. The overlap
+    # [0.2, 0.8] holds all normal prompts, of which the nearest must stay, and 0.6 and 0.8 of the anomalous.
     distances = torch.tensor([[0.2, 0.3, 0.8, 0.1, 0.6, 0.8, 0.9]])
-    without = weights(distances, batch(), adaptation="interval")
-    assert without == [1, 0, 0, 0, 0, 0, 1]  # the overlap is [0.2, 0.8]; 0.2 is in it, but one normal must stay
-    # Best first: normal by C, so the small distances; anomalous by -C, so the large ones, the kept one counted in.
-    assert weights(distances, batch(), adaptation="interval", floor_count=2) == [1, 1, 0, 0, 0, 1, 1]
-    assert weights(distances, batch(), adaptation="interval", floor_share=0.75) == [1, 1, 1, 0, 1, 1, 1]
+    assert weights(distances, batch(), adaptation="interval") == [1, 0, 0, 1, 0, 0, 1]
+    assert weights(distances, batch(), adaptation="interval", floor_count=2) == [1, 1, 0, 1, 0, 0, 1]
+    assert weights(distances, batch(), adaptation="interval", floor_share=0.75) == [1, 1, 1, 1, 0, 1, 1]
     assert weights(distances, batch(), adaptation="interval", floor_count=50) == [1] * 7
-
-
-def test_floor_adds_nothing_to_a_side_that_kept_enough() -> None:
-    # Interval keeps 0.1 of the normal side only as no overlap; 0.2 and 0.25 are nearer than 0.9, which is kept.
-    distances = torch.tensor([[0.3, 0.35, 0.9, 0.95, 0.2, 0.3, 0.4]])
-    kept = weights(distances, batch(), adaptation="interval")
-    assert sum(kept[:3]) == 1 or kept[3] == 1
-    assert weights(distances, batch(), adaptation="interval", floor_count=1) == kept
 
 
 def test_floor_share_is_not_rounded_up_by_floating_point() -> None:

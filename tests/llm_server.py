@@ -1,0 +1,87 @@
+"""A loopback server that speaks the OpenAI chat protocol, counts requests, and fails as it is told."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ANSWER: dict[str, Any] = {
+    "domain": "object",
+    "normal": [f"an even surface number {number}" for number in range(6)],
+    "defects": [{"name": f"defect {number}", "look": f"a dark mark number {number}"} for number in range(6)],
+}
+
+Reply = tuple[int, dict[str, str], str]
+"""Status, headers and body of a scripted answer; status 0 closes the connection without one."""
+
+
+def chat(content: str) -> Reply:
+    """A well-formed answer of the chat protocol with this content."""
+    body = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "test",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+        "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150},
+    }
+    return 200, {}, json.dumps(body)
+
+
+class LLMServer:
+    """Context manager. script: replies for the next requests, in order; afterwards every answer is good.
+
+    on_request is called with the class of each request before it is answered.
+    """
+
+    def __init__(self, script: list[Reply] | None = None, on_request: Callable[[str], None] = lambda _: None) -> None:
+        self.script = list(script or [])
+        self.requests: Counter[str] = Counter()
+        self.bodies: list[str] = []
+        self._on_request = on_request
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+
+    @property
+    def api_base(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> LLMServer:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                class_name = json.loads(json.loads(body)["messages"][1]["content"])["class"]
+                with server._lock:
+                    server.requests[class_name] += 1
+                    server.bodies.append(body)
+                    status, headers, text = server.script.pop(0) if server.script else chat(json.dumps(ANSWER))
+                server._on_request(class_name)
+                if not status:
+                    self.connection.close()
+                    return
+                self.send_response(status)
+                for name, value in {"Content-Type": "application/json", **headers}.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
