@@ -44,10 +44,17 @@ def fault_of(images: str, **options: object) -> str:
 
 
 def test_folders(root: str) -> None:
-    fill(root, "bolt/a.jpg", "bolt/deep/er/b.PNG", "nut/c.tiff", "nut/notes.txt", "nut/.hidden.jpg", ".x/y.jpg", "z.jpg")
+    fill(
+        root, "bolt/a.jpg", "bolt/deep/er/b.PNG", "nut/c.tiff", "nut/notes.txt", "nut/.hidden.jpg", ".x/y.jpg", "z.jpg"
+    )
     layout, rows = listed(root)
     assert layout == "folders"
-    assert sorted(rows) == [("bolt/a.jpg", "bolt"), ("bolt/deep/er/b.PNG", "bolt"), ("nut/c.tiff", "nut"), ("z.jpg", "unsorted")]
+    assert sorted(rows) == [
+        ("bolt/a.jpg", "bolt"),
+        ("bolt/deep/er/b.PNG", "bolt"),
+        ("nut/c.tiff", "nut"),
+        ("z.jpg", "unsorted"),
+    ]
     assert listed(root, class_name="nut") == ("folders", [("nut/c.tiff", "nut")])
 
 
@@ -85,7 +92,11 @@ def test_visa(root: str) -> None:
     fill(root, *(line[3] for line in lines[1:4]))
     layout, rows = rows_of(root)
     assert layout == "visa"
-    assert [(row["label"], row["etag"] is None) for row in rows] == [("good", False), ("anomaly", False), ("anomaly", True)]
+    assert [(row["label"], row["etag"] is None) for row in rows] == [
+        ("good", False),
+        ("anomaly", False),
+        ("anomaly", True),
+    ]
     assert [row["mask_uri"] for row in rows] == [None, Store(root).uri("pcb1/Data/Masks/Anomaly/2.png"), None]
 
 

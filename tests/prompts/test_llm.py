@@ -40,7 +40,14 @@ def test_prose_around_the_json_is_tolerated(around: str) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "I cannot help.", "{not json", json.dumps({**ANSWER, "normal": []}), json.dumps({"domain": "x"}), "{" * 300_000],
+    [
+        "",
+        "I cannot help.",
+        "{not json",
+        json.dumps({**ANSWER, "normal": []}),
+        json.dumps({"domain": "x"}),
+        "{" * 300_000,
+    ],
 )
 def test_an_invalid_answer_has_one_repair_round(content: str) -> None:
     with LLMServer([chat(content)]) as server:
