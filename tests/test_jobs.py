@@ -1,0 +1,133 @@
+"""Whole nights through the command line's own code, on real Ray and local files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+
+DEMO = Path(__file__).parents[1] / "infra" / "demo" / "images"
+NIGHT = "2026-01-02"
+
+
+def alfa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=280)
+
+
+def score(images: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    sets = [part for override in overrides for part in ("--set", override)]
+    return alfa("score", "--images", images, "--output", output, "--run-date", NIGHT, *sets)
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Images and output of a finished night of 12 images and one broken one."""
+    folder = tmp_path_factory.mktemp("night")
+    for class_name, kind in (("hazelnut", "good"), ("capsules", "anomaly")):
+        shutil.copytree(DEMO / class_name / "test" / kind, folder / "in" / class_name)
+    (folder / "in" / "hazelnut" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    done = score(folder / "in", folder / "out", "engine.shard_size=4", "engine.max_error_rate=0.5")
+    assert done.returncode == 0, done.stderr
+    assert "layout folders" in done.stderr and "13 images of 2 classes" in done.stderr
+    assert "12 ok; errors: 1" in done.stdout and "DEMONSTRATION" in done.stdout
+    return folder / "in", folder / "out"
+
+
+def test_the_readme_query_reads_the_table(night: tuple[Path, Path]) -> None:
+    rows = duckdb.sql(
+        f"SELECT class_name, count(*), avg(score) "
+        f"FROM read_parquet('{night[1]}/scores/**/*.parquet', hive_partitioning=true) GROUP BY 1 ORDER BY 1"
+    ).fetchall()
+    assert [(name, count) for name, count, _ in rows] == [("capsules", 6), ("hazelnut", 7)]
+    assert all(0 < mean < 1 for *_, mean in rows)
+
+
+def test_the_same_night_again_is_done_without_scoring(night: tuple[Path, Path]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")}
+    again = score(*night, "engine.shard_size=4", "engine.max_error_rate=0.5")
+    assert again.returncode == 0 and "already published" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")} == before
+
+
+def test_a_lost_shard_alone_is_scored_again_and_published(night: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(night[1], output)
+    (output / "commits" / f"{NIGHT}.json").unlink()
+    shards = sorted(output.glob("runs/*/shards/*.parquet"))
+    kept = {path: path.stat().st_mtime_ns for path in shards[1:]}
+    shards[0].unlink()
+    resumed = score(night[0], output, "engine.shard_size=4", "engine.max_error_rate=0.5")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "3 of 4 shards are finished already" in resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in shards[1:]} == kept and shards[0].exists()
+    assert json.loads((output / "commits" / f"{NIGHT}.json").read_text())["rows"] == 13
+
+
+def test_past_the_error_budget_the_exit_code_is_1_and_rows_are_there(night: tuple[Path, Path], tmp_path: Path) -> None:
+    over = score(night[0], night[1], "engine.shard_size=4", "engine.max_error_rate=0.01")
+    assert over.returncode == 1 and "max_error_rate" in over.stderr
+
+
+def test_quantile_thresholds_mark_the_share_asked_for(night: tuple[Path, Path], tmp_path: Path) -> None:
+    done = score(night[0], tmp_path, "threshold.policy=quantile", "threshold.quantile=0.5", "engine.max_error_rate=0.5")
+    assert done.returncode == 0, done.stderr
+    rows = duckdb.sql(
+        f"SELECT class_name, count(*) FILTER (is_anomalous), count(*) FILTER (mask_area > 0), count(mask_uri) "
+        f"FROM read_parquet('{tmp_path}/scores/**/*.parquet', hive_partitioning=true) GROUP BY 1 ORDER BY 1"
+    ).fetchall()
+    # Half of six, above the median; a map's peak at source size is at most that of its patches.
+    assert [(name, found, masks) for name, found, _, masks in rows] == [("capsules", 3, 6), ("hazelnut", 3, 6)]
+    assert all(1 <= marked <= 3 for _, _, marked, _ in rows)
+
+
+def test_status_shows_runs(night: tuple[Path, Path]) -> None:
+    shown = alfa("status", night[1])
+    assert shown.returncode == 0 and "done, published" in shown.stdout and "4/4" in shown.stdout
+    assert "no runs" in alfa("status", night[1] / "elsewhere").stdout
+
+
+def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path, Path], tmp_path: Path) -> None:
+    good = alfa("check", "--images", night[0], "--output", tmp_path)
+    assert good.returncode == 0 and good.stdout.count("ok  ") == 6, good.stdout
+    bad = alfa("check", "--images", tmp_path / "none", "--output", "/proc/alfa", "--model", "ViT-B-16/no-such-tag")
+    assert bad.returncode == 2
+    for words in ("no images", "output writable", "no-such-tag"):
+        assert words in bad.stdout
+
+
+def test_prompts_are_shown_without_scoring(night: tuple[Path, Path], tmp_path: Path) -> None:
+    shown = alfa("prompts", "--images", night[0], "--output", tmp_path)
+    assert shown.returncode == 0 and "source bundled" in shown.stdout and "defect   crack" in shown.stdout
+    assert {path.name for path in tmp_path.iterdir()} - {".staging"} == {"prompts"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "/no/such/folder", "--output", "x"], "no images at /no/such/folder"),
+        (["--set", "dataset.images=x", "--set", "outptu.uri=y"], "did you mean output"),
+        (["--images", "x"], "output: required"),
+        (["no-such-job.yaml"], "no-such-job.yaml cannot be read"),
+    ],
+)
+def test_bad_usage_is_exit_code_2_and_one_clear_line_a_fault(arguments: list[str], message: str) -> None:
+    refused = alfa("score", *arguments)
+    assert refused.returncode == 2 and message in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_help_fits_a_screen() -> None:
+    lines = alfa("score", "--help").stdout.splitlines()
+    assert 10 < len(lines) <= 40
+
+
+def test_the_method_imports_without_ray_s3fs_and_litellm() -> None:
+    code = "import sys, pipeline.alfa; sys.exit(bool({'ray', 's3fs', 'litellm'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
