@@ -131,3 +131,11 @@ def test_help_fits_a_screen() -> None:
 def test_the_method_imports_without_ray_s3fs_and_litellm() -> None:
     code = "import sys, pipeline.alfa; sys.exit(bool({'ray', 's3fs', 'litellm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_demo_scores_its_images_and_says_where_everything_lies(tmp_path: Path) -> None:
+    shown = alfa("demo", "--output", tmp_path / "demo")
+    assert shown.returncode == 0, shown.stderr
+    assert "24, 24 ok" in shown.stdout and "most anomalous images" in shown.stdout
+    assert str(tmp_path / "demo" / "scores") in shown.stdout
+    assert len(list((tmp_path / "demo" / "masks").rglob("*.png"))) == 24

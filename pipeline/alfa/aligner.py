@@ -41,7 +41,9 @@ def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: 
     regions = torch.cat(means, dim=1)
     gram = regions @ regions.transpose(1, 2)
     gram = gram + ridge_lambda * torch.eye(gram.shape[1], device=gram.device)
-    return F.normalize(tokens @ regions.transpose(1, 2) @ torch.linalg.solve(gram, targets), dim=-1)
+    # Positive definite, so Cholesky; the _ex variant lets NaN through to rows that say so instead of raising.
+    factor, _ = torch.linalg.cholesky_ex(gram)
+    return F.normalize(tokens @ regions.transpose(1, 2) @ torch.cholesky_solve(targets, factor), dim=-1)
 
 
 def window_patches(grid: tuple[int, int]) -> list[Tensor]:
