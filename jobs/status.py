@@ -29,7 +29,7 @@ def print_status(output: Store, console: Console) -> int:
     }
     table = Table()
     for column in ("run", "state", "shards", "images", "errors", "anomalous", "images/s", "updated"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right")
+        table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "run")
     for key in sorted(keys, reverse=True):
         stats = json.loads(output.read(key))
         finished = len(lake.finished_shards(output, lake.run_key(stats["run_id"], "shards")))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -54,7 +54,7 @@ def run_seaweed(folder: Path) -> Iterator[ObjectStorage]:
     """`weed mini` with a bucket `lake`; it is killed at the end."""
     master, volume, filer, s3, iceberg = free_ports(5)
     command = [
-        shutil.which("weed") or "weed", "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
         "-webdav=false", "-admin.ui=false", "-bucket=lake", f"-master.port={master}", f"-volume.port={volume}",
         f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.port.iceberg={iceberg}",
     ]  # fmt: skip

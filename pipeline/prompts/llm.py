@@ -44,6 +44,11 @@ def describe_class(
 
     before_attempt is told, before each request, the longest time in seconds until the next one. Raises LLMError.
     """
+    if config.api_base is None and (missing := missing_key(config)) is not None:
+        raise LLMError(
+            f"{config.llm} needs {missing} in the environment of the driver and the workers; nothing was asked for class "
+            f"{class_name!r}"
+        )
     messages = [
         {"role": "system", "content": _INSTRUCTION},
         {"role": "user", "content": json.dumps({"class": class_name})},

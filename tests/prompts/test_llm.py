@@ -92,6 +92,8 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert llm.missing_key(Prompts(llm="openai/gpt-4o")) == "OPENAI_API_KEY"
     assert llm.missing_key(Prompts()) is None
+    with pytest.raises(LLMError, match="needs OPENAI_API_KEY"):
+        llm.describe_class("nut", Prompts(llm="openai/gpt-4o"))
 
 
 def test_a_class_name_is_data() -> None:
