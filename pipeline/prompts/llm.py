@@ -46,7 +46,7 @@ def describe_class(
     """
     if config.api_base is None and (missing := missing_key(config)) is not None:
         raise LLMError(
-            f"{config.llm} needs {missing} in the environment of the driver and the workers; nothing was asked for class "
+            f"{config.llm} needs {missing} in the environment of driver and workers; nothing was asked for class "
             f"{class_name!r}"
         )
     messages = [
