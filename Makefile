@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -28,6 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff check schemas pipeline jobs tests
 	$(BIN)/ruff format --check schemas pipeline jobs tests
 	$(BIN)/mypy
+
+# prints ratios measured side by side in one run
+bench: $(READY)
+	$(BIN)/python -m tests.bench.detector
 
 clean:
 	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
