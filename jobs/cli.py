@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
-import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,8 +70,7 @@ def prompts(
     from jobs.prompts import run_prompts
 
     config = _load(job, overrides, images, output, layout, class_name, llm, model, None)
-    owner = f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}"
-    _run(lambda: run_prompts(config, _console(), owner))
+    _run(lambda: run_prompts(config, _console()))
 
 
 @app.command()
@@ -170,6 +166,7 @@ def _run(job: Callable[[], int]) -> None:
     """Runs a job; what the pipeline raises becomes one clear line and an exit code."""
     from jobs.demo import DemoError
     from pipeline.alfa import ModelError
+    from pipeline.claims import ClaimLostError
     from pipeline.engine import EngineError
     from pipeline.images import DatasetError
     from pipeline.prompts import LLMError, PromptLibraryError
@@ -182,7 +179,7 @@ def _run(job: Callable[[], int]) -> None:
     except (DatasetError, ModelError, PromptLibraryError, DemoError) as error:
         _complain(str(error))
         code = EXIT_USAGE
-    except (EngineError, LLMError, OSError) as error:
+    except (EngineError, LLMError, ClaimLostError, OSError) as error:
         _complain(f"{error}")
         _complain("what was finished is kept; run the same command again to resume")
         code = EXIT_ERRORS

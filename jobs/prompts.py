@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from pipeline import claims
 from pipeline.alfa import text_fits
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 _CALLS_AT_ONCE = 8
 
 
-def run_prompts(job: JobConfig, console: Console, owner: str) -> int:
+def run_prompts(job: JobConfig, console: Console) -> int:
     """Obtains every class's prompt set (an LLM is asked only for those that have none) and prints what CLIP will read.
 
     Returns the exit code. Raises LLMError, PromptLibraryError, DatasetError.
@@ -32,8 +33,9 @@ def run_prompts(job: JobConfig, console: Console, owner: str) -> int:
     source = open_dataset(job.dataset, job.storage)
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         classes = list(write_manifest(list_images(source), Path(scratch)).classes)
+    owner, lease_s = claims.new_owner(), job.engine.lease_s
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
-        sets = list(pool.map(lambda name: obtain(output, name, job.prompts, owner=owner), classes))
+        sets = list(pool.map(lambda name: obtain(output, name, job.prompts, owner=owner, lease_s=lease_s), classes))
     fits = text_fits(job.model)
     for prompt_set in sets:
         _show(prompt_set, compose_ensemble(prompt_set, fits), console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.progress import RunProgress
-from pipeline import lake
+from pipeline import claims, lake
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import ScoringPool, connect, obtain_prompts
 from pipeline.images import ImageSource, list_images, open_dataset
@@ -53,12 +52,7 @@ def run_score(job: JobConfig, console: Console) -> int:
     output = open_store(job.output.uri, job.storage)
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
-        commit = read_commit(output, job.run_date)
-        if commit and (commit["run_id"], commit["manifest"]) == (plan.run.run_id, plan.manifest.digest):
-            logger.info("run %s is already published; nothing to do", plan.run.run_id)
-            stats: dict[str, Any] = {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
-        else:
-            commit, stats = _execute(plan, output, console)
+        commit, stats = _run_or_wait(plan, output, console)
     print_summary(plan, commit, stats, output, console)
     return _exit_code(commit, job.engine.max_error_rate)
 
@@ -91,7 +85,7 @@ def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple
         made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
     elif missing:
         with connect(job):
-            made = dict(zip(missing, obtain_prompts(job, missing, uuid.uuid4().hex[:12]), strict=True))
+            made = dict(zip(missing, obtain_prompts(job, missing, claims.new_owner()), strict=True))
     sets = [prompt_set for name in classes if (prompt_set := stored[name] or made.get(name))]
     return sets, _sum_usage([item.usage for item in made.values() if item.source == "llm"])
 
@@ -106,7 +100,29 @@ def _sum_usage(items: Sequence[Usage]) -> Usage:
     )
 
 
-def _execute(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Does the run. Where another driver is at it, waits: it finishes, or dies and this one goes on from there."""
+    run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, claims.new_owner()
+    published: dict[str, Any] = {}
+
+    def is_published() -> bool:
+        commit = read_commit(output, run.job.run_date)
+        if commit and (commit["run_id"], commit["manifest"]) == (run.run_id, plan.manifest.digest):
+            published.update(commit)
+        return bool(published)
+
+    def say(holder: str) -> None:
+        logger.warning("%s works on run %s; waiting until it is done, or silent for %g s", holder, run.run_id, lease_s)
+
+    claim = claims.acquire(output, lake.driver_claim(run.run_id), owner, lease_s, is_published, say)
+    if claim is None:
+        logger.info("run %s is already published; nothing to do", run.run_id)
+        return published, {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
+    with claim.held(lease_s):
+        return _execute(plan, output, console, claim)
+
+
+def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -> tuple[dict[str, Any], dict[str, Any]]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
@@ -127,15 +143,17 @@ def _execute(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any
         "usage": plan.usage.model_dump(),
     }
     with connect(job):
-        pool = ScoringPool(run, plan.weights, plan.source.store.uri(""))
+        pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
         try:
             with RunProgress(facts, output, console, left, pool.plan.count) as progress:
                 if len(finished) < len(shard_ids):
                     pool.embed(plan.ensembles)
                     for stats in pool.score(waiting):
                         progress.add(stats)
-                folder = _mask_all(run, pool, shard_ids, output)
-                commit = publish_night(run, manifest.digest, folder, shard_ids, output)
+                        claim.check()
+                folder = _mask_all(run, pool, shard_ids, output, claim)
+                claim.check()
+                commit = publish_night(run, manifest.digest, folder, shard_ids, output, claim.owner)
                 return commit, progress.write("done", **_totals(commit))
         finally:
             pool.close()
@@ -145,17 +163,18 @@ def _shards(plan: Plan) -> Iterator[Shard]:
     return cut_shards(plan.manifest.batches(), plan.run.job.engine.shard_size)
 
 
-def _mask_all(run: Run, pool: ScoringPool, shard_ids: Sequence[str], output: Store) -> str:
+def _mask_all(run: Run, pool: ScoringPool, shard_ids: Sequence[str], output: Store, claim: claims.Claim) -> str:
     """The folder of the shards to publish; where thresholds follow from the run's scores, masks are made now."""
     if fixed_thresholds(run.job) is not None:
         return run.shards
     columns = ["class_name", "score", "score_local"]
     scores = (read_shard(output, run.shards, shard_id, columns) for shard_id in shard_ids)
     thresholds = quantile_thresholds(scores, run.job.threshold.quantile)
-    folder = lake.run_key(run.run_id, f"masked-{_digest(thresholds)}")
+    digest = _digest(thresholds)
+    folder = lake.masked_shards(run.run_id, digest)
     finished = lake.finished_shards(output, folder)
-    for _ in pool.mask((shard for shard in shard_ids if shard not in finished), folder, thresholds):
-        pass
+    for _ in pool.mask((shard for shard in shard_ids if shard not in finished), digest, thresholds):
+        claim.check()
     return folder
 
 

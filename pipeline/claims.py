@@ -2,38 +2,92 @@
 
 A claim is an object created create-only, with an owner and a lease. Claims on the same thing are numbered: once claim n
 is released or its lease has run out, contenders create n + 1, and the store lets one of them. So no claim is ever taken
-from its holder by deleting it, and two never hold one.
+from its holder by deleting it, and two never hold one. A holder that was cut off for longer than its lease learns so
+from check().
 """
 
 from __future__ import annotations
 
+import contextlib
+import getpass
 import json
+import logging
+import os
 import random
+import socket
+import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.storage import Store
 
+logger = logging.getLogger(__name__)
+
+LEASE_S = 30.0
+"""Default lease in seconds: so long a claim outlives a holder that died. Clocks must differ by less."""
+
+_BEATS_PER_LEASE = 4
 _LONGEST_PAUSE_S = 2.0
+
+
+class ClaimLostError(RuntimeError):
+    """This process was silent for longer than its lease, and another has taken its work over."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim that this process holds. Clocks of contenders may differ by less than the lease's spare time."""
+    """A claim that this process holds."""
 
     store: Store
-    key: str
+    name: str
+    number: int
     owner: str
 
     def renew(self, seconds: float) -> None:
-        """Holds it for so many seconds from now."""
-        self.store.write(self.key, _encode(self.owner, time.time() + seconds))
+        """Holds it for so many seconds from now. Raises ClaimLostError."""
+        self.check()
+        self.store.write(claim_key(self.name, self.number), _encode(self.owner, time.time() + seconds))
 
-    def release(self) -> None:
-        """Lets the next contender in at once."""
-        self.renew(0.0)
+    def check(self) -> None:
+        """Raises ClaimLostError where another has taken it over since."""
+        successor = _read(self.store, claim_key(self.name, self.number + 1))
+        if successor is not None:
+            raise ClaimLostError(
+                f"this process ({self.owner}) was silent for so long that {successor['owner']} took over "
+                f"{self.store.uri(self.name)}; it goes on there, and this process stops"
+            )
+
+    @contextlib.contextmanager
+    def held(self, seconds: float) -> Iterator[None]:
+        """Renews it by a heartbeat for as long as the block runs, and lets the next contender in afterwards."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(seconds / _BEATS_PER_LEASE):
+                try:
+                    self.renew(seconds)
+                except ClaimLostError:
+                    return  # check() tells the one who works
+                except OSError as error:
+                    logger.warning("the claim %s was not renewed, it is tried again: %s", self.name, error)
+
+        heart = threading.Thread(target=beat, name="claim", daemon=True)
+        heart.start()
+        try:
+            yield
+        finally:
+            over.set()
+            heart.join()
+            with contextlib.suppress(ClaimLostError):
+                self.renew(0.0)
+
+
+def new_owner() -> str:
+    """Who is claiming, for the people who wait: user, host, process, and what makes it unique."""
+    return f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def acquire(
@@ -41,32 +95,38 @@ def acquire(
     name: str,
     owner: str,
     seconds: float,
-    is_done: Callable[[], bool],
+    is_done: Callable[[], bool] = lambda: False,
+    on_wait: Callable[[str], None] = lambda holder: None,
     pause: Callable[[float], None] = time.sleep,
 ) -> Claim | None:
     """Waits until this process holds the claim `name`, or until is_done() says that another has done the work (None).
 
-    name: a key without suffix; claims lie at <name>.claim-<n>.json. seconds: the first lease.
+    name: a key without suffix; claims lie at <name>.claim-<n>.json. seconds: the first lease. on_wait is told, once a
+    holder, whom it waits for.
     """
-    number, wait = 1, 0.05
+    number, wait, waited_for = 1, 0.05, ""
     while not is_done():
         key = claim_key(name, number)
         if store.create(key, _encode(owner, time.time() + seconds)):
             if not is_done():
-                return Claim(store, key, owner)
+                return Claim(store, name, number, owner)
             store.delete(key)
             return None
         holder = _read(store, key)
-        if holder is None or holder["expires_at"] <= time.time():
+        if holder is None:
+            continue  # cleared since, because the work is done
+        if holder["expires_at"] <= time.time():
             number += 1
             continue
+        if holder["owner"] != waited_for:
+            on_wait(waited_for := holder["owner"])
         pause(wait * random.uniform(0.5, 1.0))
         wait = min(2 * wait, _LONGEST_PAUSE_S)
     return None
 
 
 def clear(store: Store, name: str) -> None:
-    """Removes the claims of work that is done."""
+    """Removes the claims of work that is done for good: is_done must say so for whoever comes later."""
     folder = name.rpartition("/")[0]
     for info in list(store.list(folder)):
         if info.key.startswith(f"{name}.claim-"):
@@ -83,7 +143,6 @@ def _encode(owner: str, expires_at: float) -> bytes:
 
 
 def _read(store: Store, key: str) -> dict[str, Any] | None:
-    """The claim; None where it was cleared since, because the work is done."""
     try:
         claim: dict[str, Any] = json.loads(store.read(key))
     except FileNotFoundError:

@@ -8,16 +8,16 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 import torch
 
 from pipeline import prompts as prompt_library
-from pipeline.alfa import Detector, PromptEmbeddings, Weights, load_encoder, locate_weights
+from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, score_shard
 from pipeline.shards import Shard
 from pipeline.storage import open_store
@@ -26,8 +26,13 @@ from schemas.prompts import PromptEnsemble, PromptSet
 
 logger = logging.getLogger(__name__)
 
-_SHARDS_AHEAD = 2
-"""Shards that wait at each actor, so that it never waits for the driver."""
+_Item = TypeVar("_Item")
+
+_CALLS_AHEAD = 2
+"""Calls that wait at each actor, so that it never waits for the driver."""
+
+_PATIENCE_S = 60.0
+"""After so long without any event, the driver looks whether there is anyone to wait for."""
 
 
 class EngineError(RuntimeError):
@@ -61,40 +66,51 @@ class PromptActor:
 
     def _obtain(self, class_name: str) -> PromptSet:
         output = open_store(self._job.output.uri, self._job.storage)
-        return prompt_library.obtain(output, class_name, self._job.prompts, owner=self._owner)
+        lease_s = self._job.engine.lease_s
+        return prompt_library.obtain(output, class_name, self._job.prompts, owner=self._owner, lease_s=lease_s)
 
 
 class ScoringActor:
     """One model on one GPU (or on some CPU cores). It scores one shard at a time; threads inside it do the I/O."""
 
     def __init__(self, job: JobConfig, weights_sha256: str, source_uri: str, cpus: int) -> None:
-        weights = locate_weights(job.model)
-        if weights.sha256 != weights_sha256:
-            raise EngineError(
-                f"{weights.path} on node {socket.gethostname()} is not the file that the run was planned with "
-                f"(SHA-256 {weights.sha256[:12]}, planned {weights_sha256[:12]}); put the same weights on all nodes"
-            )
-        torch.set_num_threads(cpus)
+        self._job = job
+        self._weights_sha256 = weights_sha256
         self._threads = max(4, 2 * cpus)
-        self._detector = Detector(load_encoder(job.model, weights), job.method, job.aligner)
+        self._cpus = cpus
         self._source = open_store(source_uri, job.storage)
         self._output = open_store(job.output.uri, job.storage)
         self._prompts: dict[str, PromptEmbeddings] = {}
 
+    def load(self) -> None:
+        """Loads the model; to be called first. What __init__ raises, Ray would report as a death of the actor."""
+        weights = locate_weights(self._job.model)
+        if weights.sha256 != self._weights_sha256:
+            raise EngineError(
+                f"{weights.path} on node {socket.gethostname()} is not the file that the run was planned with (SHA-256 "
+                f"{weights.sha256[:12]}, planned {self._weights_sha256[:12]}); put the same weights on all nodes"
+            )
+        torch.set_num_threads(self._cpus)
+        self._detector = Detector(load_encoder(self._job.model, weights), self._job.method, self._job.aligner)
+
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
-        """The prompts of a class as embeddings; done once a run, by one actor, for all."""
+        """The prompts of a class as embeddings; done once a run, for all actors."""
         return self._detector.embed(ensemble)
 
-    def score(self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]]) -> ShardStats:
+    def score(
+        self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
+    ) -> ShardStats:
         """score_shard; embeddings are fetched from Ray's object store the first time that a class comes by."""
         for class_name, reference in prompts.items():
             if class_name not in self._prompts:
                 self._prompts[class_name] = ray.get(reference)
-        return score_shard(shard, run, self._detector, self._prompts, self._source, self._output, self._threads)
+        return score_shard(
+            shard, run, self._detector, self._prompts, self._source, self._output, self._threads, isolate=isolate
+        )
 
-    def mask(self, shard_id: str, folder: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
+    def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
         """mask_shard."""
-        return mask_shard(shard_id, folder, thresholds, run, self._output, self._threads)
+        return mask_shard(shard_id, digest, thresholds, run, self._output, self._threads)
 
 
 @contextlib.contextmanager
@@ -161,81 +177,161 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
         return list(ray.get([actor.obtain.remote(class_name) for class_name in classes]))
     except ray.exceptions.RayTaskError as error:
         raise _cause(error) from None
+    except ray.exceptions.RayActorError as error:
+        raise EngineError(f"the prompt actor died more often than engine.max_restarts allows: {error}") from None
     finally:
         ray.kill(actor)
 
 
-class ScoringPool:
-    """The scoring actors of a run, and the bounded loop that feeds them."""
+@dataclass(eq=False)
+class _Worker:
+    """A scoring actor as the driver sees it. load: calls that are under way."""
 
-    def __init__(self, run: Run, weights: Weights, source_uri: str) -> None:
-        job = run.job
-        plan = plan_actors(job, node_resources())
-        remote = ray.remote(ScoringActor).options(
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
-            max_restarts=job.engine.max_restarts,
-            max_task_retries=job.engine.max_restarts,
-        )
+    actor: Any
+    load: int = 0
+
+
+class ScoringPool:
+    """The scoring actors of a run, and the bounded loop that feeds them.
+
+    An actor that dies is replaced, and what it held is done again by whoever is free. Where the node is gone too, the
+    new one may find no place: the others do its work.
+    """
+
+    def __init__(self, run: Run, weights_sha256: str, source_uri: str) -> None:
+        self.plan = plan_actors(run.job, node_resources())
         self._run = run
-        self._actors: list[Any] = [remote.remote(job, weights.sha256, source_uri, plan.cpus) for _ in range(plan.count)]
+        self._arguments = (run.job, weights_sha256, source_uri, self.plan.cpus)
         self._prompts: dict[str, ray.ObjectRef[PromptEmbeddings]] = {}
-        self.plan = plan
+        self._workers: list[_Worker] = []
+        self._starting: dict[Any, _Worker] = {}
+        self._deaths = 0
+        for _ in range(self.plan.count):
+            self._start()
 
     def close(self) -> None:
         """Stops the actors; what they were scoring is scored again by the next run."""
-        for actor in self._actors:
-            ray.kill(actor)
+        for worker in [*self._workers, *self._starting.values()]:
+            ray.kill(worker.actor)
 
     def embed(self, ensembles: Sequence[PromptEnsemble]) -> None:
         """Encodes all prompts, once; the embeddings stay in Ray's object store for every actor."""
-        references = {item.class_name: self._actors[0].embed.remote(item) for item in ensembles}
-        try:
-            ray.get(list(references.values()))
-        except ray.exceptions.RayError as error:
-            raise _cause(error) from None
-        self._prompts = references
+
+        def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
+            return actor.embed.remote(ensemble)
+
+        for embeddings in self._each(iter(ensembles), submit):
+            self._prompts[embeddings.ensemble.class_name] = ray.put(embeddings)
 
     def score(self, shards: Iterator[Shard]) -> Iterator[ShardStats]:
-        """Scores shards, in the order in which they finish; at most two wait at each actor."""
+        """Scores shards, in the order in which they finish. One that a worker died over is decoded in isolation."""
 
-        def submit(actor: Any, shard: Shard) -> Any:
+        def submit(actor: Any, shard: Shard, deaths: int) -> Any:
             classes = shard.images.column("class_name").unique().to_pylist()
-            return actor.score.remote(shard, self._run, {name: self._prompts[name] for name in classes})
+            prompts = {name: self._prompts[name] for name in classes}
+            return actor.score.remote(shard, self._run, prompts, isolate=deaths > 0)
 
         return self._each(shards, submit)
 
-    def mask(self, shard_ids: Iterator[str], folder: str, thresholds: Mapping[str, Thresholds]) -> Iterator[ShardStats]:
+    def mask(self, shard_ids: Iterator[str], digest: str, thresholds: Mapping[str, Thresholds]) -> Iterator[ShardStats]:
         """The second pass: masks of scored shards."""
         shared = ray.put(thresholds)
-        return self._each(shard_ids, lambda actor, shard: actor.mask.remote(shard, folder, shared, self._run))
 
-    def _each(self, items: Iterator[Any], submit: Any) -> Iterator[ShardStats]:
-        idle = deque(self._actors * _SHARDS_AHEAD)
-        under_way: dict[Any, Any] = {}
+        def submit(actor: Any, shard_id: str, _: int) -> Any:
+            return actor.mask.remote(shard_id, digest, shared, self._run)
+
+        return self._each(shard_ids, submit)
+
+    def _each(self, items: Iterator[_Item], submit: Callable[[Any, _Item, int], Any]) -> Iterator[Any]:
+        """The results of submit(actor, item, deaths) for all items, as they come; at most two wait at each actor.
+
+        deaths: how many workers have died over the item.
+        """
+        again: deque[tuple[_Item, int]] = deque()
+        under_way: dict[Any, tuple[_Worker, _Item, int]] = {}
         while True:
-            while idle and (item := next(items, None)) is not None:
-                actor = idle.popleft()
-                under_way[submit(actor, item)] = actor
-            if not under_way:
-                return
-            done, _ = ray.wait(list(under_way), num_returns=1)
-            for reference in done:
-                idle.append(under_way.pop(reference))
+            if not under_way and not again:
+                first = next(items, None)
+                if first is None:
+                    return
+                again.append((first, 0))
+            while worker := self._least_loaded():
+                if again:
+                    item, deaths = again.popleft()
+                elif (fresh := next(items, None)) is not None:
+                    item, deaths = fresh, 0
+                else:
+                    break
+                worker.load += 1
+                under_way[submit(worker.actor, item, deaths)] = worker, item, deaths
+            for reference in self._wait([*under_way, *self._starting]):
+                if reference in self._starting:
+                    self._receive(reference)
+                    continue
+                worker, item, deaths = under_way.pop(reference)
+                worker.load -= 1
                 try:
-                    stats: ShardStats = ray.get(reference)
-                except ray.exceptions.RayError as error:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
                     raise _cause(error) from None
-                yield stats
+                except ray.exceptions.RayError as error:
+                    self._replace(worker, error, deaths + 1)
+                    again.append((item, deaths + 1))
+                else:
+                    yield result
+
+    def _least_loaded(self) -> _Worker | None:
+        """A worker with room for another call."""
+        worker = min(self._workers, key=lambda one: one.load, default=None)
+        return worker if worker is not None and worker.load < _CALLS_AHEAD else None
+
+    def _start(self) -> None:
+        remote = ray.remote(ScoringActor).options(num_cpus=self.plan.cpus, num_gpus=self.plan.gpus, max_restarts=0)
+        worker = _Worker(remote.remote(*self._arguments))
+        self._starting[worker.actor.load.remote()] = worker
+
+    def _receive(self, loaded: Any) -> None:
+        """Takes in a worker that has loaded its model."""
+        worker = self._starting.pop(loaded)
+        self._workers.append(worker)
+        try:
+            ray.get(loaded)
+        except ray.exceptions.RayTaskError as error:
+            raise _cause(error) from None
+        except ray.exceptions.RayError as error:
+            self._replace(worker, error, 1)
+
+    def _replace(self, worker: _Worker, error: ray.exceptions.RayError, deaths: int) -> None:
+        """Starts another worker for one that died. Raises EngineError where that happens too often."""
+        if worker not in self._workers:
+            return
+        self._workers.remove(worker)
+        self._deaths += 1
+        # One that is merely cut off would go on in the dark.
+        ray.kill(worker.actor)
+        reason = " ".join(str(error).split())[:400]
+        most = self._run.job.engine.max_restarts
+        if deaths > most or self._deaths > most * self.plan.count:
+            raise EngineError(
+                f"{self._deaths} scoring workers died, more than engine.max_restarts ({most}) allows; look at the "
+                f"memory of their nodes and at Ray's logs. The last: {reason}"
+            )
+        logger.warning("a scoring worker died and is replaced; its shards are scored again: %s", reason)
+        self._start()
+
+    def _wait(self, references: list[Any]) -> list[Any]:
+        while True:
+            done, _ = ray.wait(references, num_returns=1, timeout=_PATIENCE_S)
+            if done:
+                return list(done)
+            if not self._workers:
+                logger.warning(
+                    "no scoring actor has started; waiting for nodes that have %d CPU cores and %d GPUs for one",
+                    self.plan.cpus,
+                    self.plan.gpus,
+                )
 
 
-def _cause(error: ray.exceptions.RayError) -> Exception:
-    """Our own exception of a remote call, or what a dead actor means for the person on call."""
-    if isinstance(error, ray.exceptions.RayTaskError):
-        return error.cause if isinstance(error.cause, Exception) else EngineError(str(error))
-    if isinstance(error, ray.exceptions.ActorDiedError) and "EngineError" in str(error):
-        return EngineError(str(error).strip().splitlines()[-1])
-    return EngineError(
-        f"a worker died more often than engine.max_restarts allows ({type(error).__name__}); look at its node's memory "
-        f"and at Ray's logs, then run the same command again: finished shards are kept. {str(error)[:500]}"
-    )
+def _cause(error: ray.exceptions.RayTaskError) -> Exception:
+    """Our own exception of a remote call."""
+    return error.cause if isinstance(error.cause, Exception) else EngineError(str(error))

@@ -26,6 +26,11 @@ def shard_key(folder: str, shard_id: str) -> str:
     return f"{folder}/{shard_id}.parquet"
 
 
+def masked_shards(run_id: str, digest: str) -> str:
+    """Folder of the shards with the masks of thresholds of this digest."""
+    return run_key(run_id, f"masked-{digest}")
+
+
 def finished_shards(store: Store, folder: str) -> set[str]:
     """Ids of the shards that are finished, by one listing."""
     return {
@@ -35,14 +40,28 @@ def finished_shards(store: Store, folder: str) -> set[str]:
     }
 
 
-def mask_key(run_date: datetime.date, class_name: str, image_key: str) -> str:
-    """The mask of an image; different images never share one, and none leaves the folder."""
-    return f"masks/run_date={run_date}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
+def driver_claim(run_id: str) -> str:
+    """Held by the one driver that works on a run."""
+    return run_key(run_id, "driver")
 
 
-def map_key(run_date: datetime.date, class_name: str, image_key: str) -> str:
+def night_claim(run_date: datetime.date) -> str:
+    """Held by the one driver that publishes a night."""
+    return f"runs/{run_date}-publish"
+
+
+def mask_key(run_date: datetime.date, version: str, class_name: str, image_key: str) -> str:
+    """The mask of an image; different images never share one, and none leaves the folder.
+
+    version: of the rows that the mask belongs to. Two runs of one night have masks of their own, so that a published
+    row and its mask always come from the same run.
+    """
+    return f"masks/run_date={run_date}/{version}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
+
+
+def map_key(run_date: datetime.date, version: str, class_name: str, image_key: str) -> str:
     """The raw anomaly map of an image."""
-    return f"maps/run_date={run_date}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
+    return f"maps/run_date={run_date}/{version}/{safe_segment(class_name)}/{safe_path(image_key)}.png"
 
 
 def partition(run_date: datetime.date, class_name: str) -> str:

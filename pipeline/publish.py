@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,21 +24,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import lake
+from pipeline import claims, lake
 from pipeline.scoring import Run, read_shard
 from pipeline.storage import Store
 from schemas.tables import SCHEMA_VERSION, SCORES
+
+logger = logging.getLogger(__name__)
 
 _ORDER = [("score", "descending"), ("image_uri", "ascending")]
 
 
 def publish_night(
-    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store
+    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store, owner: str
 ) -> dict[str, Any]:
     """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
 
-    Memory is that of the largest class. The commit is written last: a night that has it is published as a whole.
+    Memory is that of the largest class. The commit is written last: a night that has it is published as a whole. Of two
+    who publish the same night, one waits for the other; the later commit wins. owner: who publishes, for the claim.
     """
+    lease_s = run.job.engine.lease_s
+    claim = claims.acquire(output, lake.night_claim(run.job.run_date), owner, lease_s)
+    assert claim is not None  # it is never done without us
+    with claim.held(lease_s):
+        before = read_commit(output, run.job.run_date)
+        if before and before["run_id"] != run.run_id:
+            logger.warning("night %s was published by run %s; this run replaces it", run.job.run_date, before["run_id"])
+        return _publish(run, manifest_digest, folder, shard_ids, output, claim)
+
+
+def _publish(
+    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store, claim: claims.Claim
+) -> dict[str, Any]:
     run_date = run.job.run_date
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
         parts = _split_by_class(Path(scratch), (read_shard(output, folder, shard) for shard in shard_ids))
@@ -49,12 +66,14 @@ def publish_night(
             output.write(version, data)
             entries.append(_entry(class_name, table, data, version, lake.table_key(run_date, class_name)))
         for class_name, path in sorted(parts.items()):
+            claim.check()
             output.write(lake.table_key(run_date, class_name), path.read_bytes())
     wanted = {entry["table_key"] for entry in entries}
     for info in list(output.list(f"{lake.TABLE}/run_date={run_date}")):
         if info.key not in wanted:
             output.delete(info.key)
     commit = _commit(run, manifest_digest, entries)
+    claim.check()
     output.write(lake.commit_key(run_date), json.dumps(commit, indent=2, ensure_ascii=False).encode())
     return commit
 

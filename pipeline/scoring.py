@@ -5,6 +5,7 @@ Threads read and decode ahead of the model and write masks behind it, so that th
 
 from __future__ import annotations
 
+import functools
 import io
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,10 +22,10 @@ import torch
 
 from pipeline import lake
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
-from pipeline.images import Decoded, ImageError, decode_image
+from pipeline.images import Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_map, encode_mask, find_regions, upsample
 from pipeline.shards import Shard
-from pipeline.storage import Store
+from pipeline.storage import Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import SHARD, ErrorType
 
@@ -46,6 +47,11 @@ class Run:
     def shards(self) -> str:
         """Folder of the finished shards."""
         return lake.run_key(self.run_id, "shards")
+
+    @property
+    def version(self) -> str:
+        """Names the masks of this run among those of the night's other runs."""
+        return self.run_id.rpartition("-")[2]
 
 
 @dataclass(frozen=True)
@@ -98,24 +104,38 @@ def score_shard(
     source: Store,
     output: Store,
     threads: int,
+    *,
+    isolate: bool = False,
 ) -> ShardStats:
     """Scores every image of a shard; a bad image becomes a row with status error.
 
-    prompts: for each class of the shard. Where the thresholds follow from the run's scores, masks are left to
-    mask_shard. Raises OSError where the output cannot be written, or StoreError where a store is out of use.
+    prompts: for each class of the shard. isolate: decode each image in a process of its own, after a worker has died
+    over this shard: an image that kills its decoder then costs its own row alone. Where the thresholds follow from the
+    run's scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where
+    a store is out of use.
     """
     preprocess, job = detector.encoder.preprocess, run.job
     thresholds = fixed_thresholds(job)
+    decode = functools.partial(
+        decode_isolated if isolate else decode_image,
+        size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        max_pixels=job.dataset.max_pixels,
+    )
 
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
-        return image, _read_image(image["uri"], source, preprocess.size, preprocess.interpolation, job)
+        return image, _read_image(image["uri"], source, decode)
 
     def finish(row: Row) -> Row:
-        return row if thresholds is None or row["status"] == "error" else write_mask(row, thresholds, run, output)
+        return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
+
+    def mask(row: Row, thresholds: Thresholds) -> Row:
+        return write_mask(row, thresholds, run.version, run, output)
 
     images = (row for batch in shard.images.to_batches(max_chunksize=job.model.batch_size) for row in batch.to_pylist())
     rows: list[Row] = []
-    with ThreadPoolExecutor(threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
+    read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
+    with ThreadPoolExecutor(read_threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
         decoded = _map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
         scored = (
             row
@@ -127,18 +147,21 @@ def score_shard(
 
 
 def mask_shard(
-    shard_id: str, folder: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
+    shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
 ) -> ShardStats:
     """The second pass over a scored shard, for thresholds that follow from the run's scores: writes its masks, and its
-    rows with them below `folder`."""
+    rows with them below lake.masked_shards(run_id, digest). digest: of the thresholds; it names the masks too."""
+    version = f"{run.version}-{digest}"
 
     def finish(row: Row) -> Row:
-        return row if row["status"] == "error" else write_mask(row, thresholds[row["class_name"]], run, output)
+        if row["status"] == "error":
+            return row
+        return write_mask(row, thresholds[row["class_name"]], version, run, output)
 
     rows = read_shard(output, run.shards, shard_id).to_pylist()
     with ThreadPoolExecutor(threads, "write") as writers:
         finished = list(_map_ahead(writers, finish, rows, ahead=2 * threads))
-    return _commit(finished, folder, shard_id, output)
+    return _commit(finished, lake.masked_shards(run.run_id, digest), shard_id, output)
 
 
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
@@ -146,18 +169,21 @@ def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | N
     return pq.read_table(io.BytesIO(output.read(lake.shard_key(folder, shard_id))), columns=columns)
 
 
-def write_mask(row: Row, thresholds: Thresholds, run: Run, output: Store) -> Row:
-    """Writes the mask (and the map, if asked for) of a scored row; the row with all that follows from thresholds."""
-    job = run.job
+def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output: Store) -> Row:
+    """Writes the mask (and the map, if asked for) of a scored row; the row with all that follows from thresholds.
+
+    version: see lake.mask_key.
+    """
+    night, class_name, image_key = run.job.run_date, row["class_name"], row["image_key"]
     width, height = row["width"], row["height"]
     grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
     names = row["defect_names"]
     defect_grid = np.asarray(row["defect_grid"], dtype=np.float32).reshape(len(names), *grid.shape)
     anomaly_map = upsample(grid, width, height)
     mask = anomaly_map >= thresholds.mask
-    mask_key = lake.mask_key(job.run_date, row["class_name"], row["image_key"])
+    mask_key = lake.mask_key(night, version, class_name, image_key)
     output.write(mask_key, encode_mask(mask))
-    map_key = lake.map_key(job.run_date, row["class_name"], row["image_key"]) if job.output.maps else None
+    map_key = lake.map_key(night, version, class_name, image_key) if run.job.output.maps else None
     if map_key is not None:
         output.write(map_key, encode_map(anomaly_map))
     return {
@@ -172,9 +198,7 @@ def write_mask(row: Row, thresholds: Thresholds, run: Run, output: Store) -> Row
     }
 
 
-def _read_image(
-    uri: str, source: Store, size: tuple[int, int], interpolation: str, job: JobConfig
-) -> Decoded | ImageError:
+def _read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
     try:
         data = source.read_uri(uri)
     except FileNotFoundError:
@@ -183,8 +207,13 @@ def _read_image(
         return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
     except IsADirectoryError:
         return ImageError(ErrorType.NOT_AN_IMAGE, f"{uri} is a folder")
+    except StoreError:
+        raise
+    except OSError as error:
+        source.probe()  # an outage must not become rows: it would pass, and they would stay
+        return ImageError(ErrorType.UNREADABLE, f"{uri} cannot be read, while others can: {error}")
     try:
-        return decode_image(data, size=size, interpolation=interpolation, max_pixels=job.dataset.max_pixels)
+        return decode(data)
     except ImageError as error:
         return error
 

@@ -31,6 +31,8 @@ STAGING = ".staging"
 _LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
 """Codes that every request will meet; AccessDenied may concern one object alone."""
+_PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout")
+"""What a server says of a body that the network mangled: s3fs reports it as a bad argument."""
 
 
 class StoreError(OSError):
@@ -50,6 +52,8 @@ def _is_transient(error: BaseException) -> bool:
     """Worth another try: time-outs, resets and overload; not a missing object, a denial or a full disk."""
     if isinstance(error, (*_LOST, FileExistsError, PermissionError, StoreError)):
         return False
+    if _code(error) in _PASSING_CODES:
+        return True
     if isinstance(error, OSError):
         return error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EINVAL, errno.ENAMETOOLONG)
     return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "asyncio", "gcsfs", "azure")
@@ -76,6 +80,7 @@ class Store:
         self._storage = storage or Storage()
         fs, path = url_to_fs(root, **_fs_options(root, self._storage))
         self.fs: fsspec.AbstractFileSystem = fs
+        fs.retries = 1  # _patiently retries
         self.path: str = path.rstrip("/") or "/"
         self.is_local = isinstance(fs, LocalFileSystem)
         self.is_s3 = "s3" in _protocols(fs)
@@ -117,19 +122,35 @@ class Store:
                 _patiently(self.fs.pipe_file)(self._path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did."""
-        with _as_store_error(self, key):
-            if self.is_local:
-                return self._write_local(key, data, replace=False)
+        """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
+
+        Contenders must write different data (an owner, a time): it tells whose object is there after a lost answer.
+        """
+        attempts = 0
+
+        def attempt() -> bool:
+            nonlocal attempts
+            attempts += 1
             try:
                 self.fs.pipe_file(self._path(key), data, mode="create")
             except FileExistsError:
                 return False
             except OSError as error:
-                if not _is_failed_precondition(error):
+                # s3fs has no exception of its own for an If-None-Match that did not match.
+                if _code(error) != "PreconditionFailed":
                     raise
                 return False
             return True
+
+        with _as_store_error(self, key):
+            if self.is_local:
+                return self._write_local(key, data, replace=False)
+            created = _patiently(attempt)()
+        if created or attempts == 1:
+            return created
+        with contextlib.suppress(FileNotFoundError):
+            return self.read(key) == data
+        return False
 
     def exists(self, key: str) -> bool:
         """Whether the object is there, asked anew (no cached listing)."""
@@ -159,6 +180,15 @@ class Store:
                 root = self.path.rstrip("/") + "/"
                 for path, info in sorted(self.fs.find(top, detail=True).items()):
                     yield _describe(str(path)[len(root) :], info)
+
+    def probe(self) -> None:
+        """Raises StoreError where the store as a whole does not answer, rather than one object."""
+        try:
+            next(self.list(), None)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self.uri('')} does not answer ({type(error).__name__}: {error})") from error
 
     def delete(self, key: str) -> None:
         """Removes the object; one that is not there is no error."""
@@ -213,10 +243,10 @@ class Store:
                 return
 
 
-def _is_failed_precondition(error: OSError) -> bool:
-    """s3fs has no exception of its own for If-None-Match that did not match; the cause is botocore's."""
-    response = getattr(error.__cause__, "response", {})
-    return response.get("Error", {}).get("Code") in ("PreconditionFailed", "ConditionalRequestConflict")
+def _code(error: BaseException) -> str:
+    """The S3 error code behind an exception: s3fs hangs botocore's on as its cause."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
@@ -232,10 +262,11 @@ def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
         "client_kwargs": client,
         "config_kwargs": {
             "max_pool_connections": 32,
-            "retries": {"max_attempts": 1},  # _patiently retries
+            "retries": {"total_max_attempts": 1},  # _patiently retries
             **({"s3": {"addressing_style": "path"}} if endpoint else {}),
         },
         "use_listings_cache": False,
+        "max_concurrency": 1,  # above it, every read begins with a HEAD, whose denial has no code
     }
 
 
@@ -272,13 +303,16 @@ def _walk_local(folder: Path, root: Path) -> Iterator[ObjectInfo]:
 
 @contextlib.contextmanager
 def _as_store_error(store: Store, key: str) -> Iterator[None]:
-    """Turns what makes the whole store unusable into StoreError, with what to do about it."""
+    """Turns what makes the whole store unusable into StoreError, with what to do about it, and what clients of object
+    stores raise besides OSError into OSError."""
     try:
         yield
     except OSError as error:
         if isinstance(error, StoreError):
             raise
         advice = _advice(error)
+        if advice is None and _code(error) == "403":
+            advice = _denial_of(store)
         if advice is None:
             raise
         raise StoreError(f"{store.uri('')}: {advice} ({key or 'root'}: {type(error).__name__})") from error
@@ -287,7 +321,10 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
             raise StoreError(
                 f"{store.uri('')}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
-        raise
+        if not _is_transient(error):
+            raise
+        message = f"{store.uri(key)} did not come through in several attempts: {type(error).__name__}: {error}"
+        raise OSError(errno.EIO, message) from error
 
 
 def _advice(error: OSError) -> str | None:
@@ -299,6 +336,16 @@ def _advice(error: OSError) -> str | None:
     by_number = {errno.ENOSPC: "the disk is full; free space", errno.EDQUOT: "the quota is used up; free space"}
     by_number[errno.EROFS] = "read-only; mount it writable"
     return by_number.get(error.errno or 0)
+
+
+def _denial_of(store: Store) -> str | None:
+    """A HEAD that is denied says nothing of the reason; a listing does."""
+    bucket = store.path.partition("/")[0]
+    try:
+        _patiently(store.fs.call_s3)("list_objects_v2", Bucket=bucket, MaxKeys=1)
+    except OSError as error:
+        return _advice(error)
+    return None
 
 
 @functools.lru_cache(maxsize=64)

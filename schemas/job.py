@@ -149,7 +149,10 @@ class Engine(Part):
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     shard_size: PositiveInt = 256
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="deaths of workers, per actor, before a run fails")
+    lease_s: Annotated[float, Field(ge=1.0)] = Field(
+        30.0, description="seconds for which a driver that died keeps others from going on with its run"
+    )
     max_error_rate: Share = Field(0.05, description="share of error rows past which the job exits with 1")
 
 

@@ -22,6 +22,7 @@ class ErrorType(str, Enum):
     TOO_MANY_PIXELS = "too_many_pixels"
     VANISHED = "vanished"
     UNREADABLE = "unreadable"
+    CRASHED = "crashed"
     INTERNAL = "internal"
 
 

@@ -158,8 +158,8 @@ def test_the_second_pass_masks_as_the_first_would(detector: Detector, tmp_path: 
     cuts = dict.fromkeys(classes, Thresholds(0.6, 0.4))
     again = []
     for shard in shards_of(job):
-        mask_shard(shard.shard_id, "runs/run/masked", cuts, run, output, threads=2)
-        again += read_shard(output, "runs/run/masked", shard.shard_id).to_pylist()
+        mask_shard(shard.shard_id, "cuts", cuts, run, output, threads=2)
+        again += read_shard(output, lake.masked_shards("run", "cuts"), shard.shard_id).to_pylist()
     for one, other in zip(fixed, again, strict=True):
         for name in ("is_anomalous", "mask_area", "regions", "threshold", "mask_threshold"):
             assert one[name] == other[name]
@@ -177,7 +177,7 @@ def test_a_published_night_holds_every_row_once_and_replaces_the_last(detector: 
     output.write(stale, b"old")
     shard_ids = [shard.shard_id for shard in shards_of(job)]
     for _ in range(2):
-        commit = publish_night(run, "digest", run.shards, shard_ids, output)
+        commit = publish_night(run, "digest", run.shards, shard_ids, output, "test")
         assert read_commit(output, job.run_date) == commit and commit["rows"] == 24
         files = [info.key for info in output.list("scores")]
         assert files == [entry["table_key"] for entry in commit["files"]]

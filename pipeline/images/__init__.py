@@ -1,6 +1,7 @@
 """Layouts of image datasets -> manifest rows, streamed; and safe decoding."""
 
 from pipeline.images.decoding import Decoded, ImageError, decode_image, decode_mask
+from pipeline.images.isolation import decode_isolated
 from pipeline.images.layouts import DatasetError, ImageSource, list_images, open_dataset
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "ImageError",
     "ImageSource",
     "decode_image",
+    "decode_isolated",
     "decode_mask",
     "list_images",
     "open_dataset",

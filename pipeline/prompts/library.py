@@ -22,9 +22,6 @@ from schemas.prompts import ClassDescription, PromptSet
 
 logger = logging.getLogger(__name__)
 
-_SPARE_S = 30.0
-"""What a lease lasts beyond the longest attempt: slow writes, and clocks that differ."""
-
 
 class PromptLibraryError(RuntimeError):
     """A stored prompt set cannot be used; the message names the object and the fault."""
@@ -68,11 +65,12 @@ def find(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
         ) from None
 
 
-def obtain(store: Store, class_name: str, config: Prompts, *, owner: str) -> PromptSet:
+def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_s: float = claims.LEASE_S) -> PromptSet:
     """The prompt set of a class, made now if there is none: an LLM is asked only by the holder of the claim.
 
-    owner: who is asking, for the claim. Raises llm.LLMError where the LLM fails and config.on_failure is `fail`;
-    with `base` the set has source base and is not stored, so that the next job asks again.
+    owner: who is asking, for the claim; lease_s: how long the claim outlives it, in seconds. Raises llm.LLMError where
+    the LLM fails and config.on_failure is `fail`; with `base` the set has source base and is not stored, so that the
+    next job asks again.
     """
     stored = find(store, class_name, config)
     if stored is not None:
@@ -85,7 +83,7 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str) -> Pro
         made = _new_set(class_name, fingerprint, source=source, description=description)
         return _store_set(store, key, made, config)
     try:
-        return _ask(store, key, class_name, config, fingerprint, owner)
+        return _ask(store, key, class_name, config, fingerprint, owner, lease_s)
     except llm.LLMError as error:
         if config.on_failure == "fail":
             raise
@@ -102,21 +100,20 @@ def bundled_description(class_name: str) -> ClassDescription | None:
     return ClassDescription.model_validate_json(file.read_bytes()) if file.is_file() else None
 
 
-def _ask(store: Store, key: str, class_name: str, config: Prompts, fingerprint: str, owner: str) -> PromptSet:
+def _ask(
+    store: Store, key: str, class_name: str, config: Prompts, fingerprint: str, owner: str, lease_s: float
+) -> PromptSet:
     name = key.removesuffix(".json")
-    claim = claims.acquire(store, name, owner, _SPARE_S, lambda: store.exists(key))
+    claim = claims.acquire(store, name, owner, lease_s, lambda: store.exists(key))
     if claim is None:
         logger.info("class %r: another job has asked the LLM", class_name)
         return _must_find(store, class_name, config)
-    try:
-        description, usage = llm.describe_class(class_name, config, lambda seconds: claim.renew(seconds + _SPARE_S))
+    with claim.held(lease_s):
+        description, usage = llm.describe_class(class_name, config, claim.check)
         made = _new_set(class_name, fingerprint, source="llm", description=description).model_copy(
             update={"model": config.llm, "usage": usage}
         )
         made = _store_set(store, key, made, config)
-    except BaseException:
-        claim.release()
-        raise
     claims.clear(store, name)
     return made
 

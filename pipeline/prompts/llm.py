@@ -38,11 +38,11 @@ class LLMError(RuntimeError):
 
 
 def describe_class(
-    class_name: str, config: Prompts, before_attempt: Callable[[float], None] = lambda seconds: None
+    class_name: str, config: Prompts, before_attempt: Callable[[], None] = lambda: None
 ) -> tuple[ClassDescription, Usage]:
     """One description of a class, validated; one repair round if the first answer is not valid.
 
-    before_attempt is told, before each request, the longest time in seconds until the next one. Raises LLMError.
+    before_attempt runs before each request and may forbid it by raising. Raises LLMError.
     """
     if config.api_base is None and (missing := missing_key(config)) is not None:
         raise LLMError(
@@ -90,7 +90,7 @@ def _litellm() -> Any:
 
 
 def _complete(
-    messages: list[dict[str, str]], class_name: str, config: Prompts, before_attempt: Callable[[float], None]
+    messages: list[dict[str, str]], class_name: str, config: Prompts, before_attempt: Callable[[], None]
 ) -> tuple[str, Usage]:
     """One answer, with own backoff: litellm's retries have none, and retry what cannot succeed."""
     litellm = _litellm()
@@ -104,7 +104,7 @@ def _complete(
     )
     calls = 0
     while True:
-        before_attempt(config.timeout_s + _LONGEST_PAUSE_S)
+        before_attempt()
         calls += 1
         try:
             response = litellm.completion(

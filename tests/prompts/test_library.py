@@ -77,7 +77,7 @@ def test_a_living_claim_is_waited_for(tmp_path: Path) -> None:
             waiting.set()
             done.wait(30)
 
-        waiter = pool.submit(claims.acquire, store, name, "b", 60.0, done.is_set, pause)
+        waiter = pool.submit(claims.acquire, store, name, "b", 60.0, done.is_set, pause=pause)
         assert waiting.wait(30) and not waiter.done()
         done.set()
         assert waiter.result(30) is None

@@ -1,0 +1,58 @@
+"""Decoding in a process of its own: an image that kills its decoder by a signal takes nothing else with it.
+
+It costs a second an image, so it is the way of shards over which a worker has died.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+
+from pipeline.images.decoding import Decoded, ImageError, decode_image
+from schemas.tables import ErrorType
+
+_LIMIT_S = 300.0
+
+
+def decode_isolated(data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int) -> Decoded:
+    """decode_image in a new process. Raises ImageError, of type crashed where the process was killed or never ended."""
+    options = json.dumps({"size": size, "interpolation": interpolation, "max_pixels": max_pixels})
+    command = [sys.executable, "-m", "pipeline.images.isolation", options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    try:
+        done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise ImageError(ErrorType.CRASHED, f"its decoder did not end within {_LIMIT_S:g} s") from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise ImageError(ErrorType.CRASHED, f"its decoder was killed by {name}, after a worker had died over its shard")
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise ImageError(ErrorType.INTERNAL, f"the process that should decode it failed: {' '.join(last)[:300]}")
+    header, _, pixels = done.stdout.partition(b"\n")
+    answer = json.loads(header)
+    if "error_type" in answer:
+        raise ImageError(ErrorType(answer["error_type"]), answer["message"])
+    image = np.frombuffer(pixels, dtype=np.uint8).reshape(*size, 3)
+    return Decoded(image, answer["source_width"], answer["source_height"])
+
+
+def _serve(options: str) -> None:
+    """Bytes on standard input -> a line of JSON, and the pixels if there are any, on standard output."""
+    out = sys.stdout.buffer
+    try:
+        decoded = decode_image(sys.stdin.buffer.read(), **json.loads(options))
+    except ImageError as error:
+        out.write(json.dumps({"error_type": error.error_type.value, "message": error.message}).encode() + b"\n")
+        return
+    sizes = {"source_width": decoded.source_width, "source_height": decoded.source_height}
+    out.write(json.dumps(sizes).encode() + b"\n" + decoded.pixels.tobytes())
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
