@@ -124,13 +124,10 @@ class Store:
     def create(self, key: str, data: bytes) -> bool:
         """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
 
-        Contenders must write different data (an owner, a time): it tells whose object is there after a lost answer.
+        Contenders must write different data (an owner, a time).
         """
-        attempts = 0
 
         def attempt() -> bool:
-            nonlocal attempts
-            attempts += 1
             try:
                 self.fs.pipe_file(self._path(key), data, mode="create")
             except FileExistsError:
@@ -145,9 +142,9 @@ class Store:
         with _as_store_error(self, key):
             if self.is_local:
                 return self._write_local(key, data, replace=False)
-            created = _patiently(attempt)()
-        if created or attempts == 1:
-            return created
+            if _patiently(attempt)():
+                return True
+        # A request whose answer was lost is sent again (by aiohttp too, unasked), and meets its own object.
         with contextlib.suppress(FileNotFoundError):
             return self.read(key) == data
         return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,13 +11,10 @@ from pathlib import Path
 import duckdb
 import pytest
 
+from tests.command import alfa
+
 DEMO = Path(__file__).parents[1] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
-
-
-def alfa(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=280)
 
 
 def score(images: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +12,11 @@ from PIL import Image
 
 from pipeline.storage import Store
 from schemas.job import Storage
-from tests.seaweed import ObjectStorage, run_seaweed
+from tests.command import alfa
+from tests.seaweed import ObjectStorage
 
 DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
-
-
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStorage]:
-    with run_seaweed(tmp_path_factory.mktemp("seaweed")) as storage, pytest.MonkeyPatch.context() as patch:
-        for name, value in storage.environment.items():
-            patch.setenv(name, value)
-        yield storage
-
-
-def alfa(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from jobs.cli import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, timeout=240)
 
 
 def test_create_only_writes_are_honoured(s3: ObjectStorage) -> None:
