@@ -24,6 +24,7 @@ from pipeline import lake
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
 from pipeline.images import Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+from pipeline.redaction import redact
 from pipeline.shards import Shard
 from pipeline.storage import Store, StoreError
 from schemas.job import JobConfig
@@ -262,7 +263,7 @@ def _new_row(image: Row, shard_id: str, run: Run, prompts: PromptEmbeddings) -> 
 
 
 def _failure(error: ImageError) -> Row:
-    return {"status": "error", "error_type": error.error_type.value, "error_message": error.message}
+    return {"status": "error", "error_type": error.error_type.value, "error_message": redact(error.message)}
 
 
 def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-Sentence = Annotated[str, Field(min_length=3, max_length=300)]
+from schemas.text import one_line
+
+
+def _plain(text: object) -> object:
+    return one_line(text) if isinstance(text, str) else text
+
+
+Sentence = Annotated[str, BeforeValidator(_plain), Field(min_length=3, max_length=300)]
 
 
 class Frozen(BaseModel):
@@ -19,7 +26,9 @@ class Frozen(BaseModel):
 class Defect(Frozen):
     """One way in which a part of the class can be anomalous."""
 
-    name: Annotated[str, Field(min_length=2, max_length=60)] = Field(description="short noun phrase, such as 'crack'")
+    name: Annotated[str, BeforeValidator(_plain), Field(min_length=2, max_length=60)] = Field(
+        description="short noun phrase, such as 'crack'"
+    )
     look: Sentence = Field(description="how it looks on the part, as a phrase that can follow 'with'")
 
 

@@ -16,7 +16,9 @@ ANSWER: dict[str, Any] = {
 }
 
 Reply = tuple[int, dict[str, str], str]
-"""Status, headers and body of a scripted answer; status 0 closes the connection without one."""
+"""Status, headers and body of a scripted answer; status 0 closes the connection without one, HANG never answers."""
+
+HANG: Reply = (-1, {}, "")
 
 
 def chat(content: str) -> Reply:
@@ -43,7 +45,7 @@ class LLMServer:
         self.requests: Counter[str] = Counter()
         self.bodies: list[str] = []
         self._on_request = on_request
-        self._lock = threading.Lock()
+        self._lock, self._over = threading.Lock(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
 
@@ -56,6 +58,7 @@ class LLMServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -71,7 +74,9 @@ class LLMServer:
                     server.bodies.append(body)
                     status, headers, text = server.script.pop(0) if server.script else chat(json.dumps(ANSWER))
                 server._on_request(class_name)
-                if not status:
+                if status < 0:
+                    server._over.wait()
+                if status <= 0:
                     self.connection.close()
                     return
                 self.send_response(status)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.redaction import redact
 from schemas.job import Prompts
 from schemas.prompts import ClassDescription, Usage
 
@@ -145,12 +145,8 @@ def _pause(attempt: int, error: Exception) -> float:
 
 
 def _describe(error: Exception) -> str:
-    """Kind and start of an error's text; whatever looks like a key is blanked, for providers quote it back."""
-    text = " ".join(str(error).split())[:300]
-    for name, value in os.environ.items():
-        if len(value) >= 8 and any(word in name.upper() for word in ("KEY", "TOKEN", "SECRET", "PASSWORD")):
-            text = text.replace(value, "***")
-    return f"{type(error).__name__}: " + re.sub(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}", "***", text)
+    """Kind and start of an error's text."""
+    return f"{type(error).__name__}: {redact(str(error))[:300]}"
 
 
 def _parse(text: str) -> ClassDescription:

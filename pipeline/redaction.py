@@ -1,0 +1,33 @@
+"""Secrets never reach logs, rows, reports or run folders: messages pass through here on their way."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from schemas.text import one_line
+
+_SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+_SHORTEST_SECRET = 8
+_PATTERNS = (
+    (re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}"), "***"),
+    (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
+    (
+        re.compile(
+            r"(?i)\b((?:x-amz-)?(?:signature|security-token|credential|sig|token|password|api[-_]?key)=)[^&\s'\"]+"
+        ),
+        r"\1***",
+    ),
+)
+
+
+def redact(text: str) -> str:
+    """The text on one line, with the values of secret environment variables, credentials in URLs, signatures of
+    presigned URLs and what looks like an API key blanked: servers and clients quote them back in their errors."""
+    text = one_line(text)
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST_SECRET and any(word in name.upper() for word in _SECRET_NAMES):
+            text = text.replace(value, "***")
+    for pattern, replacement in _PATTERNS:
+        text = pattern.sub(replacement, text)
+    return text
