@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from pipeline.redaction import redact
 from pipeline.storage import open_store
 from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml
 
@@ -187,7 +188,7 @@ def _run(job: Callable[[], int]) -> None:
 
 
 def _complain(line: str) -> None:
-    Console(stderr=True).print(f"alfa: {line}", markup=False, highlight=False, soft_wrap=True, style="red")
+    Console(stderr=True).print(f"alfa: {redact(line)}", markup=False, highlight=False, soft_wrap=True, style="red")
 
 
 def _console() -> Console:

@@ -119,19 +119,38 @@ def connect(job: JobConfig) -> Iterator[None]:
     # Factories have closed networks, and a driver's environment never belongs in a cluster's metadata.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    started_here = not ray.is_initialized()
-    if started_here:
-        ray.init(address=job.engine.address, logging_level=logging.WARNING, **_local_options(job))
-    try:
+    if ray.is_initialized():
         yield
-    finally:
-        if started_here:
+        return
+    joins = bool(job.engine.address or os.environ.get("RAY_ADDRESS"))
+    with contextlib.nullcontext() if joins else _loopback_only():
+        options: dict[str, Any] = {} if joins else {"include_dashboard": False}
+        ray.init(address=job.engine.address, logging_level=logging.WARNING, **options)
+        try:
+            yield
+        finally:
             ray.shutdown()
 
 
-def _local_options(job: JobConfig) -> dict[str, Any]:
-    joins = job.engine.address or os.environ.get("RAY_ADDRESS")
-    return {} if joins else {"include_dashboard": False}
+@contextlib.contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Servers of a Ray that is started inside listen on 127.0.0.1 alone, not on all interfaces.
+
+    Ray has one switch for it, made for macOS and Windows and read at its import: the constant is for this process, the
+    variable for those that it starts.
+    """
+    variable = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, constants = os.environ.get(variable), ray._private.ray_constants
+    clusters = constants.ENABLE_RAY_CLUSTER
+    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = clusters
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def node_resources() -> list[dict[str, float]]:

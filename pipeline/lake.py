@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 from urllib.parse import quote
 
 from pipeline.names import safe_path, safe_segment
 from pipeline.storage import Store
 
 TABLE = "scores"
+
+_LONGEST_VALUE = 200
+"""Bytes of a quoted partition value; file systems allow 255 a name."""
 
 
 def run_key(run_id: str, name: str) -> str:
@@ -65,8 +69,18 @@ def map_key(run_date: datetime.date, version: str, class_name: str, image_key: s
 
 
 def partition(run_date: datetime.date, class_name: str) -> str:
-    """Hive partition of the table, quoted as Spark and Arrow do."""
-    return f"run_date={run_date}/class_name={quote(class_name, safe='')}"
+    """Hive partition of the table, quoted as Spark and Arrow do.
+
+    A class whose quoted name is too long for a file system has the partition of its beginning, `~` and a hash.
+    """
+    quoted = quote(class_name, safe="")
+    if len(quoted) > _LONGEST_VALUE:
+        digest = hashlib.blake2b(class_name.encode(), digest_size=16).hexdigest()
+        start = class_name
+        while len(quote(f"{start}~{digest}", safe="")) > _LONGEST_VALUE:
+            start = start[:-1]
+        quoted = quote(f"{start}~{digest}", safe="")
+    return f"run_date={run_date}/class_name={quoted}"
 
 
 def table_key(run_date: datetime.date, class_name: str) -> str:

@@ -199,7 +199,10 @@ class Store:
 
     def _read(self, path: str) -> bytes:
         with _as_store_error(self, path):
-            return bytes(_patiently(self.fs.cat_file)(path))
+            try:
+                return bytes(_patiently(self.fs.cat_file)(path))
+            except ValueError as error:  # a NUL, or what no encoding of names can hold
+                raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
 
     def _write_local(self, key: str, data: bytes, *, replace: bool) -> bool:
         target = Path(self._path(key))

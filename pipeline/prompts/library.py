@@ -5,11 +5,13 @@ Exactly once per class lives here, in the store, because actors restart and toni
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.resources
 import json
 import logging
 from datetime import datetime, timezone
+from importlib.abc import Traversable
 
 from pydantic import ValidationError
 
@@ -93,11 +95,14 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_
 
 def bundled_description(class_name: str) -> ClassDescription | None:
     """What the bundled pack says of a class (MVTec AD and VisA), by its name in any case, `-`, `_` and space alike."""
-    name = class_name.lower().replace("-", "_").replace(" ", "_")
-    if not name.replace("_", "").isalnum():
-        return None
-    file = importlib.resources.files("pipeline.prompts") / "bundled" / f"{name}.json"
-    return ClassDescription.model_validate_json(file.read_bytes()) if file.is_file() else None
+    file = _bundled_files().get(class_name.lower().replace("-", "_").replace(" ", "_"))
+    return None if file is None else ClassDescription.model_validate_json(file.read_bytes())
+
+
+@functools.cache
+def _bundled_files() -> dict[str, Traversable]:
+    folder = importlib.resources.files("pipeline.prompts") / "bundled"
+    return {file.name.removesuffix(".json"): file for file in folder.iterdir()}
 
 
 def _ask(
