@@ -10,7 +10,8 @@ from schemas.text import one_line
 _SECRET_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 _SHORTEST_SECRET = 8
 _PATTERNS = (
-    (re.compile(r"\b(sk|key|Bearer)[-_ ][\w*.-]{6,}"), "***"),
+    (re.compile(r"\b((?:sk|hf|ghp)[-_][\w*.-]{6,}|(?:AKIA|ASIA)[A-Z0-9]{12,})"), "***"),
+    (re.compile(r"(?i)\bbearer [\w*.=+/-]{6,}|(?<=authorization: )basic \S+"), "***"),
     (re.compile(r"(\w+://)[^/\s@]+@"), r"\1***@"),
     (
         re.compile(
