@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -89,10 +90,12 @@ def _shard(batches: list[pa.RecordBatch]) -> Shard:
         _update(digest, batch)
     table = pa.Table.from_batches(batches)
     # take copies: a slice would travel to the actor with its whole parent batch.
-    return Shard(digest.hexdigest(), table.take(pa.array(range(table.num_rows))))
+    return Shard(digest.hexdigest(), table.take(np.arange(table.num_rows)))
 
 
 def _update(digest: hashlib.blake2b, batch: pa.RecordBatch) -> None:
-    """Feeds ids and classes to a hash; every value ends in a byte that UTF-8 never contains."""
-    ids, names = batch.column("image_id").to_pylist(), batch.column("class_name").to_pylist()
-    digest.update(b"".join(f"{a}\0".encode() + b.encode() + b"\xff" for a, b in zip(ids, names, strict=True)))
+    """Feeds ids and classes to a hash; every row ends in a byte that UTF-8 never contains."""
+    ids, names = (batch.column(name).cast(pa.binary()) for name in ("image_id", "class_name"))
+    rows = pc.binary_join_element_wise(ids, b"\0", names, b"\xff", b"")  # the last is the separator
+    if rows:
+        digest.update(rows.buffers()[2])

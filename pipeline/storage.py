@@ -10,12 +10,12 @@ import errno
 import functools
 import os
 import posixpath
+import stat
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -39,8 +39,7 @@ class StoreError(OSError):
     """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectInfo:
+class ObjectInfo(NamedTuple):
     """An object in a listing: key below the store's root, bytes, and what tells versions apart (null if unknown)."""
 
     key: str
@@ -84,6 +83,9 @@ class Store:
         self.path: str = path.rstrip("/") or "/"
         self.is_local = isinstance(fs, LocalFileSystem)
         self.is_s3 = "s3" in _protocols(fs)
+        folder = self.path.rstrip("/") + "/"
+        self.prefix: str = folder if self.is_local else str(fs.unstrip_protocol(folder))
+        """What an address begins with: uri(key) is prefix + key."""
 
     def __repr__(self) -> str:
         return f"Store({self.uri('')!r})"
@@ -93,13 +95,16 @@ class Store:
 
     def uri(self, key: str) -> str:
         """The address of a key: an absolute path on local disk, else a URI."""
-        path = self._path(key) if key else self.path
-        return path if self.is_local else str(self.fs.unstrip_protocol(path))
+        if key:
+            return self.prefix + _inside(key)
+        return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
 
     def key_of(self, uri: str) -> str | None:
         """The key below this root of an address in the same file system; None where it lies elsewhere."""
-        scheme = urlsplit(uri).scheme
-        if scheme and scheme not in _protocols(self.fs):
+        if uri.startswith(self.prefix):
+            return uri[len(self.prefix) :]
+        scheme, separator, _ = uri.partition("://")
+        if separator and scheme not in _protocols(self.fs):
             return None
         path = str(self.fs._strip_protocol(uri))
         prefix = self.path.rstrip("/") + "/"
@@ -169,7 +174,7 @@ class Store:
         with _as_store_error(self, prefix):
             top = self._path(prefix) if prefix else self.path
             if self.is_local:
-                yield from _walk_local(Path(top), Path(self.path))
+                yield from _walk_local(top, f"{prefix}/" if prefix else "")
             elif self.is_s3:
                 yield from self._list_s3(top)
             else:
@@ -193,9 +198,7 @@ class Store:
             _patiently(self.fs.rm_file)(self._path(key))
 
     def _path(self, key: str) -> str:
-        if key.startswith("/") or ".." in key.split("/"):
-            raise ValueError(f"{key!r} would leave the store")
-        return posixpath.join(self.path, key)
+        return posixpath.join(self.path, _inside(key))
 
     def _read(self, path: str) -> bytes:
         with _as_store_error(self, path):
@@ -281,24 +284,39 @@ def _describe(key: str, info: dict[str, Any]) -> ObjectInfo:
     return ObjectInfo(key, info.get("size"), None if version is None else str(version).strip('"'))
 
 
-def _walk_local(folder: Path, root: Path) -> Iterator[ObjectInfo]:
-    """Depth first, by name; symbolic links to folders are not followed (they may form a ring)."""
+def _inside(key: str) -> str:
+    if key.startswith("/") or ".." in key.split("/"):
+        raise ValueError(f"{key!r} would leave the store")
+    return key
+
+
+def _walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
+    """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
+
+    prefix: what keys begin with in this folder. Holds the names of a folder, and nothing else of its files.
+    """
+    names, folders = [], set()
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                names.append(entry.name)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.add(entry.name)
     except FileNotFoundError:
         return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            if entry.name != STAGING:
-                yield from _walk_local(Path(entry.path), root)
+    names.sort()
+    for name in names:
+        if name in folders:
+            if name != STAGING:
+                yield from _walk_local(f"{folder}/{name}", f"{prefix}{name}/")
             continue
         try:
-            status = entry.stat()
+            status = os.stat(f"{folder}/{name}")
         except FileNotFoundError:  # vanished since listing, or a link that leads nowhere
             continue
-        if entry.is_file():
-            key = os.path.relpath(entry.path, root).replace(os.sep, "/")
-            yield ObjectInfo(key, status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+        if stat.S_ISREG(status.st_mode):
+            size = status.st_size
+            yield ObjectInfo(prefix + name, size, f"{status.st_mtime_ns:x}-{size:x}")
 
 
 @contextlib.contextmanager

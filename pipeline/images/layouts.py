@@ -9,9 +9,8 @@ import logging
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
-from typing import Any
-from urllib.parse import urlsplit
+from itertools import groupby, islice, repeat
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
@@ -32,7 +31,17 @@ _BATCH = 16_384
 _LOOKED_AT = 2000
 """Keys that `auto` looks at before it decides."""
 
-Row = dict[str, Any]
+
+class _Row(NamedTuple):
+    """An image as the listings name it: a row of the manifest, less its id."""
+
+    uri: str
+    key: str
+    class_name: str
+    size: int | None
+    etag: str | None
+    label: str | None = None
+    mask_uri: str | None = None
 
 
 class DatasetError(ValueError):
@@ -75,7 +84,7 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
     """Manifest rows in batches, in a steady order; each image once. Raises DatasetError for a faulty table."""
     rows = _unique(_list_rows(source)) if source.layout == "table" else _list_rows(source)
     while chunk := list(islice(rows, _BATCH)):
-        yield pa.RecordBatch.from_pylist([_identify(row) for row in chunk], schema=MANIFEST)
+        yield _to_batch(chunk)
 
 
 _LAYOUTS_HELP = (
@@ -110,25 +119,25 @@ def _list_keys(store: Store) -> Iterator[ObjectInfo]:
             yield info
 
 
-def _list_rows(source: ImageSource) -> Iterator[Row]:
+def _list_rows(source: ImageSource) -> Iterator[_Row]:
     rows = _LISTERS[source.layout](source)
     if source.class_name is None or source.layout == "flat":
         return rows
-    return (row for row in rows if row["class_name"] == source.class_name)
+    return (row for row in rows if row.class_name == source.class_name)
 
 
-def _list_flat(source: ImageSource) -> Iterator[Row]:
+def _list_flat(source: ImageSource) -> Iterator[_Row]:
     return (_row(source.store, info, str(source.class_name)) for info in _list_keys(source.store))
 
 
-def _list_folders(source: ImageSource) -> Iterator[Row]:
+def _list_folders(source: ImageSource) -> Iterator[_Row]:
     """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
     for info in _list_keys(source.store):
         class_name, separator, _ = info.key.partition("/")
         yield _row(source.store, info, class_name if separator else "unsorted")
 
 
-def _list_mvtec(source: ImageSource) -> Iterator[Row]:
+def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
     """class/test/kind/image, with the ground truth at class/ground_truth/kind/image_mask.png; train is not scored."""
     for class_name, infos in groupby(_list_keys(source.store), key=lambda info: info.key.partition("/")[0]):
         tests: list[ObjectInfo] = []
@@ -143,10 +152,10 @@ def _list_mvtec(source: ImageSource) -> Iterator[Row]:
         for info in tests:
             kind, name = info.key.split("/")[2:]
             mask = None if kind == GOOD else masks.get(f"{kind}/{posixpath.splitext(name)[0]}")
-            yield _row(source.store, info, class_name, label=kind, mask_uri=mask)
+            yield _row(source.store, info, class_name, kind, mask)
 
 
-def _list_visa(source: ImageSource) -> Iterator[Row]:
+def _list_visa(source: ImageSource) -> Iterator[_Row]:
     """The test split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
     _require_columns(table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT))
@@ -157,35 +166,28 @@ def _list_visa(source: ImageSource) -> Iterator[Row]:
             info = found.get(row["image"], ObjectInfo(row["image"], None, None))
             label = GOOD if row["label"] == "normal" else "anomaly"
             mask = source.store.uri(row["mask"]) if row["mask"] else None
-            yield _row(source.store, info, class_name, label=label, mask_uri=mask)
+            yield _row(source.store, info, class_name, label, mask)
 
 
-def _list_table(source: ImageSource) -> Iterator[Row]:
+def _list_table(source: ImageSource) -> Iterator[_Row]:
     """Rows of a Parquet or CSV file; an uri is absolute, or relative to the table's folder."""
     name = str(source.table_key)
     place, number = source.store.uri(name), 0
     for batch in _read_table(source.store, name):
         _require_columns(batch.schema.names, ("uri", "class_name"), place)
-        for row in batch.to_pylist():
+        names = ("uri", "class_name", "size", "etag", "label", "mask_uri")
+        columns = (batch.column(name).to_pylist() if name in batch.schema.names else repeat(None) for name in names)
+        for uri, class_name, size, etag, label, mask in zip(*columns, strict=False):
             number += 1
-            uri, class_name = row["uri"], row["class_name"]
             if not uri or not class_name:
                 raise DatasetError(f"{place}: row {number} has no {'class_name' if uri else 'uri'}")
             uri = _resolve(source.store, str(uri))
-            key = source.store.key_of(uri) or posixpath.join(urlsplit(uri).netloc, urlsplit(uri).path.lstrip("/"))
-            mask = row.get("mask_uri")
-            yield {
-                "uri": uri,
-                "key": key.lstrip("/"),
-                "class_name": str(class_name),
-                "size": row.get("size"),
-                "etag": row.get("etag"),
-                "label": row.get("label"),
-                "mask_uri": _resolve(source.store, str(mask)) if mask else None,
-            }
+            key = source.store.key_of(uri) or uri.partition("://")[2] or uri
+            mask = _resolve(source.store, str(mask)) if mask else None
+            yield _Row(uri, key.lstrip("/"), str(class_name), size, etag, label, mask)
 
 
-_LISTERS: dict[str, Callable[[ImageSource], Iterator[Row]]] = {
+_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
     "flat": _list_flat,
     "folders": _list_folders,
     "mvtec": _list_mvtec,
@@ -224,7 +226,7 @@ def _require_columns(found: Iterable[str], wanted: Iterable[str], place: str) ->
 
 
 def _resolve(store: Store, uri: str) -> str:
-    if urlsplit(uri).scheme or uri.startswith("/"):
+    if "://" in uri or uri.startswith("/"):
         return uri
     return (
         store.uri(posixpath.normpath(uri))
@@ -233,12 +235,12 @@ def _resolve(store: Store, uri: str) -> str:
     )
 
 
-def _unique(rows: Iterator[Row]) -> Iterator[Row]:
+def _unique(rows: Iterator[_Row]) -> Iterator[_Row]:
     """The first row of each uri: an image has exactly one row. Holds a digest of 16 bytes an image."""
     seen: set[bytes] = set()
     repeated = 0
     for row in rows:
-        digest = hashlib.blake2b(row["uri"].encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(row.uri.encode(), digest_size=16).digest()
         if digest in seen:
             repeated += 1
             continue
@@ -249,19 +251,16 @@ def _unique(rows: Iterator[Row]) -> Iterator[Row]:
 
 
 def _row(
-    store: Store, info: ObjectInfo, class_name: str, *, label: str | None = None, mask_uri: str | None = None
-) -> Row:
-    return {
-        "uri": store.uri(info.key),
-        "key": info.key,
-        "class_name": class_name,
-        "size": info.size,
-        "etag": info.etag,
-        "label": label,
-        "mask_uri": mask_uri,
-    }
+    store: Store, info: ObjectInfo, class_name: str, label: str | None = None, mask_uri: str | None = None
+) -> _Row:
+    return _Row(store.prefix + info.key, info.key, class_name, info.size, info.etag, label, mask_uri)
 
 
-def _identify(row: Row) -> Row:
-    text = f"{row['uri']}\0{row['etag'] or ''}"
-    return {**row, "image_id": hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()}
+def _to_batch(rows: list[_Row]) -> pa.RecordBatch:
+    columns: dict[str, Iterable[object]] = dict(zip(_Row._fields, zip(*rows, strict=True), strict=True))
+    columns["image_id"] = [_identify(row.uri, row.etag) for row in rows]
+    return pa.RecordBatch.from_arrays([pa.array(columns[item.name], item.type) for item in MANIFEST], schema=MANIFEST)
+
+
+def _identify(uri: str, etag: str | None) -> str:
+    return hashlib.blake2b(f"{uri}\0{etag or ''}".encode(), digest_size=16).hexdigest()

@@ -105,7 +105,7 @@ def test_table(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> N
     elsewhere = str(tmp_path / "other" / "b.jpg")
     table = pa.table(
         {
-            "uri": ["in/a.jpg", elsewhere, "in/a.jpg", "s3://bucket/c d.jpg"],
+            "uri": ["in/a.jpg", elsewhere, "in/a.jpg", "s3://bucket/c d#1?.jpg"],
             "class_name": ["007", "nut", "nut", "nut"],
             "label": ["good", None, "bent", None],
         }
@@ -121,7 +121,7 @@ def test_table(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> N
     assert [(row["uri"], row["key"], row["class_name"], row["label"]) for row in rows] == [
         (str(tmp_path / "list" / "in" / "a.jpg"), "in/a.jpg", "007", "good"),
         (elsewhere, elsewhere[1:], "nut", None),
-        ("s3://bucket/c d.jpg", "bucket/c d.jpg", "nut", None),
+        ("s3://bucket/c d#1?.jpg", "bucket/c d#1?.jpg", "nut", None),
     ]
     assert "1 images more than once" in caplog.text
 
