@@ -22,7 +22,7 @@ from pipeline.engine import ScoringPool, connect, obtain_prompts
 from pipeline.images import ImageSource, list_images, open_dataset
 from pipeline.prompts import compose_ensemble, find, obtain
 from pipeline.publish import publish_night, read_commit
-from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shard
+from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shards
 from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig, dump_job_yaml
@@ -167,8 +167,7 @@ def _mask_all(run: Run, pool: ScoringPool, shard_ids: Sequence[str], output: Sto
     """The folder of the shards to publish; where thresholds follow from the run's scores, masks are made now."""
     if fixed_thresholds(run.job) is not None:
         return run.shards
-    columns = ["class_name", "score", "score_local"]
-    scores = (read_shard(output, run.shards, shard_id, columns) for shard_id in shard_ids)
+    scores = read_shards(output, run.shards, shard_ids, ["class_name", "score", "score_local"])
     thresholds = quantile_thresholds(scores, run.job.threshold.quantile)
     digest = _digest(thresholds)
     folder = lake.masked_shards(run.run_id, digest)

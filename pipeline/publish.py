@@ -25,12 +25,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import claims, lake
-from pipeline.scoring import Run, read_shard
+from pipeline.scoring import Run, read_shards
 from pipeline.storage import Store
 from schemas.tables import SCHEMA_VERSION, SCORES
 
 logger = logging.getLogger(__name__)
 
+_COLUMNS = ["class_name", *SCORES.names]
 _ORDER = [("score", "descending"), ("image_uri", "ascending")]
 
 
@@ -57,10 +58,11 @@ def _publish(
 ) -> dict[str, Any]:
     run_date = run.job.run_date
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
-        parts = _split_by_class(Path(scratch), (read_shard(output, folder, shard) for shard in shard_ids))
+        parts = _split_by_class(Path(scratch), read_shards(output, folder, shard_ids, _COLUMNS))
         entries = []
         for class_name, path in sorted(parts.items()):
-            table = pq.read_table(path, schema=SCORES).sort_by(_ORDER)
+            with pa.ipc.open_stream(path) as rows:
+                table = rows.read_all().sort_by(_ORDER)
             path.write_bytes(data := _encode(table, run))
             version = lake.version_key(run.run_id, manifest_digest, run_date, class_name)
             output.write(version, data)
@@ -88,15 +90,20 @@ def read_commit(output: Store, run_date: Any) -> dict[str, Any] | None:
 
 
 def _split_by_class(folder: Path, tables: Iterable[pa.Table]) -> dict[str, Path]:
-    """One local file a class, since a shard may hold several classes and all shards together do not fit in memory."""
+    """One local file a class, since a shard may hold several classes and all shards together do not fit in memory.
+
+    Arrow streams: a Parquet writer would hold the metadata of a row group for each shard and class.
+    """
     paths: dict[str, Path] = {}
     with ExitStack() as stack:
-        writers: dict[str, pq.ParquetWriter] = {}
+        writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
         for table in tables:
             for class_name in pc.unique(table.column("class_name")).to_pylist():
                 if class_name not in writers:
-                    paths[class_name] = folder / f"{len(paths)}.parquet"
-                    writers[class_name] = stack.enter_context(pq.ParquetWriter(paths[class_name], SCORES))
+                    paths[class_name] = folder / f"{len(paths)}.arrow"
+                    options = pa.ipc.IpcWriteOptions(compression="zstd")
+                    writer = pa.ipc.new_stream(paths[class_name], SCORES, options=options)
+                    writers[class_name] = stack.enter_context(writer)
                 rows = table.filter(pc.equal(table.column("class_name"), class_name)).select(SCORES.names)
                 writers[class_name].write_table(rows.cast(SCORES))
     return paths

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import functools
 import io
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from pipeline import lake
+from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
 from pipeline.images import Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_map, encode_mask, find_regions, upsample
@@ -30,9 +33,11 @@ from pipeline.storage import Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import SHARD, ErrorType
 
+_READERS = 16
+"""Finished shards that are read at once: object stores answer late, but many at a time."""
+
 Row = dict[str, Any]
 _T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 @dataclass(frozen=True)
@@ -87,13 +92,16 @@ def quantile_thresholds(tables: Iterable[pa.Table], quantile: float) -> dict[str
 
     tables: columns class_name, score, score_local; null scores (errors) do not count.
     """
-    scores: dict[str, list[tuple[float, float]]] = {}
+    scores: dict[str, list[npt.NDArray[np.float32]]] = {}
     for table in tables:
-        columns = (table.column(name).to_pylist() for name in ("class_name", "score", "score_local"))
-        for class_name, score, local in zip(*columns, strict=True):
-            if score is not None:
-                scores.setdefault(class_name, []).append((score, local))
-    cuts = {name: np.quantile(np.asarray(pairs), quantile, axis=0) for name, pairs in scores.items()}
+        scored = table.filter(pc.is_valid(table.column("score")))
+        for class_name in scored.column("class_name").unique().to_pylist():
+            rows = scored.filter(pc.equal(scored.column("class_name"), class_name))
+            pairs = np.stack([rows.column(name).to_numpy() for name in ("score", "score_local")], axis=1)
+            scores.setdefault(class_name, []).append(pairs)
+    cuts = {
+        name: np.quantile(np.concatenate(pairs).astype(np.float64), quantile, axis=0) for name, pairs in scores.items()
+    }
     return {name: Thresholds(float(cut[0]), float(cut[1])) for name, cut in cuts.items()}
 
 
@@ -137,13 +145,13 @@ def score_shard(
     rows: list[Row] = []
     read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
     with ThreadPoolExecutor(read_threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
-        decoded = _map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
+        decoded = map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
         scored = (
             row
             for batch in _batches(decoded, job.model.batch_size)
             for row in _score_batch(batch, shard.shard_id, run, detector, prompts)
         )
-        rows.extend(_map_ahead(writers, finish, scored, ahead=2 * job.model.batch_size))
+        rows.extend(map_ahead(writers, finish, scored, ahead=2 * job.model.batch_size))
     return _commit(rows, run.shards, shard.shard_id, output)
 
 
@@ -161,13 +169,23 @@ def mask_shard(
 
     rows = read_shard(output, run.shards, shard_id).to_pylist()
     with ThreadPoolExecutor(threads, "write") as writers:
-        finished = list(_map_ahead(writers, finish, rows, ahead=2 * threads))
+        finished = list(map_ahead(writers, finish, rows, ahead=2 * threads))
     return _commit(finished, lake.masked_shards(run.run_id, digest), shard_id, output)
 
 
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
     """The rows of a finished shard, in schema SHARD."""
     return pq.read_table(io.BytesIO(output.read(lake.shard_key(folder, shard_id))), columns=columns)
+
+
+def read_shards(
+    output: Store, folder: str, shard_ids: Sequence[str], columns: list[str] | None = None
+) -> Iterator[pa.Table]:
+    """read_shard of each, in their order; threads read ahead, and no more than 2 * _READERS shards are in memory."""
+    with ThreadPoolExecutor(_READERS, "read") as readers:
+        yield from map_ahead(
+            readers, lambda shard: read_shard(output, folder, shard, columns), shard_ids, ahead=2 * _READERS
+        )
 
 
 def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output: Store) -> Row:
@@ -297,20 +315,3 @@ def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> Shard
 def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
     while batch := list(islice(items, size)):
         yield batch
-
-
-def _map_ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], *, ahead: int
-) -> Iterator[_R]:
-    """function over items in their order, at most `ahead` of them under way: a bounded `map`."""
-    waiting: deque[Future[_R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
