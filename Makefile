@@ -32,6 +32,7 @@ lint: $(READY)
 # prints ratios measured side by side in one run
 bench: $(READY)
 	$(BIN)/python -m tests.bench.detector
+	$(BIN)/python -m tests.bench.planning
 
 clean:
 	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
