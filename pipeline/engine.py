@@ -18,6 +18,7 @@ import torch
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.memory import give_back_freed_memory
 from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, score_shard
 from pipeline.shards import Shard
 from pipeline.storage import open_store
@@ -91,6 +92,7 @@ class ScoringActor:
                 f"{weights.sha256[:12]}, planned {self._weights_sha256[:12]}); put the same weights on all nodes"
             )
         torch.set_num_threads(self._cpus)
+        give_back_freed_memory()
         self._detector = Detector(load_encoder(self._job.model, weights), self._job.method, self._job.aligner)
 
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:

@@ -83,12 +83,17 @@ def _nearest_defect(
 ) -> str | None:
     if not names:
         return None
-    _, grid_height, grid_width = grid.shape
-    rows, columns = np.nonzero(inside)
-    patch_rows = (rows + box[0].start) * grid_height // shape[0]
-    patch_columns = (columns + box[1].start) * grid_width // shape[1]
-    pixels = np.bincount(patch_rows * grid_width + patch_columns, minlength=grid_height * grid_width)
-    return names[int(np.argmax(grid.reshape(len(names), -1) @ pixels))]
+    patch_rows, first_rows = _patches(box[0], shape[0], grid.shape[1])
+    patch_columns, first_columns = _patches(box[1], shape[1], grid.shape[2])
+    by_row = np.add.reduceat(inside, first_rows, axis=0, dtype=np.int64)
+    pixels = np.add.reduceat(by_row, first_columns, axis=1)
+    similarity = np.einsum("krc,rc->k", grid[:, patch_rows][:, :, patch_columns], pixels)
+    return names[int(np.argmax(similarity))]
+
+
+def _patches(span: slice, length: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The patches that pixels of one axis lie in, and where in the span each begins."""
+    return np.unique(np.arange(span.start, span.stop) * count // length, return_index=True)
 
 
 def _png(image: Image.Image) -> bytes:

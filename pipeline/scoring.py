@@ -27,6 +27,7 @@ from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
 from pipeline.images import Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+from pipeline.memory import FILE_BYTES, PIXELS
 from pipeline.redaction import redact
 from pipeline.shards import Shard
 from pipeline.storage import Store, StoreError
@@ -38,6 +39,10 @@ _READERS = 16
 
 Row = dict[str, Any]
 _T = TypeVar("_T")
+
+_MOST_BYTES_A_PIXEL = 8
+"""RGBA of 16 bits, not compressed."""
+_MOST_METADATA = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,7 @@ def score_shard(
     """
     preprocess, job = detector.encoder.preprocess, run.job
     thresholds = fixed_thresholds(job)
+    largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
     decode = functools.partial(
         decode_isolated if isolate else decode_image,
         size=preprocess.size,
@@ -133,7 +139,12 @@ def score_shard(
     )
 
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
-        return image, _read_image(image["uri"], source, decode)
+        size = image["size"] or 0
+        if size > largest_file:
+            message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can take"
+            return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
+        with FILE_BYTES.hold(size):
+            return image, _read_image(image["uri"], source, decode)
 
     def finish(row: Row) -> Row:
         return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
@@ -198,13 +209,20 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
     names = row["defect_names"]
     defect_grid = np.asarray(row["defect_grid"], dtype=np.float32).reshape(len(names), *grid.shape)
-    anomaly_map = upsample(grid, width, height)
-    mask = anomaly_map >= thresholds.mask
+    map_png = None
+    with PIXELS.hold(width * height):
+        anomaly_map = upsample(grid, width, height)
+        mask = anomaly_map >= thresholds.mask
+        area, mask_png = float(mask.mean()), encode_mask(mask)
+        if run.job.output.maps:
+            map_png = encode_map(anomaly_map)
+        regions = [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
+        del anomaly_map, mask
     mask_key = lake.mask_key(night, version, class_name, image_key)
-    output.write(mask_key, encode_mask(mask))
-    map_key = lake.map_key(night, version, class_name, image_key) if run.job.output.maps else None
-    if map_key is not None:
-        output.write(map_key, encode_map(anomaly_map))
+    output.write(mask_key, mask_png)
+    map_key = lake.map_key(night, version, class_name, image_key) if map_png is not None else None
+    if map_key is not None and map_png is not None:
+        output.write(map_key, map_png)
     return {
         **row,
         "threshold": thresholds.score,
@@ -212,8 +230,8 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
         "is_anomalous": row["score"] >= thresholds.score,
         "mask_uri": output.uri(mask_key),
         "map_uri": None if map_key is None else output.uri(map_key),
-        "mask_area": float(mask.mean()),
-        "regions": [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)],
+        "mask_area": area,
+        "regions": regions,
     }
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
+from pipeline.memory import PIXELS
 from schemas.tables import ErrorType
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -25,6 +32,16 @@ _INTERPOLATIONS = {
 Image.init()
 # max_pixels is checked here, before a pixel is decoded; Pillow's own limit is global and cannot be raised by a job.
 Image.MAX_IMAGE_PIXELS = None
+# What is wrong with a file is said in its row; decoders would say it once more on stderr, without its name.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+with contextlib.suppress(OSError, AttributeError):
+    _decoders = ctypes.CDLL(_imaging.__file__)  # a look-up in it finds libtiff, which it is linked with
+    _decoders.TIFFSetErrorHandler(None)
+    _decoders.TIFFSetWarningHandler(None)
+
+_TILE = 1 << 20
+"""Pixels that deep images are converted at a time."""
 
 
 class ImageError(Exception):
@@ -50,7 +67,7 @@ def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_
 
     JPEG, PNG, BMP, TIFF, WebP; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled, not
     clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. Raises
-    ImageError alone, whatever the bytes.
+    ImageError alone, whatever the bytes. Waits while other threads decode as much as memory is planned for.
     """
     if not data:
         raise ImageError(ErrorType.EMPTY, "the file has no bytes")
@@ -59,9 +76,8 @@ def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_
             if image.width * image.height > max_pixels:
                 message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
                 raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
-            upright = _to_rgb(ImageOps.exif_transpose(image))
-        squashed = upright.resize((size[1], size[0]), _INTERPOLATIONS[interpolation])
-        return Decoded(np.asarray(squashed), upright.width, upright.height)
+            with PIXELS.hold(image.width * image.height):
+                return _squash(image, size, _INTERPOLATIONS[interpolation])
     except ImageError:
         raise
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
@@ -75,27 +91,63 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     return values.max(axis=2) > 0 if values.ndim == 3 else values > 0
 
 
+def _squash(image: Image.Image, size: tuple[int, int], interpolation: Image.Resampling) -> Decoded:
+    image.load()
+    _turn_upright(image)
+    squashed = _to_rgb(image).resize((size[1], size[0]), interpolation)
+    return Decoded(np.asarray(squashed), image.width, image.height)
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Applies EXIF orientation; broken EXIF says nothing, as in any viewer, and costs no image."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:
+        raise
+    except Exception:  # the parser of EXIF raises whatever it stumbles over
+        return
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_bytes(image)).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        white = Image.new("RGB", rgba.size, "white")
+        white.paste(rgba, mask=rgba.getchannel("A"))
+        return white
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_bytes(image: Image.Image) -> NDArray[np.uint8]:
     """Deep greyscale as 8 bits; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(image)
+    result = np.empty((image.height, image.width), dtype=np.uint8)
     if image.mode == "F":
-        finite = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = finite.min(), finite.max()
-        return np.asarray(np.rint((finite - low) / max(high - low, 1e-12) * 255), dtype=np.uint8)
+        low = min(_finite(values).min() for _, values in _tiles(image))
+        high = max(_finite(values).max() for _, values in _tiles(image))
+        for place, values in _tiles(image):
+            result[place] = np.rint((_finite(values) - low) / max(high - low, 1e-12) * 255)
+        return result
     # Mode I holds 16-bit files too (Pillow widens them); only what goes beyond 65535 is 32 bits deep.
-    unsigned = values.astype(np.int64).clip(min=0)
-    depth = 65535 if unsigned.max(initial=0) <= 65535 else 2**32 - 1
-    return np.asarray(np.rint(unsigned / depth * 255), dtype=np.uint8)
+    depth = 65535 if max(values.max() for _, values in _tiles(image)) <= 65535 else 2**32 - 1
+    for place, values in _tiles(image):
+        result[place] = np.rint(values.astype(np.int64).clip(min=0) / depth * 255)
+    return result
+
+
+def _finite(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[tuple[slice, slice], NDArray[Any]]]:
+    """Places and values of an image, piece by piece: as a whole, its 64-bit numbers would be gigabytes."""
+    columns = min(image.width, _TILE)
+    rows = max(1, _TILE // columns)
+    for top in range(0, image.height, rows):
+        for left in range(0, image.width, columns):
+            bottom, right = min(top + rows, image.height), min(left + columns, image.width)
+            yield (slice(top, bottom), slice(left, right)), np.asarray(image.crop((left, top, right, bottom)))
 
 
 def _classify(error: Exception, data: bytes) -> ImageError:
@@ -107,6 +159,8 @@ def _classify(error: Exception, data: bytes) -> ImageError:
         return ImageError(
             ErrorType.NOT_AN_IMAGE, "its bytes are no JPEG, PNG, BMP, TIFF or WebP, whatever its name says"
         )
+    if isinstance(error, MemoryError):
+        return ImageError(ErrorType.INTERNAL, "there was no memory left to decode it; the file may be in order")
     if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATION_WORDS):
         return ImageError(ErrorType.TRUNCATED, f"the file ends too early ({text})")
     return ImageError(ErrorType.CORRUPT, f"the file is damaged ({text})")

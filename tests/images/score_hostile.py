@@ -1,0 +1,60 @@
+"""Scores the images of a folder in this process, and prints as JSON what the process took.
+
+    python -m tests.images.score_hostile IMAGES OUTPUT PIXELS
+
+PIXELS: dataset.max_pixels, and what all threads may hold at once. The memory is what the process has ever had, beyond
+what it had after whole photos.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+from pipeline import memory
+from pipeline.alfa import Detector, load_encoder, locate_weights
+from pipeline.images import list_images, open_dataset
+from pipeline.prompts import compose_ensemble, obtain
+from pipeline.scoring import Run, score_shard
+from pipeline.shards import cut_shards
+from pipeline.storage import Store
+from schemas.job import Dataset, parse_job
+
+DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had in RAM so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(images: str, output_uri: str, pixels: int) -> None:
+    """All in one process, as in a scoring actor."""
+    memory.PIXELS.most = pixels
+    memory.give_back_freed_memory()
+    document = {"dataset": {"images": images, "max_pixels": pixels}, "output": {"uri": output_uri}}
+    job = parse_job({**document, "run_date": "2026-01-02", "threshold": {"value": 0.1}})
+    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
+    output = Store(job.output.uri)
+    prompts = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="test"), lambda _: True))
+
+    def score(dataset: Dataset, run_id: str) -> None:
+        source = open_dataset(dataset, job.storage)
+        for shard in cut_shards(list_images(source), job.engine.shard_size):
+            names = dict.fromkeys(shard.images.column("class_name").to_pylist(), prompts)
+            score_shard(
+                shard, Run(run_id, job, "alfa-tiny", "0" * 64), detector, names, source.store, output, threads=8
+            )
+
+    for number in range(3):
+        score(Dataset(images=str(DEMO)), f"whole-{number}")
+    before, started = peak_bytes(), time.monotonic()
+    score(job.dataset, "hostile")
+    print(json.dumps({"peak": peak_bytes() - before, "seconds": time.monotonic() - started}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
