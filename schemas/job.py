@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from schemas.text import one_line
+
 EMBEDDED_MODEL = "alfa-tiny"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -204,7 +206,10 @@ def parse_job(
 
     Raises JobError with one line per fault; each names the key, what is wrong and what is allowed.
     """
-    merged: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
+    try:
+        merged: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise JobError(f"the job is no plain document of keys and values: {one_line(str(error))}") from None
     assignments = [_parse_override(item) for item in overrides]
     assignments += [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
     for path, value in assignments:
@@ -212,7 +217,7 @@ def parse_job(
     try:
         return JobConfig.model_validate(merged)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(fault) for fault in error.errors())
+        lines = dict.fromkeys(one_line(_explain(fault)) for fault in error.errors())
         raise JobError("\n".join(lines)) from None
 
 
@@ -220,8 +225,8 @@ def read_job_yaml(text: str) -> dict[str, Any]:
     """The mapping in a YAML text. Raises JobError where it is no YAML or no mapping."""
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise JobError(f"the job file is not valid YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
+        raise JobError(f"the job file is not valid YAML: {one_line(str(error))}") from None
     if document is None:
         return {}
     if not isinstance(document, dict):
@@ -237,10 +242,10 @@ def dump_job_yaml(job: JobConfig) -> str:
 def _parse_override(item: str) -> tuple[list[str], Any]:
     key, separator, value = item.partition("=")
     if not separator or not key.strip():
-        raise JobError(f"--set {item}: write it as key=value, such as --set model.name=ViT-B-16")
+        raise JobError(f"--set {one_line(item)}: write it as key=value, such as --set model.name=ViT-B-16")
     try:
         return key.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return key.strip().split("."), value
 
 
@@ -248,7 +253,7 @@ def _assign(target: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for name in path[:-1]:
         child = target.setdefault(name, {})
         if not isinstance(child, dict):
-            raise JobError(f"{'.'.join(path)}: {name} holds a value, not keys")
+            raise JobError(one_line(f"{'.'.join(path)}: {name} holds a value, not keys"))
         target = child
     target[path[-1]] = value
 

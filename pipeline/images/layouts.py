@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.storage import ObjectInfo, Store, open_store
 from schemas.job import Dataset, Storage
 from schemas.tables import MANIFEST
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,11 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
     """Manifest rows in batches, in a steady order; each image once. Raises DatasetError for a faulty table."""
     rows = _unique(_list_rows(source)) if source.layout == "table" else _list_rows(source)
     while chunk := list(islice(rows, _BATCH)):
-        yield _to_batch(chunk)
+        try:
+            yield _to_batch(chunk)
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            place = source.store.uri(source.table_key or "")
+            raise DatasetError(f"{place}: a column has the wrong type: {one_line(str(error))[:300]}") from None
 
 
 _LAYOUTS_HELP = (
@@ -120,10 +125,21 @@ def _list_keys(store: Store) -> Iterator[ObjectInfo]:
 
 
 def _list_rows(source: ImageSource) -> Iterator[_Row]:
-    rows = _LISTERS[source.layout](source)
+    rows = _say_faults(_LISTERS[source.layout](source), source)
     if source.class_name is None or source.layout == "flat":
         return rows
     return (row for row in rows if row.class_name == source.class_name)
+
+
+def _say_faults(rows: Iterator[_Row], source: ImageSource) -> Iterator[_Row]:
+    """What a table or split file names may be no address, or lie outside the data set."""
+    try:
+        yield from rows
+    except DatasetError:
+        raise
+    except ValueError as error:
+        message = f"{source.store.uri(source.table_key or '')}, layout {source.layout}: {one_line(str(error))[:300]}"
+        raise DatasetError(message) from None
 
 
 def _list_flat(source: ImageSource) -> Iterator[_Row]:
@@ -212,7 +228,7 @@ def _read_table(store: Store, name: str) -> Iterator[pa.RecordBatch]:
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),
                 convert_options=pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
             )
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
         raise DatasetError(f"{store.uri(name)} cannot be read as a table: {str(error)[:300]}") from None
 
 
