@@ -16,21 +16,24 @@ import numpy as np
 from pipeline.images.decoding import Decoded, ImageError, decode_image
 from schemas.tables import ErrorType
 
-_LIMIT_S = 300.0
+LIMIT_S = 300.0
+"""Seconds after which a decoder counts as hung."""
 
 
 def decode_isolated(data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int) -> Decoded:
-    """decode_image in a new process. Raises ImageError, of type crashed where the process was killed or never ended."""
+    """decode_image in a new process. Raises ImageError, of type crashed where its process did not end well."""
     options = json.dumps({"size": size, "interpolation": interpolation, "max_pixels": max_pixels})
     command = [sys.executable, "-m", "pipeline.images.isolation", options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
-        done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=_LIMIT_S)
+        done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        raise ImageError(ErrorType.CRASHED, f"its decoder did not end within {_LIMIT_S:g} s") from None
+        raise ImageError(ErrorType.CRASHED, f"its decoder did not end within {LIMIT_S:g} s") from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ImageError(ErrorType.CRASHED, f"its decoder was killed by {name}, after a worker had died over its shard")
+    if done.returncode > 1:  # Python itself ends with 1
+        raise ImageError(ErrorType.CRASHED, f"its decoder ended its process with exit code {done.returncode}")
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ImageError(ErrorType.INTERNAL, f"the process that should decode it failed: {' '.join(last)[:300]}")

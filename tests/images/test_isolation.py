@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.images import ImageError, decode_image, decode_isolated, isolation
+from schemas.tables import ErrorType
+from tests.images.hostile import encode
+
+OPTIONS = {"size": (8, 8), "interpolation": "bilinear", "max_pixels": 1000}
+BROKEN = (
+    "import os, signal, time\nfrom PIL import BmpImagePlugin\nBmpImagePlugin.BmpImageFile._open = lambda self: {}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("deed", "word"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
+        ("os.abort()", "SIGABRT"),
+        ("os._exit(3)", "exit code 3"),
+        ("time.sleep(1000)", "did not end within 5 s"),
+    ],
+)
+def test_a_decoder_that_ends_its_process_or_never_ends_is_told(
+    deed: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder of BMP is broken in the new process alone, as by a bug in a codec."""
+    (tmp_path / "sitecustomize.py").write_text(BROKEN.format(deed))
+    monkeypatch.syspath_prepend(tmp_path)
+    if "sleep" in deed:
+        monkeypatch.setattr(isolation, "LIMIT_S", 5.0)
+    with pytest.raises(ImageError, match=word) as caught:
+        decode_isolated(encode(Image.new("RGB", (20, 10)), "BMP"), **OPTIONS)
+    assert caught.value.error_type is ErrorType.CRASHED
+
+
+def test_isolation_changes_nothing_else() -> None:
+    data = encode(Image.effect_noise((20, 10), 50), "PNG")
+    alone, here = decode_isolated(data, **OPTIONS), decode_image(data, **OPTIONS)
+    np.testing.assert_array_equal(alone.pixels, here.pixels)
+    with pytest.raises(ImageError) as caught:
+        decode_isolated(data[:50], **OPTIONS)
+    assert caught.value.error_type in (ErrorType.TRUNCATED, ErrorType.CORRUPT)
