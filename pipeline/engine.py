@@ -226,7 +226,7 @@ class ScoringPool:
         self._prompts: dict[str, ray.ObjectRef[PromptEmbeddings]] = {}
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
-        self._deaths = 0
+        self._deaths = 0  # since a call has ended well
         for _ in range(self.plan.count):
             self._start()
 
@@ -299,6 +299,7 @@ class ScoringPool:
                     self._replace(worker, error, deaths + 1)
                     again.append((item, deaths + 1))
                 else:
+                    self._deaths = 0
                     yield result
 
     def _least_loaded(self) -> _Worker | None:

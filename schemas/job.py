@@ -151,7 +151,10 @@ class Engine(Part):
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     shard_size: PositiveInt = 256
-    max_restarts: Annotated[int, Field(ge=0)] = Field(3, description="deaths of workers, per actor, before a run fails")
+    max_restarts: Annotated[int, Field(ge=0)] = Field(
+        3,
+        description="deaths of workers over one shard, and per actor with no shard finished between, that a run bears",
+    )
     lease_s: Annotated[float, Field(ge=1.0)] = Field(
         30.0, description="seconds for which a driver that died keeps others from going on with its run"
     )

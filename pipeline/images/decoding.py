@@ -95,7 +95,9 @@ def _squash(image: Image.Image, size: tuple[int, int], interpolation: Image.Resa
     image.load()
     _turn_upright(image)
     squashed = _to_rgb(image).resize((size[1], size[0]), interpolation)
-    return Decoded(np.asarray(squashed), image.width, image.height)
+    width, height = image.size
+    image.close()  # its pixels go while they are still counted
+    return Decoded(np.asarray(squashed), width, height)
 
 
 def _turn_upright(image: Image.Image) -> None:

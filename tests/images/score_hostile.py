@@ -36,7 +36,12 @@ def main(images: str, output_uri: str, pixels: int) -> None:
     memory.PIXELS.most = pixels
     memory.give_back_freed_memory()
     document = {"dataset": {"images": images, "max_pixels": pixels}, "output": {"uri": output_uri}}
-    job = parse_job({**document, "run_date": "2026-01-02", "threshold": {"value": 0.1}})
+    settings = {
+        "run_date": "2026-01-02",
+        "threshold": {"value": 0.1},
+        "model": {"batch_size": 16},
+    }  # full with whole photos
+    job = parse_job({**document, **settings})
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
     output = Store(job.output.uri)
     prompts = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="test"), lambda _: True))
