@@ -103,12 +103,14 @@ class Store:
         """The key below this root of an address in the same file system; None where it lies elsewhere."""
         if uri.startswith(self.prefix):
             return uri[len(self.prefix) :]
-        scheme, separator, _ = uri.partition("://")
-        if separator and scheme not in _protocols(self.fs):
-            return None
-        path = str(self.fs._strip_protocol(uri))
-        prefix = self.path.rstrip("/") + "/"
+        path, prefix = self.path_of(uri), self.path.rstrip("/") + "/"
         return path[len(prefix) :] if path.startswith(prefix) else None
+
+    def path_of(self, uri: str) -> str:
+        """The path of an address in this file system: bucket and key, or the local path; of another one, the address."""
+        scheme, separator, _ = uri.partition("://")
+        is_foreign = separator and scheme not in _protocols(self.fs)
+        return uri if is_foreign else str(self.fs._strip_protocol(uri))
 
     def read(self, key: str) -> bytes:
         """The whole object."""
@@ -116,7 +118,7 @@ class Store:
 
     def read_uri(self, uri: str) -> bytes:
         """The whole object at an address of the same file system, inside or outside this root."""
-        return self._read(str(self.fs._strip_protocol(uri)))
+        return self._read(self.path_of(uri))
 
     def write(self, key: str, data: bytes) -> None:
         """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole."""

@@ -6,6 +6,7 @@ import datetime
 import difflib
 import hashlib
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -33,9 +34,13 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-def _without_credentials(uri: str) -> str:
+_SIGNATURE = re.compile(r"(?i)[?&](x-amz-(signature|credential|security-token)|sig|signature)=")
+
+
+def without_credentials(uri: str) -> str:
+    """The address itself; it would stand in rows, logs and run folders. Raises ValueError where it tells a secret."""
     parts = urlsplit(uri)
-    if parts.password or (parts.username and parts.scheme):
+    if parts.password or (parts.username and parts.scheme) or _SIGNATURE.search(uri):
         raise ValueError("must not hold credentials; set them in the environment (AWS_ACCESS_KEY_ID, ...)")
     return uri
 
@@ -50,7 +55,7 @@ class Dataset(Part):
     class_name: str | None = Field(None, min_length=1, description="the class of every image (layout flat)")
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
 
-    _no_credentials = field_validator("images")(_without_credentials)
+    _no_credentials = field_validator("images")(without_credentials)
 
 
 class Output(Part):
@@ -59,7 +64,7 @@ class Output(Part):
     uri: str = Field(min_length=1, description="folder or URI of the data lake")
     maps: bool = Field(False, description="write raw anomaly maps too, as 16-bit PNG")
 
-    _no_credentials = field_validator("uri")(_without_credentials)
+    _no_credentials = field_validator("uri")(without_credentials)
 
 
 class Storage(Part):
@@ -72,7 +77,7 @@ class Storage(Part):
     @field_validator("endpoint_url")
     @classmethod
     def _no_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else _without_credentials(value)
+        return value if value is None else without_credentials(value)
 
 
 class Model(Part):
@@ -111,7 +116,7 @@ class Prompts(Part):
     @field_validator("api_base")
     @classmethod
     def _no_credentials(cls, value: str | None) -> str | None:
-        return value if value is None else _without_credentials(value)
+        return value if value is None else without_credentials(value)
 
 
 class Method(Part):

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import io
 import logging
+import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.storage import ObjectInfo, Store, open_store
-from schemas.job import Dataset, Storage
+from schemas.job import Dataset, Storage, without_credentials
 from schemas.tables import MANIFEST
 from schemas.text import one_line
 
@@ -121,7 +122,15 @@ def _list_keys(store: Store) -> Iterator[ObjectInfo]:
     """Images by their suffix; hidden files and folders are left out."""
     for info in store.list():
         if info.key.lower().endswith(SUFFIXES) and not info.key.startswith(".") and "/." not in info.key:
-            yield info
+            yield info if info.key.isascii() else _in_unicode(info)
+
+
+def _in_unicode(info: ObjectInfo) -> ObjectInfo:
+    """A local file whose name is no UTF-8 fits in no table: under a readable name it gets its row, as an error."""
+    readable = os.fsencode(info.key).decode("utf-8", "backslashreplace")
+    if readable != info.key:
+        logger.warning("%s: the name of this file is not UTF-8, so it cannot be scored; rename it", readable)
+    return info._replace(key=readable)
 
 
 def _list_rows(source: ImageSource) -> Iterator[_Row]:
@@ -176,13 +185,16 @@ def _list_visa(source: ImageSource) -> Iterator[_Row]:
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
     _require_columns(table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT))
     rows = [row for row in table.to_pylist() if row["split"] == "test"]
-    for class_name, group in groupby(rows, key=lambda row: str(row["object"])):
+    if not all(row["object"] and row["image"] for row in rows):
+        raise DatasetError(f"{source.store.uri(_VISA_SPLIT)}: a row of the test split has no object or no image")
+    for class_name, group in groupby(rows, key=lambda row: row["object"]):
         found = {info.key: info for info in source.store.list(class_name)} if "/" not in class_name else {}
         for row in group:
-            info = found.get(row["image"], ObjectInfo(row["image"], None, None))
+            key = row["image"]
+            _, size, etag = found.get(key, ObjectInfo(key, None, None))
             label = GOOD if row["label"] == "normal" else "anomaly"
             mask = source.store.uri(row["mask"]) if row["mask"] else None
-            yield _row(source.store, info, class_name, label, mask)
+            yield _Row(source.store.uri(key), key, class_name, size, etag, label, mask)
 
 
 def _list_table(source: ImageSource) -> Iterator[_Row]:
@@ -197,10 +209,9 @@ def _list_table(source: ImageSource) -> Iterator[_Row]:
             number += 1
             if not uri or not class_name:
                 raise DatasetError(f"{place}: row {number} has no {'class_name' if uri else 'uri'}")
-            uri = _resolve(source.store, str(uri))
-            key = source.store.key_of(uri) or uri.partition("://")[2] or uri
+            uri, key = _locate(source.store, _resolve(source.store, str(uri)))
             mask = _resolve(source.store, str(mask)) if mask else None
-            yield _Row(uri, key.lstrip("/"), str(class_name), size, etag, label, mask)
+            yield _Row(uri, key, str(class_name), size, etag, label, mask)
 
 
 _LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
@@ -234,6 +245,8 @@ def _read_table(store: Store, name: str) -> Iterator[pa.RecordBatch]:
 
 def _require_columns(found: Iterable[str], wanted: Iterable[str], place: str) -> None:
     found = list(found)
+    if len(set(found)) < len(found):
+        raise DatasetError(f"{place} has two columns of one name; its columns: {', '.join(found)}")
     for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, n=1)
@@ -242,13 +255,24 @@ def _require_columns(found: Iterable[str], wanted: Iterable[str], place: str) ->
 
 
 def _resolve(store: Store, uri: str) -> str:
+    """The absolute address of one that may be relative to the store's root."""
+    if "@" in uri or "?" in uri:
+        without_credentials(uri)
     if "://" in uri or uri.startswith("/"):
         return uri
-    return (
-        store.uri(posixpath.normpath(uri))
-        if not uri.startswith("..")
-        else posixpath.normpath(store.uri("") + "/" + uri)
-    )
+    scheme, separator, root = store.uri("").rpartition("://")
+    return f"{scheme}{separator}{posixpath.normpath(f'{root}/{uri}')}"
+
+
+def _locate(store: Store, uri: str) -> tuple[str, str]:
+    """An address in the store's spelling, and its key: the path below the root; from elsewhere `/` and the whole path.
+
+    Different addresses never have the same key, so two images never share a mask.
+    """
+    key = store.key_of(uri)
+    if key is None or key.startswith("/"):
+        return uri, "/" + store.path_of(uri).lstrip("/")
+    return store.prefix + key, key
 
 
 def _unique(rows: Iterator[_Row]) -> Iterator[_Row]:

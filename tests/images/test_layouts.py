@@ -1,5 +1,6 @@
 import csv
 import io
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -120,8 +121,8 @@ def test_table(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> N
     assert layout == "table"
     assert [(row["uri"], row["key"], row["class_name"], row["label"]) for row in rows] == [
         (str(tmp_path / "list" / "in" / "a.jpg"), "in/a.jpg", "007", "good"),
-        (elsewhere, elsewhere[1:], "nut", None),
-        ("s3://bucket/c d#1?.jpg", "bucket/c d#1?.jpg", "nut", None),
+        (elsewhere, elsewhere, "nut", None),
+        ("s3://bucket/c d#1?.jpg", "/s3://bucket/c d#1?.jpg", "nut", None),
     ]
     assert "1 images more than once" in caplog.text
 
@@ -180,3 +181,45 @@ def test_real_sets(folder: str, layout: str, good: int, anomalous: int) -> None:
     assert (labels.count(True), labels.count(False)) == (good, anomalous)
     assert all((row["mask_uri"] is None) == (row["label"] == "good") for row in rows)
     assert all(row["etag"] is not None for row in rows)
+
+
+def test_images_of_a_table_never_share_a_key(tmp_path: Path) -> None:
+    """Of one bucket or another, of one scheme or another: masks are named by keys."""
+    inside = str(tmp_path / "list")
+    uris = [
+        "x/a.jpg",
+        "/x/a.jpg",
+        "../x/a.jpg",
+        f"{inside}/y/a.jpg",
+        "s3://a/b.jpg",
+        "gs://a/b.jpg",
+        "a/b.jpg",
+        "/a/b.jpg",
+    ]
+    (tmp_path / "list").mkdir()
+    pq.write_table(pa.table({"uri": uris, "class_name": ["nut"] * len(uris)}), tmp_path / "list" / "t.parquet")
+    _, rows = rows_of(str(tmp_path / "list" / "t.parquet"))
+    assert len({row["key"] for row in rows}) == len({row["uri"] for row in rows}) == len(uris)
+    assert rows[2]["uri"] == str(tmp_path / "x" / "a.jpg")
+
+
+def test_one_image_spelt_in_two_ways_is_listed_once(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"uri": ["a.jpg", f"file://{tmp_path}/a.jpg"], "class_name": ["nut"] * 2}), tmp_path / "t.parquet"
+    )
+    assert len(rows_of(str(tmp_path / "t.parquet"))[1]) == 1
+
+
+@pytest.mark.parametrize("uri", ["s3://key:secret-51c@bucket/a.jpg", "https://host/a.jpg?X-Amz-Signature=secret-51c"])
+def test_a_table_that_tells_secrets_is_refused(tmp_path: Path, uri: str) -> None:
+    pq.write_table(pa.table({"uri": [uri], "class_name": ["nut"]}), tmp_path / "t.parquet")
+    with pytest.raises(DatasetError, match="must not hold credentials") as caught:
+        rows_of(str(tmp_path / "t.parquet"))
+    assert "51c" not in str(caught.value)
+
+
+def test_a_local_name_that_is_no_unicode_has_a_row_too(tmp_path: Path) -> None:
+    (tmp_path / "nut").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/nut/\xff\xfe.jpg")).write_bytes(b"")
+    _, rows = rows_of(str(tmp_path))
+    assert [row["key"] for row in rows] == ["nut/\\xff\\xfe.jpg"]
