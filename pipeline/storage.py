@@ -107,7 +107,7 @@ class Store:
         return path[len(prefix) :] if path.startswith(prefix) else None
 
     def path_of(self, uri: str) -> str:
-        """The path of an address in this file system: bucket and key, or the local path; of another one, the address."""
+        """The path of an address in this file system: bucket and key, or the local path; else the address."""
         scheme, separator, _ = uri.partition("://")
         is_foreign = separator and scheme not in _protocols(self.fs)
         return uri if is_foreign else str(self.fs._strip_protocol(uri))
