@@ -104,6 +104,19 @@ def status(
 
 
 @app.command()
+def report(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")],
+    run_id: Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the last night's run.")] = None,
+    run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Render the report of a published night anew."""
+    from jobs.report import run_report
+
+    _run(lambda: run_report(open_store(output, Storage(endpoint_url=endpoint)), run_id, run_date, _console()))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
@@ -171,13 +184,14 @@ def _run(job: Callable[[], int]) -> None:
     from pipeline.engine import EngineError
     from pipeline.images import DatasetError
     from pipeline.prompts import LLMError, PromptLibraryError
+    from pipeline.report import ReportError
 
     try:
         code = job()
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
         code = EXIT_INTERRUPTED
-    except (DatasetError, ModelError, PromptLibraryError, DemoError) as error:
+    except (DatasetError, ModelError, PromptLibraryError, DemoError, ReportError) as error:
         _complain(str(error))
         code = EXIT_USAGE
     except (EngineError, LLMError, ClaimLostError, OSError) as error:

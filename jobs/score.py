@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+import platform
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +19,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from jobs.progress import RunProgress
+from jobs.report import report_night
 from pipeline import claims, lake
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import ScoringPool, connect, obtain_prompts
 from pipeline.images import ImageSource, list_images, open_dataset
-from pipeline.prompts import compose_ensemble, find, obtain
+from pipeline.prompts import compose_ensemble, find, obtain, record_prompts
 from pipeline.publish import publish_night, read_commit
 from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shards
 from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig, dump_job_yaml
-from schemas.prompts import PromptEnsemble, PromptSet, Usage
+from schemas.prompts import PromptEnsemble, PromptSet, RunPrompts, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ class Plan:
     source: ImageSource
     manifest: Manifest
     ensembles: Sequence[PromptEnsemble]
+    prompts: RunPrompts
     usage: Usage
     """What this job spent on prompts; sets that were there already cost nothing."""
 
@@ -53,7 +58,8 @@ def run_score(job: JobConfig, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
         commit, stats = _run_or_wait(plan, output, console)
-    print_summary(plan, commit, stats, output, console)
+    report = report_night(output, commit, anew=stats.get("state") == "done")
+    print_summary(plan, commit, stats, report, output, console)
     return _exit_code(commit, job.engine.max_error_rate)
 
 
@@ -73,7 +79,8 @@ def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
     ensembles = [compose_ensemble(prompt_set, fits) for prompt_set in sets]
     prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in ensembles)
     run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint)}"
-    return Plan(Run(run_id, job, weights.label, weights.sha256), weights, source, manifest, ensembles, usage)
+    run, prompts = Run(run_id, job, weights.label, weights.sha256), record_prompts(sets, ensembles)
+    return Plan(run, weights, source, manifest, ensembles, prompts, usage)
 
 
 def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
@@ -125,6 +132,7 @@ def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str,
 def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -> tuple[dict[str, Any], dict[str, Any]]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    output.write(lake.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
     output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
     shard_ids = [shard.shard_id for shard in _shards(plan)]
     finished = lake.finished_shards(output, run.shards) & set(shard_ids)
@@ -141,6 +149,7 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
         "demonstration_model": plan.weights.is_demonstration,
         "prompt_sources": Counter(item.source for item in plan.ensembles),
         "usage": plan.usage.model_dump(),
+        "versions": versions(),
     }
     with connect(job):
         pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
@@ -157,6 +166,17 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
                 return commit, progress.write("done", **_totals(commit))
         finally:
             pool.close()
+
+
+def versions() -> dict[str, str]:
+    """What this driver runs on."""
+    found = {"python": platform.python_version()}
+    for name in ("alfa-pipeline", "open_clip_torch", "ray", "torch"):
+        with contextlib.suppress(
+            metadata.PackageNotFoundError
+        ):  # a working directory sent to a cluster is not installed
+            found[name] = metadata.version(name)
+    return found
 
 
 def _shards(plan: Plan) -> Iterator[Shard]:
@@ -199,7 +219,12 @@ def _exit_code(commit: Mapping[str, Any], max_error_rate: float) -> int:
 
 
 def print_summary(
-    plan: Plan, commit: Mapping[str, Any], stats: Mapping[str, Any], output: Store, console: Console
+    plan: Plan,
+    commit: Mapping[str, Any],
+    stats: Mapping[str, Any],
+    report: str | None,
+    output: Store,
+    console: Console,
 ) -> None:
     """What a person wants to know at the end: how many, what failed, what it cost, where it lies."""
     run, totals = plan.run, _totals(commit)
@@ -233,6 +258,7 @@ def print_summary(
         ("masks", output.uri(f"masks/run_date={run.job.run_date}")),
         ("run", output.uri(lake.run_key(run.run_id, "").rstrip("/"))),
         ("commit", output.uri(lake.commit_key(run.job.run_date))),
+        ("report", report or "could not be written; the log says why"),
     ]
     if plan.weights.is_demonstration:
         lines.insert(0, ("model", f"{run.model}, a DEMONSTRATION model: its scores say nothing about real defects"))

@@ -16,8 +16,13 @@ _LONGEST_VALUE = 200
 
 
 def run_key(run_id: str, name: str) -> str:
-    """A file of a run: job.yaml, run.json, stats.json, a manifest."""
+    """A file of a run: job.yaml, prompts.json, stats.json, a manifest."""
     return f"runs/{run_id}/{name}"
+
+
+def report_key(run_id: str) -> str:
+    """The page that shows a run."""
+    return run_key(run_id, "report/index.html")
 
 
 def manifest_key(run_id: str, digest: str) -> str:

@@ -311,6 +311,7 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
         "explanation": [asdict(evidence) for evidence in detection.explanation],
         "prompts_kept_normal": detection.kept_normal,
         "prompts_kept_anomalous": detection.kept_anomalous,
+        "prompts_kept": detection.kept,
         "grid": detection.grid.ravel(),
         "grid_width": detection.grid.shape[1],
         "defect_names": list(prompts.defects),

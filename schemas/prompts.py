@@ -81,3 +81,20 @@ class PromptEnsemble(Frozen):
     source: Literal["llm", "bundled", "base"]
     fingerprint: str
     prompts: tuple[Prompt, ...]
+
+
+class UsedPrompts(Frozen):
+    """What the images of a class were compared with, and where that came from; created_at is that of the set."""
+
+    ensemble: PromptEnsemble
+    recipe: str
+    model: str | None
+    usage: Usage
+    created_at: datetime.datetime
+
+
+class RunPrompts(Frozen):
+    """What lies at runs/<run_id>/prompts.json: the prompts as they were, since stored sets may be edited later."""
+
+    schema_version: Literal[1] = 1
+    classes: tuple[UsedPrompts, ...]

@@ -107,6 +107,7 @@ SHARD = pa.schema(
         _field("class_name", pa.string(), "class of the part", nullable=False),
         _field("image_key", pa.string(), "path of the image below the dataset's root", nullable=False),
         *SCORES,
+        _field("prompts_kept", pa.list_(pa.bool_()), "which prompts adaptation has left, in the order of prompts.json"),
         _field("grid", pa.list_(pa.float32()), "anomaly map on the patch grid, row by row; null on error"),
         _field("grid_width", pa.int32(), "columns of the patch grid"),
         _field("defect_names", pa.list_(pa.string()), "described defects of the class"),

@@ -39,7 +39,8 @@ class Detection:
     """What one image is given.
 
     score, score_global, score_local: 0 to 1, raw. grid: anomaly map on the patch grid [gh, gw], float32, probabilities.
-    defect_grid: cosine of each patch with each defect [K, gh, gw], float32.
+    defect_grid: cosine of each patch with each defect [K, gh, gw], float32. kept: [P], which prompts of the ensemble
+    adaptation has left, in its order.
     """
 
     score: float
@@ -47,6 +48,7 @@ class Detection:
     score_local: float
     grid: NDArray[np.float32]
     defect_grid: NDArray[np.float32]
+    kept: NDArray[np.bool_]
     kept_normal: int
     kept_anomalous: int
     explanation: tuple[Evidence, ...]
@@ -116,6 +118,7 @@ class Detector:
                 score_local=scores[i][2],
                 grid=grids[i],
                 defect_grid=defect_grids[i, : len(item.defects)],
+                kept=all_weights[i, : len(item.ensemble.prompts)] > 0,
                 kept_normal=kept[i][0],
                 kept_anomalous=kept[i][1],
                 explanation=explain(item.ensemble.prompts, all_weights[i], all_similarities[i]),

@@ -1,6 +1,6 @@
 """Layouts of image datasets -> manifest rows, streamed; and safe decoding."""
 
-from pipeline.images.decoding import Decoded, ImageError, decode_image, decode_mask
+from pipeline.images.decoding import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail
 from pipeline.images.isolation import decode_isolated
 from pipeline.images.layouts import DatasetError, ImageSource, list_images, open_dataset
 
@@ -12,6 +12,7 @@ __all__ = [
     "decode_image",
     "decode_isolated",
     "decode_mask",
+    "decode_thumbnail",
     "list_images",
     "open_dataset",
 ]

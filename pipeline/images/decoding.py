@@ -69,19 +69,25 @@ def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_
     clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. Raises
     ImageError alone, whatever the bytes. Waits while other threads decode as much as memory is planned for.
     """
-    if not data:
-        raise ImageError(ErrorType.EMPTY, "the file has no bytes")
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
-                raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
-            with PIXELS.hold(image.width * image.height):
-                return _squash(image, size, _INTERPOLATIONS[interpolation])
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
-        raise _classify(error, data) from None
+    with _opened(data, max_pixels) as image:
+        _turn_upright(image)
+        squashed = _to_rgb(image).resize((size[1], size[0]), _INTERPOLATIONS[interpolation])
+        return Decoded(np.asarray(squashed), image.width, image.height)
+
+
+def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
+    """The image as a small JPEG, its longer side `longest` pixels at most, upright and in its own proportions.
+
+    For people's eyes alone: large JPEGs are decoded at a reduced size. Raises ImageError as decode_image does.
+    """
+    with _opened(data, max_pixels) as image:
+        image.draft("RGB", (2 * longest, 2 * longest))
+        _turn_upright(image)
+        small = _to_rgb(image)
+        small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=80, optimize=True)
+        return buffer.getvalue()
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
@@ -91,17 +97,29 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
     return values.max(axis=2) > 0 if values.ndim == 3 else values > 0
 
 
-def _squash(image: Image.Image, size: tuple[int, int], interpolation: Image.Resampling) -> Decoded:
-    image.load()
-    _turn_upright(image)
-    squashed = _to_rgb(image).resize((size[1], size[0]), interpolation)
-    width, height = image.size
-    image.close()  # its pixels go while they are still counted
-    return Decoded(np.asarray(squashed), width, height)
+@contextlib.contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image before its pixels are decoded, which are counted until the block ends; what its decoding raises becomes
+    an ImageError."""
+    if not data:
+        raise ImageError(ErrorType.EMPTY, "the file has no bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+            if image.width * image.height > max_pixels:
+                message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
+                raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
+            with PIXELS.hold(image.width * image.height):
+                yield image
+                image.close()  # its pixels go while they are still counted
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+        raise _classify(error, data) from None
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Applies EXIF orientation; broken EXIF says nothing, as in any viewer, and costs no image."""
+    """Decodes, and applies EXIF orientation; broken EXIF says nothing, as in any viewer, and costs no image."""
+    image.load()
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from pipeline.prompts.base import base_prompts
-from schemas.prompts import Prompt, PromptEnsemble, PromptSet
+from schemas.prompts import Prompt, PromptEnsemble, PromptSet, RunPrompts, UsedPrompts
 
 _LONGEST_NOUN = 60
 _BOUNDARIES = (r"(?<=[.;!?])\s+", r",\s+", r"\s+")
@@ -37,6 +37,22 @@ def compose_ensemble(prompt_set: PromptSet, fits: Callable[[str], bool]) -> Prom
     fingerprint = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     return PromptEnsemble(
         class_name=prompt_set.class_name, source=prompt_set.source, fingerprint=fingerprint, prompts=ordered
+    )
+
+
+def record_prompts(sets: Sequence[PromptSet], ensembles: Sequence[PromptEnsemble]) -> RunPrompts:
+    """What a run used: for each class its ensemble, and where that came from."""
+    return RunPrompts(
+        classes=tuple(
+            UsedPrompts(
+                ensemble=ensemble,
+                recipe=prompt_set.recipe,
+                model=prompt_set.model,
+                usage=prompt_set.usage,
+                created_at=prompt_set.created_at,
+            )
+            for prompt_set, ensemble in zip(sets, ensembles, strict=True)
+        )
     )
 
 

@@ -23,6 +23,7 @@ def assert_same(one: Detection, other: Detection, atol: float = 1e-5) -> None:
     for field in ("score", "score_global", "score_local", "grid", "defect_grid"):
         np.testing.assert_allclose(getattr(one, field), getattr(other, field), atol=atol)
     assert (one.kept_normal, one.kept_anomalous) == (other.kept_normal, other.kept_anomalous)
+    assert np.array_equal(one.kept, other.kept)
     assert {x.prompt for x in one.explanation} == {x.prompt for x in other.explanation}
 
 
@@ -39,6 +40,11 @@ def test_mixed_classes_in_a_batch_are_as_one_image_at_a_time(encoder: Encoder, a
         alone = detector.detect(pixels[i : i + 1], [prompts[i]])[0]
         assert_same(detection, alone, atol=1e-3 if aligner == "ridge" else 1e-5)
         assert detection.defect_grid.shape == (len(prompts[i].defects), 4, 4)
+        sides = np.array([prompt.side == "anomalous" for prompt in prompts[i].ensemble.prompts])
+        assert (detection.kept[~sides].sum(), detection.kept[sides].sum()) == (
+            detection.kept_normal,
+            detection.kept_anomalous,
+        )
 
 
 def test_deterministic_and_order_free(encoder: Encoder) -> None:

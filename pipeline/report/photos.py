@@ -1,0 +1,35 @@
+"""Photos of the gallery, small. None of them can hold up or fail a report."""
+
+from __future__ import annotations
+
+from pipeline.images import ImageError, decode_thumbnail
+from pipeline.redaction import redact
+from pipeline.storage import Store
+
+LONGEST = 360
+"""Pixels of a thumbnail's longer side."""
+
+
+class Photos:
+    """Reads photos until their store fails; then the others are given up too, with the same reason."""
+
+    def __init__(self, source: Store, max_pixels: int) -> None:
+        self._source = source
+        self._max_pixels = max_pixels
+        self._outage: str | None = None
+
+    def thumbnail(self, uri: str) -> tuple[bytes | None, str | None]:
+        """A JPEG, or None and why there is none. Called by several threads."""
+        if self._outage is not None:
+            return None, self._outage
+        try:
+            return decode_thumbnail(self._source.read_uri(uri), longest=LONGEST, max_pixels=self._max_pixels), None
+        except FileNotFoundError:
+            return None, "the photo is no longer there"
+        except ImageError as error:
+            return None, f"the photo has changed since it was scored: {redact(error.message)}"
+        except PermissionError as error:
+            return None, f"the photo may not be read: {redact(str(error))}"
+        except OSError as error:  # retried already: each of the others would wait as long
+            self._outage = f"photos could not be read: {redact(str(error))}"
+            return None, self._outage

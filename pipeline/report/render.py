@@ -1,0 +1,281 @@
+"""Report -> one HTML page of bounded size that needs nothing else: no network, no build, no server."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.resources
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from pipeline import lake
+from pipeline.report.facts import ClassFacts, Exhibit, ListedImage, Report
+from pipeline.report.gather import gather
+from pipeline.storage import Store
+from schemas.job import dump_job_yaml
+from schemas.prompts import UsedPrompts
+from schemas.text import one_line
+
+LARGEST = 15_000_000
+"""Bytes of a page. Text is bounded by what gather takes; photos are left out from where they would exceed this."""
+
+_DASH = "\u2013"
+_BINS = 40
+_TALLEST = 32
+_MOST_CLASSES = 500
+_MOST_PROMPT_SETS = 100
+_MOST_REGIONS = 12
+
+
+def write_report(output: Store, commit: Mapping[str, Any]) -> str:
+    """Writes the page of a published night into its run's folder; returns where. Raises ReportError, OSError."""
+    key = lake.report_key(commit["run_id"])
+    output.write(key, render(gather(output, commit)).encode("utf-8", "replace"))
+    return output.uri(key)
+
+
+def render(report: Report) -> str:
+    """The page. All text of the report is data: it is escaped in markup and in the script's JSON."""
+    script, style = _asset("report.js"), _asset("report.css")
+    numbers = {facts.name: number for number, facts in enumerate(report.classes)}
+    places = {exhibit.image.image_id: place for place, exhibit in enumerate(report.exhibits)}
+    span = _score_span(report.classes)
+    shown = sorted(report.classes, key=lambda facts: -facts.anomalous)[:_MOST_CLASSES]
+    data = {
+        "classes": list(numbers),
+        "prompts": _prompt_data(report, numbers),
+        "heat": _heat_ranges(report, numbers),
+        "images": _image_data([*report.images, *report.failures], numbers, places),
+        "exhibits": [_exhibit_data(exhibit) for exhibit in report.exhibits],
+    }
+    context = {
+        "report": report,
+        "demonstration": bool(report.stats.get("demonstration_model")),
+        "anomalous": sum(facts.anomalous for facts in report.classes),
+        "failed": sum(report.errors.values()),
+        "usage": {"calls": 0, **report.stats.get("usage", {})},
+        "span": span,
+        "classes": [_class_line(facts, numbers[facts.name], span) for facts in sorted(shown, key=lambda one: one.name)],
+        "prompts": [_prompt_set(used, report) for used in report.prompts[:_MOST_PROMPT_SETS]],
+        "bounds": _bounds(report),
+        "run": list(_run_facts(report)),
+        "job": dump_job_yaml(report.job),
+        "style": Markup(style),
+        "script": Markup(script),
+        "style_hash": _csp_hash(style),
+        "script_hash": _csp_hash(script),
+    }
+    template = _template()
+    without_photos = template.render(context, data=_script_json(data))
+    _add_photos(data["exhibits"], report.exhibits, LARGEST - len(without_photos.encode("utf-8", "replace")))
+    return template.render(context, data=_script_json(data))
+
+
+def _script_json(data: Any) -> Markup:
+    """JSON that cannot end its script element, start a comment in it, or break a line: ASCII, no markup characters."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _csp_hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _asset(name: str) -> str:
+    return (importlib.resources.files("pipeline.report") / "page" / name).read_text("utf-8")
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": lambda value: f"{value:,}",
+        "share": lambda value, whole: f"{value / whole:.1%}" if whole else "0 %",
+        "score": lambda value: _DASH if value is None else f"{value:.3f}",
+        "cost": lambda value: "cost unknown" if value is None else f"{value:.4f} USD",
+        "moment": lambda text: f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC",
+    }
+    return environment.from_string(_asset("report.html.j2"))
+
+
+def _score_span(classes: Sequence[ClassFacts]) -> tuple[float, float]:
+    """The range that all histograms share: all scores, and the thresholds."""
+    values = np.concatenate([facts.scores for facts in classes] or [np.zeros(0, np.float32)])
+    values = np.append(values, [facts.threshold for facts in classes if facts.threshold is not None])
+    if not values.size:
+        return 0.0, 1.0
+    low, high = float(values.min()), float(values.max())
+    return (low, high) if high - low > 1e-6 else (low - 0.005, high + 0.005)
+
+
+def _class_line(facts: ClassFacts, number: int, span: tuple[float, float]) -> dict[str, Any]:
+    counts, edges = np.histogram(np.clip(facts.scores, *span), bins=_BINS, range=span)
+    tallest = max(1, counts.max(initial=0))
+    middles = (edges[:-1] + edges[1:]) / 2
+    cut = facts.threshold
+    bars = [
+        {"height": round(_TALLEST * float(np.sqrt(count / tallest)), 1), "anomalous": cut is not None and middle >= cut}
+        for count, middle in zip(counts.tolist(), middles.tolist(), strict=True)
+    ]
+    empty = not facts.scores.size
+    return {
+        "facts": facts,
+        "number": number,
+        "median": None if empty else float(np.median(facts.scores)),
+        "highest": None if empty else float(facts.scores.max()),
+        "bars": [] if empty else bars,
+        "cut": None if cut is None else round((cut - span[0]) / (span[1] - span[0]) * 5 * _BINS, 1),
+        "label": ""
+        if empty
+        else f"{facts.scores.size} scores from {facts.scores.min():.3f} to {facts.scores.max():.3f}",
+    }
+
+
+def _image_data(
+    images: Sequence[ListedImage], numbers: Mapping[str, int], places: Mapping[str, int]
+) -> dict[str, list[Any]]:
+    """By column, for compactness. state: 0 normal, 1 anomalous, 2 error."""
+    return {
+        "class": [numbers[image.class_name] for image in images],
+        "key": [image.key for image in images],
+        "score": [None if image.score is None else round(image.score, 5) for image in images],
+        "state": [2 if image.error_type else int(image.is_anomalous) for image in images],
+        "note": [
+            f"{image.error_type}: {image.error_message}" if image.error_type else image.defect for image in images
+        ],
+        "exhibit": [places.get(image.image_id) for image in images],
+    }
+
+
+def _exhibit_data(exhibit: Exhibit) -> dict[str, Any]:
+    return {
+        "photo": None,
+        "photo_fault": exhibit.photo_fault,
+        "uri": exhibit.uri,
+        "mask_link": exhibit.mask_link,
+        "region_count": len(exhibit.regions),
+        "regions": [
+            [
+                *(region[name] for name in ("x", "y", "width", "height", "area")),
+                round(region["peak"], 4),
+                region["defect"],
+            ]
+            for region in exhibit.regions[:_MOST_REGIONS]
+        ],
+        "explanation": [
+            [item["prompt"], item["defect"], round(item["weight"], 5), round(item["similarity"], 4)]
+            for item in exhibit.explanation
+        ],
+        "kept": None if exhibit.kept is None else "".join("01"[kept] for kept in exhibit.kept),
+        "grid": None if exhibit.grid is None else _encode_grid(exhibit.grid),
+        "grid_width": None if exhibit.grid is None else exhibit.grid.shape[1],
+        "width": exhibit.width,
+        "height": exhibit.height,
+        **{
+            name: round(getattr(exhibit, name), 6)
+            for name in ("score_global", "score_local", "threshold", "mask_threshold", "mask_area")
+        },
+    }
+
+
+def _add_photos(data: Sequence[dict[str, Any]], exhibits: Sequence[Exhibit], budget: int) -> None:
+    """Photos in order, as long as they fit."""
+    for item, exhibit in zip(data, exhibits, strict=True):
+        if exhibit.photo is None:
+            continue
+        photo = base64.b64encode(exhibit.photo).decode()
+        budget -= len(photo)
+        if budget < 0:
+            item["photo_fault"] = "left out: the page has reached its largest size"
+        else:
+            item["photo"] = photo
+
+
+def _encode_grid(grid: NDArray[np.float32]) -> str:
+    """Little-endian 16 bits a patch, row by row, base64; value / 65535 is the probability."""
+    return base64.b64encode(np.rint(np.clip(grid, 0, 1) * 65535).astype("<u2").tobytes()).decode()
+
+
+def _heat_ranges(report: Report, numbers: Mapping[str, int]) -> dict[int, list[float]]:
+    """What the colours of a class span: the images of a class can be compared by eye."""
+    grids: dict[int, list[NDArray[np.float32]]] = {}
+    for exhibit in report.exhibits:
+        if exhibit.grid is not None:
+            grids.setdefault(numbers[exhibit.image.class_name], []).append(exhibit.grid.ravel())
+    return {number: _range(np.concatenate(parts)) for number, parts in grids.items()}
+
+
+def _range(values: NDArray[np.float32]) -> list[float]:
+    return [round(float(np.quantile(values, 0.05)), 5), round(float(values.max()), 5)]
+
+
+def _prompt_data(report: Report, numbers: Mapping[str, int]) -> dict[int, list[Any]]:
+    """Text, side (0 normal, 1 anomalous) and defect of each prompt, in the order of `kept`; of classes in the gallery."""
+    classes = {exhibit.image.class_name for exhibit in report.exhibits}
+    return {
+        numbers[name]: [[item.text, int(item.side == "anomalous"), item.defect] for item in used.ensemble.prompts]
+        for used in report.prompts
+        if (name := one_line(used.ensemble.class_name)) in classes
+    }
+
+
+def _prompt_set(used: UsedPrompts, report: Report) -> dict[str, Any]:
+    name, prompts = one_line(used.ensemble.class_name), used.ensemble.prompts
+    records = [item.kept for item in report.exhibits if item.image.class_name == name and item.kept is not None]
+    records = [kept for kept in records if len(kept) == len(prompts)]
+    shares = np.mean(records, axis=0).tolist() if records else [None] * len(prompts)
+    usage, sides = used.usage, [prompt.side for prompt in prompts]
+    asked = f"{usage.calls} calls, {usage.prompt_tokens + usage.completion_tokens:,} tokens"
+    price = "cost unknown" if usage.cost_usd is None else f"{usage.cost_usd:.4f} USD"
+    origins = {"llm": f"by {used.model}", "bundled": "bundled description", "base": "base ensemble only"}
+    return {
+        "name": name,
+        "origin": f"{origins[used.ensemble.source]}, {used.created_at:%Y-%m-%d}",
+        "cost": f"{asked}, {price}" if usage.calls else "no LLM call",
+        "normal": sides.count("normal"),
+        "anomalous": sides.count("anomalous"),
+        "lines": [
+            {"prompt": prompt, "kept": _DASH if share is None else f"{share:.0%}"}
+            for prompt, share in zip(prompts, shares, strict=True)
+        ],
+    }
+
+
+def _bounds(report: Report) -> str:
+    scored = report.commit["rows"] - sum(report.errors.values())
+    gallery, listed = len(report.exhibits), len(report.images)
+    if gallery == scored:
+        held = f"Gallery and list hold all {scored:,} scored images."
+    else:
+        lines = "all" if listed == scored else f"the most anomalous {listed:,}; the table in the lake has all"
+        held = (
+            f"The gallery holds the most anomalous {gallery:,} of {scored:,} scored images, classes in equal shares; "
+            f"the list {lines}."
+        )
+    return f"{held} Hover over a card to see the photo alone. Names are relative to {report.root}"
+
+
+def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
+    commit, stats, job = report.commit, report.stats, report.job
+    yield "Run", commit["run_id"]
+    yield "Published", str(commit["committed_at"])
+    yield "Manifest", commit["manifest"]
+    yield "Images", job.dataset.images
+    yield "Output", job.output.uri
+    yield "Model", report.model
+    yield "Weights, SHA-256", report.weights_sha256
+    yield "Adaptation", job.method.adaptation
+    yield "Aligner", job.aligner
+    yield "Threshold", f"quantile {job.threshold.quantile:g}" if job.threshold.policy == "quantile" else "fixed"
+    yield "Scored by the last job", f"{stats.get('scored_by_this_job', 0):,} images"
+    yield from stats.get("versions", {}).items()
+    yield "Page rendered on", f"Python {platform.python_version()}"
