@@ -148,7 +148,8 @@
     const exhibit = exhibits[images.exhibit[i]], hot = images.state[i] === ANOMALOUS;
     const stage = make("span", { class: "stage" }, photo(exhibit, ""), ...layers(exhibit, images.class[i]));
     const caption = make("span", { class: "caption" },
-      make("span", { class: "what" }, (hot && images.note[i]) || OUTCOMES[images.state[i]]),
+      make("span", { class: "what" }, classes[images.class[i]],
+        make("span", { class: "muted" }, ` · ${(hot && images.note[i]) || OUTCOMES[images.state[i]]}`)),
       make("span", { class: hot ? "score hot" : "score" }, score(images.score[i])),
       make("span", { class: "key" }, make("bdi", {}, images.key[i])));
     const button = make("button", { type: "button", class: "card", "aria-label": nameOf(i), "data-place": place,

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import importlib.resources
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from pipeline import lake
 from pipeline.report.facts import ClassFacts, Exhibit, ListedImage, Report
-from pipeline.report.gather import gather
+from pipeline.report.gathering import gather
 from pipeline.storage import Store
 from schemas.job import dump_job_yaml
 from schemas.prompts import UsedPrompts
@@ -42,19 +41,23 @@ def write_report(output: Store, commit: Mapping[str, Any]) -> str:
     return output.uri(key)
 
 
-def render(report: Report) -> str:
-    """The page. All text of the report is data: it is escaped in markup and in the script's JSON."""
+def render(report: Report, largest: int = LARGEST) -> str:
+    """The page. All text of the report is data: it is escaped in markup and in the script's JSON.
+
+    largest: bytes that photos may fill it to.
+    """
     script, style = _asset("report.js"), _asset("report.css")
     numbers = {facts.name: number for number, facts in enumerate(report.classes)}
     places = {exhibit.image.image_id: place for place, exhibit in enumerate(report.exhibits)}
     span = _score_span(report.classes)
     shown = sorted(report.classes, key=lambda facts: -facts.anomalous)[:_MOST_CLASSES]
+    exhibits = [_exhibit_data(exhibit) for exhibit in report.exhibits]
     data = {
         "classes": list(numbers),
         "prompts": _prompt_data(report, numbers),
         "heat": _heat_ranges(report, numbers),
         "images": _image_data([*report.images, *report.failures], numbers, places),
-        "exhibits": [_exhibit_data(exhibit) for exhibit in report.exhibits],
+        "exhibits": exhibits,
     }
     context = {
         "report": report,
@@ -75,7 +78,7 @@ def render(report: Report) -> str:
     }
     template = _template()
     without_photos = template.render(context, data=_script_json(data))
-    _add_photos(data["exhibits"], report.exhibits, LARGEST - len(without_photos.encode("utf-8", "replace")))
+    _add_photos(exhibits, report.exhibits, largest - len(without_photos.encode("utf-8", "replace")))
     return template.render(context, data=_script_json(data))
 
 
@@ -219,7 +222,7 @@ def _range(values: NDArray[np.float32]) -> list[float]:
 
 
 def _prompt_data(report: Report, numbers: Mapping[str, int]) -> dict[int, list[Any]]:
-    """Text, side (0 normal, 1 anomalous) and defect of each prompt, in the order of `kept`; of classes in the gallery."""
+    """For classes of the gallery: text, side (0 normal, 1 anomalous) and defect of each prompt, ordered as `kept`."""
     classes = {exhibit.image.class_name for exhibit in report.exhibits}
     return {
         numbers[name]: [[item.text, int(item.side == "anomalous"), item.defect] for item in used.ensemble.prompts]
@@ -267,15 +270,13 @@ def _bounds(report: Report) -> str:
 def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     commit, stats, job = report.commit, report.stats, report.job
     yield "Run", commit["run_id"]
-    yield "Published", str(commit["committed_at"])
     yield "Manifest", commit["manifest"]
     yield "Images", job.dataset.images
     yield "Output", job.output.uri
     yield "Model", report.model
-    yield "Weights, SHA-256", report.weights_sha256
+    yield "Weights, SHA-256", f"{report.weights_sha256[:16]}…"
     yield "Adaptation", job.method.adaptation
     yield "Aligner", job.aligner
     yield "Threshold", f"quantile {job.threshold.quantile:g}" if job.threshold.policy == "quantile" else "fixed"
     yield "Scored by the last job", f"{stats.get('scored_by_this_job', 0):,} images"
     yield from stats.get("versions", {}).items()
-    yield "Page rendered on", f"Python {platform.python_version()}"
