@@ -113,7 +113,7 @@ def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: 
     bad = table.filter(pc.equal(table.column("status"), "error"))
     rows = [{**row, "class_name": name} for row in good.slice(0, images).to_pylist()]
     facts = ClassFacts(
-        name=one_line(name),
+        name=name,
         images=entry["rows"],
         anomalous=entry["anomalies"],
         errors=bad.num_rows,
@@ -136,7 +136,7 @@ def _listed(row: Row, root: str) -> ListedImage:
     regions = row["regions"] or []
     return ListedImage(
         image_id=row["image_id"],
-        class_name=one_line(row["class_name"]),
+        class_name=row["class_name"],
         key=_clip(row["image_uri"][len(root) :]),
         score=row["score"],
         is_anomalous=bool(row["is_anomalous"]),

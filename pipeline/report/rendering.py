@@ -53,7 +53,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
     shown = sorted(report.classes, key=lambda facts: -facts.anomalous)[:_MOST_CLASSES]
     exhibits = [_exhibit_data(exhibit) for exhibit in report.exhibits]
     data = {
-        "classes": list(numbers),
+        "classes": [one_line(name) for name in numbers],
         "prompts": _prompt_data(report, numbers),
         "heat": _heat_ranges(report, numbers),
         "images": _image_data([*report.images, *report.failures], numbers, places),
@@ -101,6 +101,7 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
+        "line": one_line,
         "count": lambda value: f"{value:,}",
         "share": lambda value, whole: f"{value / whole:.1%}" if whole else "0 %",
         "score": lambda value: _DASH if value is None else f"{value:.3f}",
@@ -227,12 +228,12 @@ def _prompt_data(report: Report, numbers: Mapping[str, int]) -> dict[int, list[A
     return {
         numbers[name]: [[item.text, int(item.side == "anomalous"), item.defect] for item in used.ensemble.prompts]
         for used in report.prompts
-        if (name := one_line(used.ensemble.class_name)) in classes
+        if (name := used.ensemble.class_name) in classes
     }
 
 
 def _prompt_set(used: UsedPrompts, report: Report) -> dict[str, Any]:
-    name, prompts = one_line(used.ensemble.class_name), used.ensemble.prompts
+    name, prompts = used.ensemble.class_name, used.ensemble.prompts
     records = [item.kept for item in report.exhibits if item.image.class_name == name and item.kept is not None]
     records = [kept for kept in records if len(kept) == len(prompts)]
     shares = np.mean(records, axis=0).tolist() if records else [None] * len(prompts)
@@ -241,7 +242,7 @@ def _prompt_set(used: UsedPrompts, report: Report) -> dict[str, Any]:
     price = "cost unknown" if usage.cost_usd is None else f"{usage.cost_usd:.4f} USD"
     origins = {"llm": f"by {used.model}", "bundled": "bundled description", "base": "base ensemble only"}
     return {
-        "name": name,
+        "name": one_line(name),
         "origin": f"{origins[used.ensemble.source]}, {used.created_at:%Y-%m-%d}",
         "cost": f"{asked}, {price}" if usage.calls else "no LLM call",
         "normal": sides.count("normal"),

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900"
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900 "
+    "--force-prefers-reduced-motion"
 )
 
 
@@ -171,7 +172,9 @@ def test_map_and_mask_lie_where_the_grid_says(tab: Any) -> None:
     """Row 1, column 2 of the 6 x 8 grid is hot: its centre is at 2.5/8 of the width and 1.5/6 of the height."""
     pixel = (
         "const c = document.querySelector('.card .' + arguments[0]);"
-        "return [...c.getContext('2d').getImageData(arguments[1] * c.width, arguments[2] * c.height, 1, 1).data]"
+        "const copy = new OffscreenCanvas(c.width, c.height).getContext('2d', {willReadFrequently: true});"
+        "copy.drawImage(c, 0, 0);"
+        "return [...copy.getImageData(arguments[1] * c.width, arguments[2] * c.height, 1, 1).data]"
     )
     hot, cold = (2.5 / 8, 1.5 / 6), (6.5 / 8, 4.5 / 6)
     assert tab.execute_script(pixel, "heat", *hot)[0] > 200 and tab.execute_script(pixel, "heat", *cold)[3] == 0

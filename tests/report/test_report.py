@@ -122,6 +122,13 @@ def test_an_image_is_shown_with_its_map_regions_and_prompts(night: tuple[Path, d
     assert [side for _, side, _ in dropped] == [0, 1] and "a photo of a bolt" in dropped[0][0]
 
 
+def test_classes_that_look_alike_stay_apart(tmp_path: Path) -> None:
+    photos, names = tmp_path / "in", ("a b", "a  b", "a\u202e b")
+    commit = publish(tmp_path / "out", photos, [scored(f"{n}/x", name, 0.5, photos) for n, name in enumerate(names)])
+    data = read(tmp_path / "out", commit).data
+    assert data["classes"] == ["a b"] * 3 and sorted(data["images"]["class"]) == [0, 1, 2]
+
+
 def test_a_demonstration_model_is_called_one(tmp_path: Path) -> None:
     photos = tmp_path / "in"
     commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], demonstration_model=True)
