@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipeline import lake
 from pipeline.publish import read_commit
+from pipeline.redaction import redact
 from pipeline.report import ReportError, write_report
 from pipeline.storage import Store
 
@@ -44,7 +45,7 @@ def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str
         logger.warning(
             "the night is published, but its report could not be written (%s: %s); try alfa report %s %s",
             type(error).__name__,
-            error,
+            redact(str(error)),
             output.uri(""),
             commit["run_id"],
         )

@@ -35,6 +35,9 @@ _PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout")
 """What a server says of a body that the network mangled: s3fs reports it as a bad argument."""
 
 
+_CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".png": "image/png"}
+
+
 class StoreError(OSError):
     """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
 
@@ -126,7 +129,7 @@ class Store:
             if self.is_local:
                 self._write_local(key, data, replace=True)
             else:
-                _patiently(self.fs.pipe_file)(self._path(key), data)
+                _patiently(self.fs.pipe_file)(self._path(key), data, **self._headers(key))
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
@@ -198,6 +201,11 @@ class Store:
         """Removes the object; one that is not there is no error."""
         with _as_store_error(self, key), contextlib.suppress(FileNotFoundError):
             _patiently(self.fs.rm_file)(self._path(key))
+
+    def _headers(self, key: str) -> dict[str, str]:
+        """Without its type, a browser saves what a bucket serves instead of showing it."""
+        kind = _CONTENT_TYPES.get(posixpath.splitext(key)[1])
+        return {"ContentType": kind} if kind and self.is_s3 else {}
 
     def _path(self, key: str) -> str:
         return posixpath.join(self.path, _inside(key))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.images import Decoded, ImageError, decode_image, decode_mask
+from pipeline.images import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail
 from schemas.tables import ErrorType
 
 
@@ -160,3 +160,22 @@ def test_masks_are_anomalous_above_zero() -> None:
     mask = np.zeros((2, 3), dtype=np.uint8)
     mask[0, 1], mask[1, 2] = 1, 255
     np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(mask), "PNG")), mask > 0)
+
+
+def test_a_thumbnail_is_small_upright_and_in_proportion() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    photo = Image.new("RGB", (1200, 600), (0, 0, 255))
+    photo.paste((255, 0, 0), (0, 0, 600, 600))
+    data = encode(photo, "JPEG", exif=exif, quality=95)
+    small = Image.open(io.BytesIO(decode_thumbnail(data, longest=100, max_pixels=1_000_000)))
+    assert small.format == "JPEG" and small.size == (50, 100)
+    top, bottom = (np.asarray(small)[row, 25].astype(int) for row in (10, 90))
+    assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
+
+
+def test_a_thumbnail_of_what_is_no_image_or_too_large_is_an_error() -> None:
+    for data, kind in ((b"text", ErrorType.NOT_AN_IMAGE), (flat("L", 1), ErrorType.TOO_MANY_PIXELS)):
+        with pytest.raises(ImageError) as caught:
+            decode_thumbnail(data, longest=10, max_pixels=100)
+        assert caught.value.error_type == kind

@@ -74,6 +74,12 @@ def test_a_night_on_s3(s3: ObjectStorage) -> None:
         assert row["mask_area"] == pytest.approx((mask == 255).mean(), abs=1e-6)
         assert 0 < row["score"] < 1 and row["prompt_source"] == "bundled"
 
+    (report,) = (info.key for info in lake.list("runs") if info.key.endswith("report/index.html"))
+    page = lake.read(report).decode()
+    assert "hold all 4 scored images" in page and page.count("/9j/") == 4 and "not_an_image 1" in page
+    assert lake.uri(report) in first.stdout
+    assert lake.fs.info(lake.uri(report))["ContentType"].startswith("text/html")
+
     second = alfa(*arguments)
     assert second.returncode == 0 and "already published" in second.stderr
     assert {info.key: lake.read(info.key) for info in lake.list("scores")} == tables
