@@ -64,6 +64,9 @@ def _check_create(job: JobConfig) -> str:
     key = f"checks/{uuid.uuid4().hex}"
     try:
         first, second = output.create(key, b"first"), output.create(key, b"second")
+        version = output.version(key)
+        output.write(key, b"third")
+        conditional = not output.replace(key, b"fourth", version)
     finally:
         output.delete(key)
     if not first or second:
@@ -71,7 +74,9 @@ def _check_create(job: JobConfig) -> str:
             "the store does not honour create-only writes (If-None-Match), so an LLM might be asked twice for a class; "
             "use a store that does: S3, SeaweedFS, MinIO, GCS, a local disk"
         )
-    return "honoured"
+    if not conditional:
+        return "honoured; conditional replaces (If-Match) are not, so claims alone keep two from publishing one night"
+    return "honoured, conditional replaces too"
 
 
 def _check_weights(job: JobConfig) -> str:

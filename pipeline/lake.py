@@ -94,9 +94,17 @@ def table_key(run_date: datetime.date, class_name: str) -> str:
     return f"{TABLE}/{partition(run_date, class_name)}/part-00000.parquet"
 
 
-def version_key(run_id: str, manifest_digest: str, run_date: datetime.date, class_name: str) -> str:
-    """The same file under a name that is never written again: what a commit refers to."""
-    return run_key(run_id, f"table-{manifest_digest}/{partition(run_date, class_name)}/part-00000.parquet")
+def version_key(run_id: str, manifest_digest: str, run_date: datetime.date, class_name: str, sha256: str) -> str:
+    """The same file under a name that tells its content, so that it is never written again: what a commit names."""
+    name = f"part-00000-{sha256[:16]}.parquet"
+    return run_key(run_id, f"table-{manifest_digest}/{partition(run_date, class_name)}/{name}")
+
+
+def mask_version(run_id: str, thresholds_digest: str | None = None) -> str:
+    """Names the masks of a run among those of the night's other runs; thresholds_digest: of those that follow from the
+    run's own scores."""
+    version = run_id.rpartition("-")[2]
+    return f"{version}-{thresholds_digest}" if thresholds_digest else version
 
 
 def commit_key(run_date: datetime.date) -> str:

@@ -1,10 +1,17 @@
 """Finished shards -> the partitioned scores table, and the commit that says what belongs to a night.
 
 What readers are promised while a night is published again:
-- who reads the files that commits/<run_date>.json names sees the whole old night or the whole new one: those files are
-  never written again, and the commit is replaced in one step;
+- who reads the files that commits/<run_date>.json names sees the whole old night or the whole new one: the name of such
+  a file tells its content, so it is never written again, and the commit is replaced in one step;
 - who reads the table by a glob sees, for each class, its old rows or its new ones: each class is one file of a fixed
   name, replaced in one step. Different classes may for a moment be of different runs.
+
+So a class and night is one file whatever its size: several files could not be replaced in one step. Its rows are sorted
+by score, and row groups of 65,536 rows with statistics and a page index let readers fetch the part that they ask for.
+
+Of two who publish one night at once, one waits (a claim). One that was cut off for longer than its lease, and wakes up
+after another has published, writes nothing more: each file of the table and the commit are replaced only if they are
+what it found when it began, which the store itself compares (see Store.replace for which stores do).
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _COLUMNS = ["class_name", *SCORES.names]
 _ORDER = [("score", "descending"), ("image_uri", "ascending")]
+_ROWS_PER_GROUP = 65_536
 
 
 def publish_night(
@@ -57,6 +65,8 @@ def _publish(
     run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store, claim: claims.Claim
 ) -> dict[str, Any]:
     run_date = run.job.run_date
+    commit_version = output.version(lake.commit_key(run_date))
+    found = {info.key: output.version(info.key) for info in output.list(f"{lake.TABLE}/run_date={run_date}")}
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
         parts = _split_by_class(Path(scratch), read_shards(output, folder, shard_ids, _COLUMNS))
         entries = []
@@ -64,20 +74,28 @@ def _publish(
             with pa.ipc.open_stream(path) as rows:
                 table = rows.read_all().sort_by(_ORDER)
             path.write_bytes(data := _encode(table, run))
-            version = lake.version_key(run.run_id, manifest_digest, run_date, class_name)
-            output.write(version, data)
-            entries.append(_entry(class_name, table, data, version, lake.table_key(run_date, class_name)))
-        for class_name, path in sorted(parts.items()):
+            entry = _entry(run, manifest_digest, class_name, table, data)
+            if not output.exists(entry["key"]):
+                output.write(entry["key"], data)
+            entries.append(entry)
+        for entry in entries:
             claim.check()
-            output.write(lake.table_key(run_date, class_name), path.read_bytes())
-    wanted = {entry["table_key"] for entry in entries}
-    for info in list(output.list(f"{lake.TABLE}/run_date={run_date}")):
-        if info.key not in wanted:
-            output.delete(info.key)
-    commit = _commit(run, manifest_digest, entries)
+            key = entry["table_key"]
+            _replace(output, key, parts[entry["class_name"]].read_bytes(), found.get(key), claim)
+    for key in found.keys() - {entry["table_key"] for entry in entries}:
+        output.delete(key)
+    commit = _commit(run, manifest_digest, folder, entries)
     claim.check()
-    output.write(lake.commit_key(run_date), json.dumps(commit, indent=2, ensure_ascii=False).encode())
+    data = json.dumps(commit, indent=2, ensure_ascii=False).encode()
+    _replace(output, lake.commit_key(run_date), data, commit_version, claim)
     return commit
+
+
+def _replace(output: Store, key: str, data: bytes, version: str | None, claim: claims.Claim) -> None:
+    if output.replace(key, data, version) or output.read(key) == data:
+        return
+    claim.check()  # says who it was, where that is known
+    raise claims.ClaimLostError(f"{output.uri(key)} was written by another while this process published; it stops")
 
 
 def read_commit(output: Store, run_date: Any) -> dict[str, Any] | None:
@@ -110,19 +128,31 @@ def _split_by_class(folder: Path, tables: Iterable[pa.Table]) -> dict[str, Path]
 
 
 def _encode(table: pa.Table, run: Run) -> bytes:
+    prompts = sorted(pc.unique(table.column("prompt_fingerprint").drop_null()).to_pylist())
     provenance = {
         "schema_version": str(SCHEMA_VERSION),
         "alfa.run_id": run.run_id,
         "alfa.model": run.model,
         "alfa.weights_sha256": run.weights_sha256,
+        "alfa.prompt_fingerprint": ",".join(prompts),
+        "alfa.config_hash": run.job.config_fingerprint,
     }
     buffer = io.BytesIO()
     table = table.replace_schema_metadata(provenance)
-    pq.write_table(table, buffer, compression="zstd", row_group_size=65_536, coerce_timestamps="us")
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        row_group_size=_ROWS_PER_GROUP,
+        coerce_timestamps="us",
+        write_page_index=True,
+        sorting_columns=pq.SortingColumn.from_ordering(table.schema, _ORDER),
+    )
     return buffer.getvalue()
 
 
-def _entry(class_name: str, table: pa.Table, data: bytes, version_key: str, table_key: str) -> dict[str, Any]:
+def _entry(run: Run, manifest_digest: str, class_name: str, table: pa.Table, data: bytes) -> dict[str, Any]:
+    run_date, sha256 = run.job.run_date, hashlib.sha256(data).hexdigest()
     anomalous = pc.sum(table.column("is_anomalous")).as_py() or 0
     errors = pc.value_counts(table.column("error_type").drop_null()).to_pylist()
     return {
@@ -130,19 +160,20 @@ def _entry(class_name: str, table: pa.Table, data: bytes, version_key: str, tabl
         "rows": table.num_rows,
         "errors": {entry["values"]: entry["counts"] for entry in errors},
         "anomalies": anomalous,
-        "key": version_key,
-        "table_key": table_key,
+        "key": lake.version_key(run.run_id, manifest_digest, run_date, class_name, sha256),
+        "table_key": lake.table_key(run_date, class_name),
         "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
+        "sha256": sha256,
     }
 
 
-def _commit(run: Run, manifest_digest: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _commit(run: Run, manifest_digest: str, folder: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "run_date": str(run.job.run_date),
         "run_id": run.run_id,
         "manifest": manifest_digest,
+        "shards": folder,
         "rows": sum(entry["rows"] for entry in entries),
         "committed_at": datetime.now(timezone.utc).isoformat(),
         "files": list(entries),

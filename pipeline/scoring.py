@@ -62,7 +62,7 @@ class Run:
     @property
     def version(self) -> str:
         """Names the masks of this run among those of the night's other runs."""
-        return self.run_id.rpartition("-")[2]
+        return lake.mask_version(self.run_id)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def mask_shard(
 ) -> ShardStats:
     """The second pass over a scored shard, for thresholds that follow from the run's scores: writes its masks, and its
     rows with them below lake.masked_shards(run_id, digest). digest: of the thresholds; it names the masks too."""
-    version = f"{run.version}-{digest}"
+    version = lake.mask_version(run.run_id, digest)
 
     def finish(row: Row) -> Row:
         if row["status"] == "error":

@@ -31,8 +31,8 @@ STAGING = ".staging"
 _LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
 """Codes that every request will meet; AccessDenied may concern one object alone."""
-_PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout")
-"""What a server says of a body that the network mangled: s3fs reports it as a bad argument."""
+_PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict")
+"""What a server says of a body that the network mangled, or while another writes: s3fs reports it as a bad argument."""
 
 
 _CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".png": "image/png"}
@@ -43,11 +43,13 @@ class StoreError(OSError):
 
 
 class ObjectInfo(NamedTuple):
-    """An object in a listing: key below the store's root, bytes, and what tells versions apart (null if unknown)."""
+    """An object in a listing: key below the store's root, bytes, what tells versions apart, seconds since the epoch at
+    which it was last written (null where unknown)."""
 
     key: str
     size: int | None
     etag: str | None
+    modified: float | None = None
 
 
 def _is_transient(error: BaseException) -> bool:
@@ -159,6 +161,37 @@ class Store:
             return self.read(key) == data
         return False
 
+    def version(self, key: str) -> str | None:
+        """What `replace` compares: another one for each object that is written here; None where there is none."""
+        if self.is_local:
+            return _local_version(Path(self._path(key)))
+        try:
+            return self.info(key).etag
+        except FileNotFoundError:
+            return None
+
+    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+        """Writes the object only if it is still of this version (None: there is none yet). Returns whether it was.
+
+        In one step on S3 (If-Match; `alfa check` tells whether the store honours it) and on a local disk (a lock that
+        holds between processes of one host); in other stores it is compared first, then written. Writers must write
+        different data (an owner, a time).
+        """
+        if version is None:
+            return self.create(key, data)
+        with _as_store_error(self, key):
+            if self.is_local:
+                with self._locked():
+                    if _local_version(Path(self._path(key))) != version:
+                        return False
+                    return self._write_local(key, data, replace=True)
+            if self.is_s3:
+                return self._replace_s3(key, data, version)
+        if self.version(key) != version:
+            return False
+        self.write(key, data)
+        return True
+
     def exists(self, key: str) -> bool:
         """Whether the object is there, asked anew (no cached listing)."""
         with _as_store_error(self, key):
@@ -187,6 +220,11 @@ class Store:
                 root = self.path.rstrip("/") + "/"
                 for path, info in sorted(self.fs.find(top, detail=True).items()):
                     yield _describe(str(path)[len(root) :], info)
+
+    def leftovers(self) -> Iterator[ObjectInfo]:
+        """What writers that died have left of unfinished objects: local disks alone have such files."""
+        if self.is_local:
+            yield from _walk_local(Path(self.path) / STAGING, Path(self.path))
 
     def probe(self) -> None:
         """Raises StoreError where the store as a whole does not answer, rather than one object."""
@@ -238,6 +276,34 @@ class Store:
             staged.unlink(missing_ok=True)
         return True
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        import fcntl  # POSIX alone has it
+
+        folder = Path(self.path) / STAGING
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+    def _replace_s3(self, key: str, data: bytes, version: str) -> bool:
+        bucket, _, path = self._path(key).partition("/")
+        try:
+            _patiently(self.fs.call_s3)("put_object", Bucket=bucket, Key=path, Body=data, IfMatch=f'"{version}"')
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if _code(error) != "PreconditionFailed":
+                raise
+            # As in create: the answer may have been lost, and the second request met the first one's object.
+            with contextlib.suppress(FileNotFoundError):
+                return self.read(key) == data
+            return False
+        return True
+
     def _list_s3(self, top: str) -> Iterator[ObjectInfo]:
         # s3fs.find holds every key in Python objects; pages do not.
         bucket, _, prefix = top.partition("/")
@@ -251,7 +317,9 @@ class Store:
             page = _patiently(self.fs.call_s3)("list_objects_v2", **arguments)
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):
-                    yield ObjectInfo(item["Key"][skip:], item["Size"], item["ETag"].strip('"'))
+                    yield ObjectInfo(
+                        item["Key"][skip:], item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp()
+                    )
             if not page.get("IsTruncated"):
                 return
 
@@ -291,7 +359,29 @@ def _describe(key: str, info: dict[str, Any]) -> ObjectInfo:
     version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or info.get("created")
     if isinstance(version, datetime):
         version = version.isoformat()
-    return ObjectInfo(key, info.get("size"), None if version is None else str(version).strip('"'))
+    etag = None if version is None else str(version).strip('"')
+    return ObjectInfo(key, info.get("size"), etag, _modified(info))
+
+
+def _modified(info: dict[str, Any]) -> float | None:
+    """File systems differ in what they call the time of the last write, and in how they give it."""
+    names = ("LastModified", "last_modified", "updated", "mtime", "created")
+    value = next((info[name] for name in names if info.get(name)), None)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
+    if isinstance(value, datetime):
+        return value.timestamp()
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def _local_version(path: Path) -> str | None:
+    # Every write makes a new file, so its number tells apart what came within one tick of the clock.
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return f"{status.st_ino:x}-{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
 def _inside(key: str) -> str:
@@ -326,7 +416,7 @@ def _walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
             continue
         if stat.S_ISREG(status.st_mode):
             size = status.st_size
-            yield ObjectInfo(prefix + name, size, f"{status.st_mtime_ns:x}-{size:x}")
+            yield ObjectInfo(prefix + name, size, f"{status.st_mtime_ns:x}-{size:x}", status.st_mtime)
 
 
 @contextlib.contextmanager

@@ -193,16 +193,25 @@ class JobConfig(Part):
     def result_fingerprint(self, weights_sha256: str, prompts_fingerprint: str) -> str:
         """Hash (12 hex digits) of all that determines the rows of a night: what is read, the model and its weights,
         the method, the thresholds, the prompts. How fast or where it runs does not count."""
-        facts = {
+        return _digest({**self._facts(), "weights_sha256": weights_sha256, "prompts": prompts_fingerprint})
+
+    @property
+    def config_fingerprint(self) -> str:
+        """Hash (12 hex digits) of the part of result_fingerprint that the job itself says."""
+        return _digest(self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        return {
             "dataset": self.dataset.model_dump(mode="json"),
             "maps": self.output.maps,
             "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
             "method": {**self.method.model_dump(mode="json"), "aligner": self.aligner},
             "threshold": self.threshold.model_dump(mode="json"),
-            "weights_sha256": weights_sha256,
-            "prompts": prompts_fingerprint,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def parse_job(

@@ -1,5 +1,6 @@
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,28 @@ def test_of_many_threads_that_create_one_wins_and_its_bytes_stay(tmp_path: Path)
         thread.join()
     assert len(wins) == 1
     assert Store(str(tmp_path)).read("claim") == str(wins[0]).encode()
+
+
+def test_replace_writes_only_over_the_version_that_was_seen(store: Store) -> None:
+    assert store.replace("a", b"1", None) and not store.replace("a", b"2", None)
+    seen = store.version("a")
+    assert store.replace("a", b"2", seen)
+    assert not store.replace("a", b"3", seen) and store.read("a") == b"2"
+    store.delete("a")
+    assert store.version("a") is None and not store.replace("a", b"4", seen)
+
+
+def test_of_many_threads_that_replace_one_version_one_wins(tmp_path: Path) -> None:
+    Store(str(tmp_path)).write("a", b"0")
+    seen, start = Store(str(tmp_path)).version("a"), threading.Barrier(16)
+
+    def contend(number: int) -> bool:
+        start.wait()
+        return Store(str(tmp_path)).replace("a", bytes([number]), seen)
+
+    with ThreadPoolExecutor(16) as pool:
+        wins = list(pool.map(contend, range(16)))
+    assert sum(wins) == 1 and Store(str(tmp_path)).read("a") == bytes([wins.index(True)])
 
 
 def test_write_replaces_and_a_listing_sees_each_key_once_in_order(store: Store) -> None:

@@ -26,6 +26,16 @@ def test_create_only_writes_are_honoured(s3: ObjectStorage) -> None:
     assert store.read("a") == b"first"
 
 
+def test_conditional_replaces_are_honoured(s3: ObjectStorage) -> None:
+    store = Store("s3://lake/replace")
+    assert store.replace("a", b"1", None) and not store.replace("a", b"2", None)
+    seen = store.version("a")
+    assert store.replace("a", b"2", seen)
+    assert not store.replace("a", b"3", seen) and store.read("a") == b"2"
+    store.delete("a")
+    assert not store.replace("a", b"4", seen) and not store.exists("a")
+
+
 def test_listing_pages_through_many_keys(s3: ObjectStorage) -> None:
     store = Store("s3://lake/many")
     keys = [f"k/{number:04}" for number in range(1100)]
