@@ -117,6 +117,21 @@ def report(
 
 
 @app.command()
+def gc(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")],
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
+    ] = False,
+    older_than: Annotated[float, typer.Option(min=1, help="Hours for which a file must have lain untouched.")] = 24,
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Remove what no commit refers to: superseded versions, masks and shards; those of unfinished runs, too."""
+    from jobs.gc import run_gc
+
+    _run(lambda: run_gc(open_store(output, Storage(endpoint_url=endpoint)), _console(), older_than, delete))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:

@@ -52,8 +52,10 @@ class Claim:
         self.store.write(claim_key(self.name, self.number), _encode(self.owner, time.time() + seconds))
 
     def check(self) -> None:
-        """Raises ClaimLostError where another has taken it over since."""
+        """Raises ClaimLostError where another has taken it over since, or where it was discarded as long dead."""
         successor = _read(self.store, claim_key(self.name, self.number + 1))
+        if successor is None and not self.store.exists(claim_key(self.name, self.number)):
+            raise ClaimLostError(f"the claim {self.store.uri(self.name)} of this process ({self.owner}) was removed")
         if successor is not None:
             raise ClaimLostError(
                 f"this process ({self.owner}) was silent for so long that {successor['owner']} took over "
@@ -61,8 +63,11 @@ class Claim:
             )
 
     @contextlib.contextmanager
-    def held(self, seconds: float) -> Iterator[None]:
-        """Renews it by a heartbeat for as long as the block runs, and lets the next contender in afterwards."""
+    def held(self, seconds: float, *, discard: bool = False) -> Iterator[None]:
+        """Renews it by a heartbeat for as long as the block runs, and lets the next contender in afterwards.
+
+        discard: to that end removes this claim and the ones before it, lowest first; acquire is prepared for it.
+        """
         over = threading.Event()
 
         def beat() -> None:
@@ -82,7 +87,14 @@ class Claim:
             over.set()
             heart.join()
             with contextlib.suppress(ClaimLostError):
-                self.renew(0.0)
+                self.renew(seconds if discard else 0.0)
+                for key in self.keys if discard else ():
+                    self.store.delete(key)
+
+    @property
+    def keys(self) -> list[str]:
+        """Where this claim and the ones before it lie."""
+        return [claim_key(self.name, number) for number in range(1, self.number + 1)]
 
 
 def new_owner() -> str:
@@ -108,14 +120,19 @@ def acquire(
     while not is_done():
         key = claim_key(name, number)
         if store.create(key, _encode(owner, time.time() + seconds)):
-            if not is_done():
+            if is_done():
+                store.delete(key)
+                return None
+            if number == 1 or _is_over(_read(store, claim_key(name, number - 1))):
                 return Claim(store, name, number, owner)
+            # All claims were discarded since this process read the one before: there may be new ones.
             store.delete(key)
-            return None
+            number = 1
+            continue
         holder = _read(store, key)
         if holder is None:
             continue  # cleared since, because the work is done
-        if holder["expires_at"] <= time.time():
+        if _is_over(holder):
             number += 1
             continue
         if holder["owner"] != waited_for:
@@ -123,6 +140,20 @@ def acquire(
         pause(wait * random.uniform(0.5, 1.0))
         wait = min(2 * wait, _LONGEST_PAUSE_S)
     return None
+
+
+def try_acquire(store: Store, name: str, owner: str, seconds: float) -> Claim | None:
+    """The claim, or None where another holds it: acquire without waiting."""
+    holders: list[str] = []
+    return acquire(store, name, owner, seconds, lambda: bool(holders), holders.append, lambda _: None)
+
+
+def holder(store: Store, name: str) -> str | None:
+    """Who holds a claim; None where nobody does."""
+    number, last = 1, None
+    while (claim := _read(store, claim_key(name, number))) is not None:
+        number, last = number + 1, claim
+    return None if last is None or _is_over(last) else last["owner"]
 
 
 def clear(store: Store, name: str) -> None:
@@ -140,6 +171,10 @@ def claim_key(name: str, number: int) -> str:
 
 def _encode(owner: str, expires_at: float) -> bytes:
     return json.dumps({"owner": owner, "expires_at": expires_at}).encode()
+
+
+def _is_over(claim: dict[str, Any] | None) -> bool:
+    return claim is not None and bool(claim["expires_at"] <= time.time())
 
 
 def _read(store: Store, key: str) -> dict[str, Any] | None:

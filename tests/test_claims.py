@@ -66,3 +66,23 @@ def test_the_waiting_are_told_for_whom(tmp_path: Path) -> None:
     with take(store, "first", 30.0).held(30.0):
         assert claims.acquire(store, "work", "second", 1.0, lambda: bool(told), told.append) is None
     assert told == ["first"]
+
+
+def test_a_contender_that_read_a_claim_which_was_discarded_since_begins_anew(tmp_path: Path) -> None:
+    store, holders = Store(str(tmp_path)), []
+    with take(store, "long ago", 30.0).held(30.0):
+        pass
+
+    class Late(Store):
+        """Between its reading claim 1 and creating claim 2, all are discarded, and another takes the first."""
+
+        def create(self, key: str, data: bytes) -> bool:
+            if key == claims.claim_key("work", 2) and not holders:
+                with take(store, "collector", 30.0).held(30.0, discard=True):
+                    pass
+                holders.append(take(store, "first", 30.0))
+            return super().create(key, data)
+
+    assert claims.try_acquire(Late(str(tmp_path)), "work", "second", 30.0) is None
+    assert [holder.number for holder in holders] == [1] and claims.holder(store, "work") == "first"
+    holders[0].check()

@@ -10,10 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.garbage import collect_garbage
+from pipeline.publish import publish_night
 from pipeline.storage import Store
 from schemas.job import Storage
 from tests.command import alfa
 from tests.seaweed import ObjectStorage
+from tests.test_publish import make_run
 
 DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
@@ -34,6 +37,20 @@ def test_conditional_replaces_are_honoured(s3: ObjectStorage) -> None:
     assert not store.replace("a", b"3", seen) and store.read("a") == b"2"
     store.delete("a")
     assert not store.replace("a", b"4", seen) and not store.exists("a")
+
+
+def test_garbage_is_collected(s3: ObjectStorage) -> None:
+    output = Store("s3://lake/garbage")
+    for name in ("aaa", "bbb"):
+        run, shards = make_run(output, name)
+        commit = publish_night(run, "m", run.shards, shards, output, name)
+    assert list(collect_garbage(output, 3600, delete=True)) == []
+    expected = {item.key for item in collect_garbage(output, -3600, delete=False)}
+    removed = {item.key for item in collect_garbage(output, -3600, delete=True)}
+    left = {info.key for info in output.list()}
+    assert removed == expected and sum("runs/2026-01-02-aaa/shards/" in key for key in removed) == 2
+    assert {entry[name] for entry in commit["files"] for name in ("key", "table_key")} < left
+    assert not [key for key in left if key.startswith("runs/2026-01-02-aaa/")]
 
 
 def test_listing_pages_through_many_keys(s3: ObjectStorage) -> None:
