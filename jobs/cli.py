@@ -132,6 +132,22 @@ def gc(
 
 
 @app.command()
+def schema(
+    dialect: Annotated[str, typer.Option(help="athena, spark or duckdb.")],
+    output: Annotated[
+        str, typer.Option(help="Output folder or URI of the jobs: where the table is.")
+    ] = "s3://bucket/lake",
+) -> None:
+    """Print the DDL of the scores table."""
+    from pipeline.ddl import DIALECTS, render_ddl
+
+    if dialect not in DIALECTS:
+        _complain(f"--dialect {dialect}: allowed are {', '.join(DIALECTS)}")
+        raise typer.Exit(EXIT_USAGE)
+    typer.echo(render_ddl(dialect, output), nl=False)
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
