@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from pipeline.alfa import load_encoder, locate_weights
 from pipeline.engine import connect, node_resources, plan_actors
+from pipeline.iceberg import open_catalog
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import missing_key
 from pipeline.storage import open_store
@@ -31,6 +32,8 @@ def run_check(job: JobConfig, console: Console) -> int:
         ("LLM", _check_llm),
         ("cluster", _check_cluster),
     ]
+    if job.lake.format == "iceberg":
+        checks.append(("Iceberg catalog", _check_catalog))
     failed = 0
     for name, check in checks:
         try:
@@ -93,6 +96,11 @@ def _check_llm(job: JobConfig) -> str:
     if (missing := missing_key(job.prompts)) is not None:
         raise CheckError(f"{job.prompts.llm} needs {missing} in the environment of the workers")
     return f"{job.prompts.llm}, key present"
+
+
+def _check_catalog(job: JobConfig) -> str:
+    catalog = open_catalog(job)
+    return f"{job.lake.catalog or 'embedded'}, namespaces: {len(catalog.list_namespaces())}"
 
 
 def _check_cluster(job: JobConfig) -> str:

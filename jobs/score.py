@@ -20,7 +20,7 @@ from rich.table import Table
 
 from jobs.progress import RunProgress
 from jobs.report import report_night
-from pipeline import claims, lake
+from pipeline import claims, iceberg, lake
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import ScoringPool, connect, obtain_prompts
 from pipeline.images import ImageSource, list_images, open_dataset
@@ -55,9 +55,13 @@ def run_score(job: JobConfig, console: Console) -> int:
     Run again, it resumes, or finds itself done. Raises the pipeline's errors; KeyboardInterrupt leaves finished shards.
     """
     output = open_store(job.output.uri, job.storage)
+    if job.lake.format == "iceberg":
+        iceberg.open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
         commit, stats = _run_or_wait(plan, output, console)
+        if job.lake.format == "iceberg":
+            iceberg.publish_snapshot(job, output, claims.new_owner())
     report = report_night(output, commit, anew=stats.get("state") == "done")
     print_summary(plan, commit, stats, report, output, console)
     return _exit_code(commit, job.engine.max_error_rate)

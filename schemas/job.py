@@ -166,6 +166,19 @@ class Engine(Part):
     max_error_rate: Share = Field(0.05, description="share of error rows past which the job exits with 1")
 
 
+class Lake(Part):
+    """How the table is offered to readers besides its Parquet files."""
+
+    format: Literal["parquet", "iceberg"] = Field("parquet", description="iceberg: each night is a snapshot of a table")
+    catalog: str | None = Field(
+        None,
+        min_length=1,
+        description="name of a pyiceberg catalog (PYICEBERG_CATALOG__<NAME>__URI, ~/.pyiceberg.yaml); default: a "
+        "SQLite file beside a local output",
+    )
+    table: str = Field("alfa.scores", pattern=r"^\w+(\.\w+)+$", description="namespace.table in the catalog")
+
+
 class JobConfig(Part):
     """One night: which images, what with, where to."""
 
@@ -178,6 +191,7 @@ class JobConfig(Part):
     method: Method = Field(default_factory=lambda: Method())
     threshold: Threshold = Field(default_factory=lambda: Threshold())
     engine: Engine = Field(default_factory=lambda: Engine())
+    lake: Lake = Field(default_factory=lambda: Lake())
 
     @model_validator(mode="after")
     def _class_named(self) -> JobConfig:

@@ -23,6 +23,7 @@ class ObjectStorage:
 
     endpoint: str
     bucket: str
+    iceberg: str
 
     @property
     def environment(self) -> dict[str, str]:
@@ -33,6 +34,17 @@ class ObjectStorage:
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
         }
+
+    def iceberg_environment(self, name: str) -> dict[str, str]:
+        """Variables under which pyiceberg knows its Iceberg REST catalog by a name, table bucket `tables`."""
+        properties = {
+            "TYPE": "rest", "URI": self.iceberg, "WAREHOUSE": "tables",
+            "S3__ENDPOINT": self.endpoint, "S3__ACCESS_KEY_ID": ACCESS_KEY, "S3__SECRET_ACCESS_KEY": SECRET_KEY,
+            "S3__REGION": "us-east-1", "REST__SIGV4_ENABLED": "true", "REST__SIGNING_NAME": "s3tables",
+            "REST__SIGNING_REGION": "us-east-1", "CLIENT__ACCESS_KEY_ID": ACCESS_KEY,
+            "CLIENT__SECRET_ACCESS_KEY": SECRET_KEY, "CLIENT__REGION": "us-east-1",
+        }  # fmt: skip
+        return {f"PYICEBERG_CATALOG__{name.upper()}__{key}": value for key, value in properties.items()}
 
 
 def free_ports(count: int) -> list[int]:
@@ -55,15 +67,15 @@ def run_seaweed(folder: Path) -> Iterator[ObjectStorage]:
     master, volume, filer, s3, iceberg = free_ports(5)
     command = [
         str(Path(sys.executable).parent / "weed"), "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-        "-webdav=false", "-admin.ui=false", "-bucket=lake", f"-master.port={master}", f"-volume.port={volume}",
-        f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.port.iceberg={iceberg}",
+        "-webdav=false", "-admin.ui=false", "-bucket=lake", "-tableBucket=tables", f"-master.port={master}",
+        f"-volume.port={volume}", f"-filer.port={filer}", f"-s3.port={s3}", f"-s3.port.iceberg={iceberg}",
     ]  # fmt: skip
     secrets = {"AWS_ACCESS_KEY_ID": ACCESS_KEY, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "S3_BUCKET": "lake"}
     log = folder / "weed.log"
     with log.open("wb") as output:
         server = subprocess.Popen(command, env={**os.environ, **secrets}, stdout=output, stderr=output)
     try:
-        storage = ObjectStorage(f"http://127.0.0.1:{s3}", "lake")
+        storage = ObjectStorage(f"http://127.0.0.1:{s3}", "lake", f"http://127.0.0.1:{iceberg}")
         _await_answer(storage.endpoint, server, log)
         yield storage
     finally:

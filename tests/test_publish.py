@@ -24,10 +24,10 @@ CLASSES = ("bolt", "nut")
 ROWS = 40
 
 
-def make_run(output: Store, name: str, score: float = 0.5) -> tuple[Run, list[str]]:
+def make_run(output: Store, name: str, score: float = 0.5, night: str = "2026-01-02") -> tuple[Run, list[str]]:
     """A run whose shards lie in the store: rows of both classes, each with the run's id."""
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": "2026-01-02"})
-    run = Run(f"2026-01-02-{name}", job, "model", "0" * 64)
+    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
+    run = Run(f"{night}-{name}", job, "model", "0" * 64)
     shards = ["one", "two"]
     for shard in shards:
         rows = [
