@@ -148,6 +148,27 @@ def schema(
 
 
 @app.command()
+def export(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")],
+    run: Annotated[str, typer.Argument(help="A night (YYYY-MM-DD) or the id of the run that it belongs to.")],
+    to: Annotated[str, typer.Option(help="coco, fiftyone or labelstudio.")],
+    target: Annotated[
+        str | None, typer.Option("--output", help="Folder or URI; default: exports/<run>/<format> in the output.")
+    ] = None,
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Write a published night for annotation and dataset tools."""
+    from jobs.export import run_export
+    from pipeline.exports import FORMATS
+
+    if to not in FORMATS:
+        _complain(f"--to {to}: allowed are {', '.join(FORMATS)}")
+        raise typer.Exit(EXIT_USAGE)
+    storage = Storage(endpoint_url=endpoint)
+    _run(lambda: run_export(open_store(output, storage), run, to, target, storage, _console()))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
@@ -213,6 +234,8 @@ def _run(job: Callable[[], int]) -> None:
     from pipeline.alfa import ModelError
     from pipeline.claims import ClaimLostError
     from pipeline.engine import EngineError
+    from pipeline.exports import ExportError
+    from pipeline.iceberg import LakeError
     from pipeline.images import DatasetError
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
@@ -222,7 +245,7 @@ def _run(job: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
         code = EXIT_INTERRUPTED
-    except (DatasetError, ModelError, PromptLibraryError, DemoError, ReportError) as error:
+    except (DatasetError, ModelError, PromptLibraryError, DemoError, LakeError, ExportError, ReportError) as error:
         _complain(str(error))
         code = EXIT_USAGE
     except (EngineError, LLMError, ClaimLostError, OSError) as error:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +63,24 @@ def find_regions(
             )
         )
     return sorted(regions, key=lambda region: (-region.peak, region.y, region.x))
+
+
+def split_regions(
+    mask: NDArray[np.bool_], regions: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], NDArray[np.bool_]]]:
+    """Each of a row's regions with its own part of the mask [h, w]: parts are disjoint, and their union is the mask.
+
+    regions: as find_regions gave them; a region is known by its box and area.
+    """
+    labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
+    numbers: dict[tuple[int, ...], list[int]] = {}
+    for number, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
+        area = int((labels[rows, columns] == number).sum())
+        box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start, area)
+        numbers.setdefault(box, []).append(number)
+    for region in regions:
+        box = tuple(region[key] for key in ("x", "y", "width", "height", "area"))
+        yield region, labels == numbers[box].pop()
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:

@@ -10,6 +10,7 @@ import errno
 import functools
 import os
 import posixpath
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -133,6 +134,14 @@ class Store:
             else:
                 _patiently(self.fs.pipe_file)(self._path(key), data, **self._headers(key))
 
+    def upload(self, key: str, file: Path) -> None:
+        """write, for a local file that need not fit in memory."""
+        with _as_store_error(self, key):
+            if self.is_local:
+                self._write_local(key, file, replace=True)
+            else:
+                _patiently(self.fs.put_file)(str(file), self._path(key))
+
     def create(self, key: str, data: bytes) -> bool:
         """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
 
@@ -255,14 +264,18 @@ class Store:
             except ValueError as error:  # a NUL, or what no encoding of names can hold
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
 
-    def _write_local(self, key: str, data: bytes, *, replace: bool) -> bool:
+    def _write_local(self, key: str, data: bytes | Path, *, replace: bool) -> bool:
         target = Path(self._path(key))
         staged = Path(self.path) / STAGING / uuid.uuid4().hex
         staged.parent.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staged.open("xb") as file:
-                file.write(data)
+                if isinstance(data, Path):
+                    with data.open("rb") as source:
+                        shutil.copyfileobj(source, file)
+                else:
+                    file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             if replace:
