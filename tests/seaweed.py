@@ -35,16 +35,22 @@ class ObjectStorage:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
 
-    def iceberg_environment(self, name: str) -> dict[str, str]:
-        """Variables under which pyiceberg knows its Iceberg REST catalog by a name, table bucket `tables`."""
-        properties = {
-            "TYPE": "rest", "URI": self.iceberg, "WAREHOUSE": "tables",
-            "S3__ENDPOINT": self.endpoint, "S3__ACCESS_KEY_ID": ACCESS_KEY, "S3__SECRET_ACCESS_KEY": SECRET_KEY,
-            "S3__REGION": "us-east-1", "REST__SIGV4_ENABLED": "true", "REST__SIGNING_NAME": "s3tables",
-            "REST__SIGNING_REGION": "us-east-1", "CLIENT__ACCESS_KEY_ID": ACCESS_KEY,
-            "CLIENT__SECRET_ACCESS_KEY": SECRET_KEY, "CLIENT__REGION": "us-east-1",
+    @property
+    def iceberg_properties(self) -> dict[str, str]:
+        """What pyiceberg needs to reach its Iceberg REST catalog, table bucket `tables`."""
+        return {
+            "type": "rest", "uri": self.iceberg, "warehouse": "tables", "s3.endpoint": self.endpoint,
+            "s3.access-key-id": ACCESS_KEY, "s3.secret-access-key": SECRET_KEY, "s3.region": "us-east-1",
+            "rest.sigv4-enabled": "true", "rest.signing-name": "s3tables", "rest.signing-region": "us-east-1",
+            "client.access-key-id": ACCESS_KEY, "client.secret-access-key": SECRET_KEY, "client.region": "us-east-1",
         }  # fmt: skip
-        return {f"PYICEBERG_CATALOG__{name.upper()}__{key}": value for key, value in properties.items()}
+
+    def iceberg_environment(self, name: str) -> dict[str, str]:
+        """The same as variables, under which a new process knows the catalog by a name."""
+        return {
+            f"PYICEBERG_CATALOG__{name}__{key.replace('.', '__').replace('-', '_')}".upper(): value
+            for key, value in self.iceberg_properties.items()
+        }
 
 
 def free_ports(count: int) -> list[int]:

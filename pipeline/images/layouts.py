@@ -191,10 +191,10 @@ def _list_visa(source: ImageSource) -> Iterator[_Row]:
         found = {info.key: info for info in source.store.list(class_name)} if "/" not in class_name else {}
         for row in group:
             key = row["image"]
-            _, size, etag = found.get(key, ObjectInfo(key, None, None))
+            info = found.get(key, ObjectInfo(key, None, None))
             label = GOOD if row["label"] == "normal" else "anomaly"
             mask = source.store.uri(row["mask"]) if row["mask"] else None
-            yield _Row(source.store.uri(key), key, class_name, size, etag, label, mask)
+            yield _Row(source.store.uri(key), key, class_name, info.size, info.etag, label, mask)
 
 
 def _list_table(source: ImageSource) -> Iterator[_Row]:

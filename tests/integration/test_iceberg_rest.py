@@ -36,7 +36,7 @@ def test_a_driver_killed_between_commit_and_snapshot_is_resumed(
     killed = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     commit = json.loads(output.read(f"commits/{NIGHT}.json"))
-    catalog = load_catalog("factory")
+    catalog = load_catalog("factory", **s3.iceberg_properties)
     assert not catalog.table_exists("inspection.scores")
     for _ in range(2):
         again = alfa(*arguments)
