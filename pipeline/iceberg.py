@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline import claims, lake
 from pipeline.publish import read_commit
+from pipeline.redaction import redact
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig
 from schemas.tables import SCORES
@@ -82,8 +83,8 @@ def open_catalog(job: JobConfig) -> Catalog:
         raise
     except Exception as error:
         raise LakeError(
-            f"the Iceberg catalog {name!r} cannot be opened: {error}; set PYICEBERG_CATALOG__{name.upper()}__URI "
-            f"and its kin in the environment, or ~/.pyiceberg.yaml"
+            f"the Iceberg catalog {name!r} cannot be opened: {redact(str(error))}; set "
+            f"PYICEBERG_CATALOG__{name.upper()}__URI and its kin in the environment, or ~/.pyiceberg.yaml"
         ) from error
 
 
@@ -121,7 +122,8 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
             raise
         except Exception as error:  # catalogs and their drivers have no common base of errors
             raise CatalogError(
-                f"the Iceberg table {job.lake.table} did not take night {job.run_date}: {type(error).__name__}: {error}"
+                f"the Iceberg table {job.lake.table} did not take night {job.run_date}: "
+                f"{type(error).__name__}: {redact(str(error))}"
             ) from error
     logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
 
