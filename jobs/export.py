@@ -23,15 +23,15 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
     job = parse_job(read_job_yaml(output.read(lake.run_key(commit["run_id"], "job.yaml")).decode()))
     images = job.dataset.images
     source = open_store(images.rpartition("/")[0] if images.endswith((".parquet", ".csv")) else images, job.storage)
-    folder = open_store(target or output.uri(f"exports/{commit['run_id']}/{kind}"), storage)
+    folder, prefix = (open_store(target, storage), "") if target else (output, f"exports/{commit['run_id']}/{kind}/")
     with tempfile.TemporaryDirectory(prefix="alfa-export-") as scratch:
         rows = read_rows(output, commit, masks=kind == "coco")
         count = export_rows(kind, rows, commit, source.key_of, Path(scratch))
         for path in sorted(Path(scratch).iterdir()):
-            folder.upload(path.name, path)
+            folder.upload(prefix + path.name, path)
     left_out = f"; {count.errors} error rows are left out" if count.errors else ""
     console.print(
-        f"{count.images} images, {count.regions} regions to {escape(folder.uri(''))}{left_out}",
+        f"{count.images} images, {count.regions} regions to {escape(folder.uri(prefix.rstrip('/')))}{left_out}",
         highlight=False,
         soft_wrap=True,
     )
