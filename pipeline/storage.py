@@ -233,7 +233,7 @@ class Store:
     def leftovers(self) -> Iterator[ObjectInfo]:
         """What writers that died have left of unfinished objects: local disks alone have such files."""
         if self.is_local:
-            yield from _walk_local(Path(self.path) / STAGING, Path(self.path))
+            yield from _walk_local(f"{self.path}/{STAGING}", f"{STAGING}/")
 
     def probe(self) -> None:
         """Raises StoreError where the store as a whole does not answer, rather than one object."""
