@@ -43,7 +43,6 @@ class Plan:
     weights: Weights
     source: ImageSource
     manifest: Manifest
-    ensembles: Sequence[PromptEnsemble]
     prompts: RunPrompts
     usage: Usage
     """What this job spent on prompts; sets that were there already cost nothing."""
@@ -76,15 +75,24 @@ def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
     weights = locate_weights(job.model)
     if weights.is_demonstration:
         logger.warning("%s is a demonstration model: its scores say nothing about real defects", weights.label)
-    sets, usage = _prompt_sets(job, list(manifest.classes), output)
+    prompts, usage = obtain_ensembles(job, list(manifest.classes), output)
+    return Plan(name_run(job, weights, prompts), weights, source, manifest, prompts, usage)
+
+
+def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
+    """The prompts of the classes, and what was spent now on an LLM that described them."""
+    sets, usage = _prompt_sets(job, classes, output)
     for prompt_set in sets:
         logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
     fits = text_fits(job.model)
-    ensembles = [compose_ensemble(prompt_set, fits) for prompt_set in sets]
-    prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in ensembles)
+    return record_prompts(sets, [compose_ensemble(prompt_set, fits) for prompt_set in sets]), usage
+
+
+def name_run(job: JobConfig, weights: Weights, prompts: RunPrompts) -> Run:
+    """The run of a job: its id hashes what determines its rows."""
+    prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
     run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint)}"
-    run, prompts = Run(run_id, job, weights.label, weights.sha256), record_prompts(sets, ensembles)
-    return Plan(run, weights, source, manifest, ensembles, prompts, usage)
+    return Run(run_id, job, weights.label, weights.sha256)
 
 
 def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
@@ -92,7 +100,7 @@ def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple
     stored = {name: find(output, name, job.prompts) for name in classes}
     missing = [name for name, prompt_set in stored.items() if prompt_set is None]
     made: dict[str, PromptSet] = {}
-    if job.prompts.llm is None:
+    if not job.prompts.asks_llm:
         made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
     elif missing:
         with connect(job):
@@ -151,7 +159,7 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
         "shards": len(shard_ids),
         "model": run.model,
         "demonstration_model": plan.weights.is_demonstration,
-        "prompt_sources": Counter(item.source for item in plan.ensembles),
+        "prompt_sources": Counter(item.source for item in plan.prompts.ensembles),
         "usage": plan.usage.model_dump(),
         "versions": versions(),
     }
@@ -160,7 +168,7 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
         try:
             with RunProgress(facts, output, console, left, pool.plan.count) as progress:
                 if len(finished) < len(shard_ids):
-                    pool.embed(plan.ensembles)
+                    pool.embed(plan.prompts.ensembles)
                     for stats in pool.score(waiting):
                         progress.add(stats)
                         claim.check()
@@ -241,7 +249,7 @@ def print_summary(
         ("prompts", "left"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    sources = {item.class_name: item.source for item in plan.ensembles}
+    sources = {item.class_name: item.source for item in plan.prompts.ensembles}
     for entry in commit["files"]:
         errors = sum(entry["errors"].values())
         name = entry["class_name"]

@@ -49,6 +49,11 @@ def finished_shards(store: Store, folder: str) -> set[str]:
     }
 
 
+def evaluation_key(run_id: str, name: str) -> str:
+    """A file of the evaluation of a run: metrics.parquet, metrics.json, metrics.md, images.parquet, pictures."""
+    return run_key(run_id, f"evaluation/{name}")
+
+
 def driver_claim(run_id: str) -> str:
     """Held by the one driver that works on a run."""
     return run_key(run_id, "driver")

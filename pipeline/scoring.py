@@ -144,7 +144,7 @@ def score_shard(
             message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can take"
             return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
         with FILE_BYTES.hold(size):
-            return image, _read_image(image["uri"], source, decode)
+            return image, read_image(image["uri"], source, decode)
 
     def finish(row: Row) -> Row:
         return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
@@ -235,7 +235,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     }
 
 
-def _read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
+def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
     try:
         data = source.read_uri(uri)
     except FileNotFoundError:

@@ -107,11 +107,17 @@ class Prompts(Part):
     """Who describes the classes, and how hard it is tried."""
 
     llm: str | None = Field(None, description="litellm model string; none: bundled prompts, else the base ensemble")
+    described: bool = Field(True, description="false: the base ensemble alone, whatever is known of a class")
     api_base: str | None = Field(None, description="address of an OpenAI-compatible server")
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     timeout_s: PositiveFloat = 60.0
     max_attempts: PositiveInt = 5
     on_failure: Literal["fail", "base"] = Field("fail", description="base: go on with the base ensemble, said in rows")
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether classes are described by an LLM."""
+        return self.llm is not None and self.described
 
     @field_validator("api_base")
     @classmethod
@@ -122,7 +128,9 @@ class Prompts(Part):
 class Method(Part):
     """The options of ALFA (method.md), each by name."""
 
-    adaptation: Literal["none", "mean", "rank", "interval", "soft"] = "mean"
+    adaptation: Literal["none", "mean", "rank", "interval", "soft", "random"] = Field(
+        "mean", description="random: the control, as many prompts as mean keeps, drawn anew for each place in a batch"
+    )
     floor_count: PositiveInt = Field(3, description="prompts that each side keeps at least")
     floor_share: Share = Field(0.25, description="share of prompts that each side keeps at least")
     soft_temperature: PositiveFloat = Field(0.01, description="T of adaptation soft, in units of cosine distance")

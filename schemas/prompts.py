@@ -98,3 +98,8 @@ class RunPrompts(Frozen):
 
     schema_version: Literal[1] = 1
     classes: tuple[UsedPrompts, ...]
+
+    @property
+    def ensembles(self) -> list[PromptEnsemble]:
+        """Of each class, in the order of the classes."""
+        return [used.ensemble for used in self.classes]

@@ -116,3 +116,52 @@ SHARD = pa.schema(
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
 """A shard's record in runs/: the rows of the table, and what masks are made of."""
+
+_METRIC_DOCS = {
+    "image_auroc": "area under the ROC curve of image scores, exact",
+    "image_aupr": "average precision of image scores, exact",
+    "image_f1_max": "highest F1 of image scores over all thresholds, exact",
+    "pixel_auroc": "area under the ROC curve of map values at the size of the ground truth",
+    "pixel_aupr": "average precision of map values",
+    "pixel_f1_max": "highest F1 of map values over all thresholds",
+    "pixel_pro": "mean share of a defect region (8 neighbours) that is found, over false positive rates 0 to 0.3, "
+    "divided by 0.3",
+}
+
+EVALUATION = pa.schema(
+    [
+        _field("configuration", pa.string(), "what was evaluated: base, or what differs from it", nullable=False),
+        _field("level", pa.string(), "mean (over classes), class, or defect (of a class)", nullable=False),
+        _field("class_name", pa.string(), "class of the part; null for the mean"),
+        _field("label", pa.string(), "kind of defect, against all good images of the class; null for all kinds"),
+        _field("good", pa.int64(), "good images", nullable=False),
+        _field("anomalous", pa.int64(), "anomalous images", nullable=False),
+        _field("errors", pa.int64(), "images without a score, left out", nullable=False),
+        _field(
+            "unmasked", pa.int64(), "anomalous images without a usable mask, left out of pixel metrics", nullable=False
+        ),
+        *(_field(name, pa.float64(), f"{doc}; null where one side is missing") for name, doc in _METRIC_DOCS.items()),
+        *(
+            _field(f"{name}_error", pa.float64(), f"the exact {name} lies within this of the value (binning)")
+            for name in _METRIC_DOCS
+            if name.startswith("pixel")
+        ),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+"""Metrics against ground truth, all 0 to 1."""
+
+EVALUATED_IMAGES = pa.schema(
+    [
+        _field("configuration", pa.string(), "what was evaluated: base, or what differs from it", nullable=False),
+        _field("class_name", pa.string(), "class of the part", nullable=False),
+        _field("image_key", pa.string(), "path of the image below the dataset's root", nullable=False),
+        _field("image_uri", pa.string(), "where the image was read", nullable=False),
+        _field("label", pa.string(), "ground truth: good, or the kind of defect", nullable=False),
+        _field("score", pa.float32(), "unified anomaly score; null where the image could not be scored"),
+        _field("score_global", pa.float32(), "its global part"),
+        _field("score_local", pa.float32(), "its local part"),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+"""The labelled images of an evaluation and their scores: what thresholds can be calibrated by."""

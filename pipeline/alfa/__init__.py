@@ -1,6 +1,6 @@
 """The method: ALFA (arXiv 2404.09654), reconstructed from its abstract. Pure torch, no I/O but loading weights."""
 
-from pipeline.alfa.detector import Detection, Detector, PromptEmbeddings
+from pipeline.alfa.detector import Detection, Detector, Features, PromptEmbeddings
 from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
 from pipeline.alfa.explain import Evidence
 
@@ -9,6 +9,7 @@ __all__ = [
     "Detector",
     "Encoder",
     "Evidence",
+    "Features",
     "ModelError",
     "Preprocess",
     "PromptEmbeddings",

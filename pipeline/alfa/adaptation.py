@@ -51,6 +51,9 @@ def adapt(similarities: Tensor, prompts: PromptBatch, method: Method) -> Tensor:
     """
     if method.adaptation == "none":
         return prompts.valid.float()
+    if method.adaptation == "random":
+        kept = adapt(similarities, prompts, method.model_copy(update={"adaptation": "mean"}))
+        return random_filter(kept, prompts, torch.Generator().manual_seed(0))
     distances = 1 - similarities
     mean_normal, mean_anomalous = _side_means(distances, prompts)
     leaning = prompts.anomalous == (mean_anomalous < mean_normal)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.alfa.adaptation import PromptBatch, adapt, prototypes
 from pipeline.alfa.aligner import align
-from pipeline.alfa.encoder import Encoder, ModelError
+from pipeline.alfa.encoder import Encoder, ImageFeatures, ModelError
 from pipeline.alfa.explain import Evidence, explain
 from schemas.job import Method
 from schemas.prompts import PromptEnsemble
@@ -32,6 +32,14 @@ class PromptEmbeddings:
     is_anomalous: Tensor
     defects: tuple[str, ...]
     defect_embeddings: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a batch of B images looks like before any prompt. local: aligned patches [L, B, P, D], normalised."""
+
+    image: ImageFeatures
+    local: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,24 +89,41 @@ class Detector:
         anomalous = torch.tensor([prompt.side == "anomalous" for prompt in prompts])
         return PromptEmbeddings(ensemble, embeddings, anomalous, defects, means)
 
-    @torch.inference_mode()
+    @property
+    def features_key(self) -> tuple[Hashable, ...]:
+        """Detectors of one encoder whose keys are equal see the same features."""
+        ridge_lambda = self._method.ridge_lambda if self._aligner == "ridge" else None
+        return self._aligner, self._levels, self._value_depth, ridge_lambda
+
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
         """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, any mix of classes.
 
-        The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
-        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner").
         Raises ValueError where pixels have another size, or prompts another number.
         """
         if len(prompts) != len(pixels):
             raise ValueError(f"{len(pixels)} images came with {len(prompts)} sets of prompts; one an image is needed")
+        return self.judge(self.features(pixels), prompts)
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> Features:
+        """All of the model's work on pixels [B, 3, H, W], uint8. Raises ValueError where they have another size."""
+        image = self.encoder.encode_images(pixels, self._levels, self._value_depth)
+        return Features(image, align(image, self.encoder, self._aligner, self._method.ridge_lambda))
+
+    @torch.inference_mode()
+    def judge(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+        """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
+
+        The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
+        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner").
+        """
         method, encoder = self._method, self.encoder
-        features = encoder.encode_images(pixels, self._levels, self._value_depth)
+        embedding, local = features.image.embedding, features.local
         batch = _gather(prompts, encoder.device)
-        similarities = (batch.embeddings @ features.embedding[:, :, None])[..., 0]
+        similarities = (batch.embeddings @ embedding[:, :, None])[..., 0]
         weights = adapt(similarities, batch, method)
         sides = prototypes(weights, batch)
-        score_global = self._anomalous_share(features.embedding[:, None], sides)[:, 0]
-        local = align(features, encoder, self._aligner, method.ridge_lambda)
+        score_global = self._anomalous_share(embedding[:, None], sides)[:, 0]
         grid = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
         grid = _mean_filter(grid.view(-1, 1, *encoder.grid))[:, 0]
         top = min(method.local_top_k, grid[0].numel())

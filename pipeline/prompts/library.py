@@ -31,9 +31,9 @@ class PromptLibraryError(RuntimeError):
 
 def recipe(config: Prompts, class_name: str) -> str:
     """Fingerprint (12 hex digits) of what is asked of whom; another LLM or another instruction is another recipe."""
-    if config.llm is not None:
-        facts = ["llm", config.llm, config.temperature, llm.INSTRUCTION_VERSION]
-    elif (bundled := bundled_description(class_name)) is not None:
+    if config.asks_llm:
+        facts: list[object] = ["llm", config.llm, config.temperature, llm.INSTRUCTION_VERSION]
+    elif config.described and (bundled := bundled_description(class_name)) is not None:
         facts = ["bundled", bundled.model_dump(mode="json")]
     else:
         facts = ["base"]
@@ -79,8 +79,8 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_
         return stored
     fingerprint = recipe(config, class_name)
     key = set_key(class_name, fingerprint)
-    if config.llm is None:
-        description = bundled_description(class_name)
+    if not config.asks_llm:
+        description = bundled_description(class_name) if config.described else None
         source = "base" if description is None else "bundled"
         made = _new_set(class_name, fingerprint, source=source, description=description)
         return _store_set(store, key, made, config)
