@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -90,6 +90,43 @@ def check(
 
     config = _load(job, overrides, images, output, layout, class_name, llm, model, None)
     _run(lambda: run_check(config, _console()))
+
+
+@app.command()
+def evaluate(
+    job: JobFile = None,
+    images: Images = None,
+    output: Output = None,
+    layout: Layout = None,
+    class_name: ClassName = None,
+    llm: Llm = None,
+    model: Model = None,
+    run: Annotated[str | None, typer.Option(help="A finished run in --output, instead of scoring.")] = None,
+    compare: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Score in these ways too, such as method.aligner=raw.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A paper's setting: mvtec or visa.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Measure scores and maps against ground truth: AUROC, AUPR, F1-max, PRO.
+
+    Several keys in one --compare "K1=a,b K2=c,d" are tried in all combinations; several --compare one after another.
+    """
+    from jobs import evaluate as evaluation
+
+    if run is not None:
+        if preset or compare or images or job or not output:
+            _refuse("--run wants --output, and takes neither a job, --images, --compare nor --preset")
+        config = _parsed(lambda: evaluation.read_run_job(str(output), run, overrides or ()))
+        _run(lambda: evaluation.run_evaluate_run(config, run, _console()))
+    benchmark = next((known for known in evaluation.PRESETS if known == preset), None)
+    if preset is not None and benchmark is None:
+        _refuse(f"--preset {preset}: known are {', '.join(evaluation.PRESETS)}")
+    defaults = dict(evaluation.PRESETS[benchmark]) if benchmark else {}
+    if model or any(item.startswith("model.name=") for item in overrides or ()):
+        defaults.pop("model", None)  # weights and size belong to the preset's model
+    config = _load(job, overrides, images, output, layout, class_name, llm, model, None, defaults)
+    _run(lambda: evaluation.run_evaluate(config, compare or (), benchmark, _console()))
 
 
 @app.command()
@@ -198,7 +235,9 @@ def _load(
     llm: str | None,
     model: str | None,
     run_date: str | None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> JobConfig:
+    """defaults: sections of a job for where its file has none."""
     name, _, pretrained = (model or "").partition("/")
     flags: dict[str, Any] = {
         "dataset.images": images,
@@ -210,12 +249,25 @@ def _load(
         "model.pretrained": pretrained or None,
         "run_date": run_date,
     }
+
+    def parse() -> JobConfig:
+        document = read_job_yaml(_read_job(job)) if job else {}
+        return parse_job({**(defaults or {}), **document}, overrides or (), flags)
+
+    return _parsed(parse)
+
+
+def _parsed(parse: Callable[[], JobConfig]) -> JobConfig:
     try:
-        return parse_job(read_job_yaml(_read_job(job)) if job else None, overrides or (), flags)
+        return parse()
     except JobError as error:
-        for line in str(error).splitlines():
-            _complain(line)
-        raise typer.Exit(EXIT_USAGE) from None
+        _refuse(str(error))
+
+
+def _refuse(fault: str) -> NoReturn:
+    for line in fault.splitlines():
+        _complain(line)
+    raise typer.Exit(EXIT_USAGE) from None
 
 
 def _read_job(location: str) -> str:
@@ -245,7 +297,7 @@ def _run(job: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
         code = EXIT_INTERRUPTED
-    except (DatasetError, ModelError, PromptLibraryError, DemoError, LakeError, ExportError, ReportError) as error:
+    except (JobError, DatasetError, ModelError, PromptLibraryError, DemoError, LakeError, ExportError, ReportError) as error:
         _complain(str(error))
         code = EXIT_USAGE
     except (EngineError, LLMError, ClaimLostError, OSError) as error:

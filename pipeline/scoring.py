@@ -159,7 +159,7 @@ def score_shard(
         decoded = map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
         scored = (
             row
-            for batch in _batches(decoded, job.model.batch_size)
+            for batch in batches(decoded, job.model.batch_size)
             for row in _score_batch(batch, shard.shard_id, run, detector, prompts)
         )
         rows.extend(map_ahead(writers, finish, scored, ahead=2 * job.model.batch_size))
@@ -331,6 +331,6 @@ def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> Shard
     )
 
 
-def _batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
     while batch := list(islice(items, size)):
         yield batch

@@ -1,0 +1,72 @@
+"""What `alfa evaluate --compare` asks for: jobs that differ from one in some keys."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from schemas.job import JobConfig, JobError, parse_job
+
+BASE = "base"
+
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
+"""Between alternatives, not inside a list such as [-1,-2]."""
+
+
+def expand(job: JobConfig, comparisons: Sequence[str]) -> dict[str, JobConfig]:
+    """The job itself as `base`, then what each comparison adds, by name; what gives the same as another is left out.
+
+    A comparison is `key=v1,v2 key2=v3,v4`: all combinations of the alternatives. Several comparisons are one list.
+    Raises JobError for what no job can be, or what would change the images.
+    """
+    document = job.model_dump(mode="json")
+    found: dict[str, JobConfig] = {BASE: job}
+    facts = [_facts(job)]
+    for comparison in comparisons:
+        axes = [[(key, value) for value in values] for key, values in map(_axis, _split(comparison))]
+        for chosen in itertools.product(*axes):
+            variant = parse_job(document, [f"{key}={value}" for key, value in chosen])
+            if (variant.dataset, variant.output, variant.storage) != (job.dataset, job.output, job.storage):
+                raise JobError(f"--compare {comparison}: all configurations score the same images into the same output")
+            if _facts(variant) not in facts:
+                facts.append(_facts(variant))
+                found[" ".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen)] = variant
+    return found
+
+
+def describe_base(job: JobConfig, comparisons: Sequence[str]) -> str:
+    """What the compared keys are in the job itself: `adaptation=mean, aligner=raw`."""
+    resolved = _facts(job)
+    keys = dict.fromkeys(key for comparison in comparisons for key, _ in map(_axis, _split(comparison)))
+    return ", ".join(f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys)
+
+
+def _facts(job: JobConfig) -> dict[str, Any]:
+    """What determines the scores."""
+    document = job.model_dump(mode="json", include={"model", "prompts", "method"})
+    document["method"]["aligner"] = job.aligner
+    return document
+
+
+def _value_at(document: dict[str, Any], key: str) -> Any:
+    value: Any = document
+    for step in key.split("."):
+        value = value.get(step) if isinstance(value, dict) else None
+    return "default" if value is None else value
+
+
+def _split(comparison: str) -> list[str]:
+    try:
+        return shlex.split(comparison)
+    except ValueError as error:
+        raise JobError(f"--compare {comparison}: {error}") from None
+
+
+def _axis(assignment: str) -> tuple[str, list[str]]:
+    key, separator, values = assignment.partition("=")
+    if not separator or not key or not values:
+        raise JobError(f"--compare {assignment}: write it as key=value,value, such as method.adaptation=none,mean")
+    return key, _COMMA.split(values)

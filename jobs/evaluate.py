@@ -1,0 +1,230 @@
+"""`alfa evaluate`: scores against ground truth, of a labelled data set or of a finished run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jobs.compare import BASE, describe_base, expand
+from jobs.score import name_run, obtain_ensembles
+from pipeline import lake
+from pipeline.alfa import locate_weights
+from pipeline.evaluation.document import HEADERS, Block, Picture, metric_cells, published_cells, to_html, to_markdown
+from pipeline.evaluation.measure import LabelledImage, Score, measure
+from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
+from pipeline.evaluation.report import Evaluation, compose, facts
+from pipeline.evaluation.score import Scored, Variant, labelled_images, read_run, score_variants
+from pipeline.images import decode_mask, list_images, open_dataset
+from pipeline.shards import write_manifest
+from pipeline.storage import Store, open_store
+from schemas.job import JobConfig, JobError, Prompts, parse_job, read_job_yaml
+from schemas.prompts import PromptEnsemble
+from schemas.tables import EVALUATED_IMAGES, EVALUATION, SCHEMA_VERSION
+from schemas.text import one_line
+
+logger = logging.getLogger(__name__)
+
+PRESETS: dict[Benchmark, dict[str, Any]] = {
+    benchmark: {
+        "dataset": {"layout": benchmark},
+        "output": {"uri": f"out/{benchmark}"},
+        "model": {"name": "ViT-B-16-plus-240", "pretrained": "laion400m_e32", "image_size": 240},
+    }
+    for benchmark in PUBLISHED
+}
+"""The papers' setting: with the data at dataset.images, `alfa evaluate --preset` needs nothing else."""
+
+_THREADS = max(4, 2 * (os.cpu_count() or 1))
+
+
+def run_evaluate(job: JobConfig, comparisons: Sequence[str], benchmark: Benchmark | None, console: Console) -> int:
+    """Scores the labelled images of a job in this process, in every configuration; prints and stores the metrics.
+
+    benchmark: whose published results are shown beside; a comparison takes that of its layout.
+    Returns the exit code: 0, or 1 past the error budget. Raises JobError and the pipeline's errors.
+    """
+    jobs = expand(job, comparisons)
+    output = open_store(job.output.uri, job.storage)
+    source = open_dataset(job.dataset, job.storage)
+    logger.info("layout %s at %s", source.layout, source.store.uri(""))
+    with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
+        images = labelled_images(write_manifest(list_images(source), Path(scratch)))
+    run_id, variants = _plan(jobs, images, output)
+    good = sum(image.is_good for image in images)
+    logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
+    models = len({variant.job.model for variant in variants})
+    with Progress(
+        TextColumn("scoring"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task("scoring", total=models * len(images))
+        scored = score_variants(images, variants, source.store, _THREADS, lambda count: progress.advance(task, count))
+    if comparisons and benchmark is None:
+        benchmark = next((known for known in PUBLISHED if known == source.layout), None)
+    return _finish(run_id, jobs, describe_base(job, comparisons), benchmark, scored, output, console)
+
+
+def read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobConfig:
+    """The job of a finished run, in the output as it is addressed now. Raises JobError where there is no such run."""
+    here = {"output.uri": output_uri}
+    storage = parse_job({"dataset": {"images": "unread"}}, overrides, here).storage
+    output = open_store(output_uri, storage)
+    try:
+        text = output.read(lake.run_key(run_id, "job.yaml")).decode()
+    except FileNotFoundError:
+        raise JobError(
+            f"there is no run {run_id} at {output.uri('')}; alfa status {output_uri} lists the runs"
+        ) from None
+    return parse_job(read_job_yaml(text), overrides, here)
+
+
+def run_evaluate_run(job: JobConfig, run_id: str, console: Console) -> int:
+    """Holds a finished run against the labels of its manifest. Returns the exit code; raises as run_evaluate does."""
+    output = open_store(job.output.uri, job.storage)
+    return _finish(run_id, {BASE: job}, "", None, read_run(output, run_id, BASE), output, console)
+
+
+def _plan(jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], output: Store) -> tuple[str, list[Variant]]:
+    """What to score with, and the run that it is: of several configurations together, a run of its own."""
+    classes = sorted({image.class_name for image in images})
+    weights = {job.model: locate_weights(job.model) for job in jobs.values()}
+    ensembles: dict[tuple[Prompts, str], list[PromptEnsemble]] = {}
+    variants, run_ids = [], []
+    for name, job in jobs.items():
+        key = job.prompts, job.model.name
+        if key not in ensembles:
+            ensembles[key], _ = obtain_ensembles(job, classes, output)
+        variants.append(Variant(name, job, {item.class_name: item for item in ensembles[key]}))
+        run_ids.append(name_run(job, weights[job.model], ensembles[key]).run_id)
+    if len(run_ids) == 1:
+        return run_ids[0], variants
+    together = hashlib.sha256("\n".join(run_ids).encode()).hexdigest()[:12]
+    return f"{jobs[BASE].run_date}-{together}", variants
+
+
+def _finish(
+    run_id: str,
+    jobs: Mapping[str, JobConfig],
+    base: str,
+    benchmark: Benchmark | None,
+    scored: Scored,
+    output: Store,
+    console: Console,
+) -> int:
+    """Measures, stores and prints."""
+    job = jobs[BASE]
+    # Masks and photos are read by their addresses, wherever they lie in the file system of the images.
+    read = open_store(job.dataset.images, job.storage).read_uri
+    measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
+    weights = locate_weights(job.model)
+    evaluation = Evaluation(
+        run_id, weights.label, weights.is_demonstration, job.dataset.images, base, benchmark, scored, measured
+    )
+    if weights.is_demonstration:
+        logger.warning("%s is a demonstration model: these numbers say nothing about real CLIP weights", weights.label)
+    _store(evaluation, jobs, output, compose(evaluation, read, job.dataset.max_pixels))
+    _print(evaluation, output, console)
+    errors = sum(score is None for score in scored.configurations[0].scores)
+    if errors > job.engine.max_error_rate * len(scored.images):
+        logger.error("%d of %d images have no score, more than max_error_rate allows", errors, len(scored.images))
+        return 1
+    return 0
+
+
+def _store(evaluation: Evaluation, jobs: Mapping[str, JobConfig], output: Store, blocks: Sequence[Block]) -> None:
+    """Pictures and tables first, the document that names them last."""
+
+    def write(name: str, data: bytes) -> None:
+        output.write(lake.evaluation_key(evaluation.run_id, name), data)
+
+    for block in blocks:
+        if isinstance(block, Picture):
+            write(block.name, block.data)
+    images = [
+        {
+            "configuration": configuration.name,
+            "class_name": image.class_name,
+            "image_key": image.key,
+            "image_uri": image.uri,
+            "label": image.label,
+            **({} if score is None else _numbers(score)),
+        }
+        for configuration in evaluation.scored.configurations
+        for image, score in zip(evaluation.scored.images, configuration.scores, strict=True)
+    ]
+    write("images.parquet", _parquet(images, EVALUATED_IMAGES))
+    write("metrics.parquet", _parquet(evaluation.measured.rows, EVALUATION))
+    document = {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": evaluation.run_id,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": evaluation.model,
+        "demonstration_model": evaluation.is_demonstration,
+        "jobs": {name: job.model_dump(mode="json") for name, job in jobs.items()},
+        "rows": [{name: row.get(name) for name in EVALUATION.names} for row in evaluation.measured.rows],
+        "published": [asdict(row) for row in PUBLISHED[evaluation.benchmark]] if evaluation.benchmark else [],
+    }
+    write("metrics.json", json.dumps(document, indent=2, ensure_ascii=False).encode())
+    write("evaluation.html", to_html(blocks))
+    write("metrics.md", to_markdown(blocks))
+
+
+def _numbers(score: Score) -> dict[str, float]:
+    return {name: getattr(score, name) for name in ("score", "score_global", "score_local")}
+
+
+def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
+    """Classes and their mean; of several configurations, the means. What was published for these data comes below."""
+    several = len(evaluation.scored.configurations) > 1
+    table = Table(title=f"evaluation of run {evaluation.run_id}, percent", title_justify="left")
+    table.add_column("configuration" if several else "class", overflow="fold")
+    for header in ("good", "anomalous", *HEADERS):
+        table.add_column(header, justify="right")
+    for row in evaluation.rows("mean" if several else "class"):
+        name = row["configuration"] if several else row["class_name"]
+        table.add_row(escape(one_line(name)), str(row["good"]), str(row["anomalous"]), *metric_cells(row))
+    if not several:
+        table.add_section()
+        mean = evaluation.rows("mean")[0]
+        table.add_row("mean", str(mean["good"]), str(mean["anomalous"]), *metric_cells(mean))
+    if evaluation.benchmark is not None:
+        table.add_section()
+        for item in PUBLISHED[evaluation.benchmark]:
+            table.add_row(f"published: {item.method} ({item.note})", "", "", *published_cells(item))
+    console.print(table)
+    if several:
+        console.print(f"{BASE}: {escape(evaluation.base)}", highlight=False, soft_wrap=True)
+    if evaluation.benchmark is not None:
+        console.print(f"published: zero-shot means over {TITLES[evaluation.benchmark]}", highlight=False)
+    for line in facts(evaluation):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    for name in ("metrics.md", "evaluation.html", "metrics.parquet"):
+        where = output.uri(lake.evaluation_key(evaluation.run_id, name))
+        console.print(escape(where), highlight=False, soft_wrap=True)

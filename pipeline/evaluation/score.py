@@ -1,0 +1,203 @@
+"""Labelled images -> scores of several configurations in one go, in this process.
+
+Every image is read and decoded once a model; what the model sees is computed once for all configurations that differ in
+prompts, adaptation or weighting alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from pipeline import lake
+from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.evaluation.measure import Configuration, LabelledImage, Score
+from pipeline.images import DatasetError, Decoded, ImageError, decode_image
+from pipeline.scoring import batches, map_ahead, read_image, read_shard
+from pipeline.shards import Manifest
+from pipeline.storage import Store
+from schemas.job import JobConfig
+from schemas.prompts import PromptEnsemble
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A configuration to score with: its job, and the prompts of each class."""
+
+    name: str
+    job: JobConfig
+    ensembles: Mapping[str, PromptEnsemble]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Labelled images with what each configuration gave them, in the same order."""
+
+    images: list[LabelledImage]
+    configurations: list[Configuration]
+
+
+def labelled_images(manifest: Manifest) -> list[LabelledImage]:
+    """The images of a manifest that have a label. Raises DatasetError where none has one."""
+    rows = [row for batch in manifest.batches() for row in batch.to_pylist()]
+    images = [_labelled(row) for row in rows if row["label"]]
+    if not images:
+        raise DatasetError(
+            f"none of the {len(rows)} images has a label to be held against; layouts mvtec and visa have them, and a "
+            f"table needs a column label (good, or the kind of defect) and mask_uri for pixel metrics"
+        )
+    if len(images) < len(rows):
+        logger.warning("%d of %d images have no label and are left out", len(rows) - len(images), len(rows))
+    return images
+
+
+def score_variants(
+    images: Sequence[LabelledImage],
+    variants: Sequence[Variant],
+    source: Store,
+    threads: int,
+    advance: Callable[[int], None],
+) -> Scored:
+    """Scores of all variants; advance is told of every batch how many images it had.
+
+    Images that cannot be read, decoded or scored have None, and a line in the log. Raises ModelError where a model
+    cannot do what a variant asks for.
+    """
+    scores: dict[str, list[Score | None]] = {variant.name: [] for variant in variants}
+    sizes: dict[int, tuple[int, int]] = {}
+    same_model = sorted(variants, key=lambda variant: repr(variant.job.model))
+    for model, group in groupby(same_model, key=lambda variant: variant.job.model):
+        encoder = load_encoder(model, locate_weights(model))
+        judges = _judges(encoder, list(group))
+        decode = functools.partial(
+            decode_image,
+            size=encoder.preprocess.size,
+            interpolation=encoder.preprocess.interpolation,
+            max_pixels=variants[0].job.dataset.max_pixels,
+        )
+
+        def read(number: int, decode: Callable[[bytes], Decoded] = decode) -> tuple[int, Decoded | ImageError]:
+            return number, read_image(images[number].uri, source, decode)
+
+        with ThreadPoolExecutor(threads, "read") as readers:
+            decoded = map_ahead(readers, read, range(len(images)), ahead=2 * model.batch_size)
+            for batch in batches(decoded, model.batch_size):
+                for number, item in batch:
+                    if isinstance(item, ImageError):
+                        logger.warning("%s is left out: %s", images[number].uri, item.message)
+                    else:
+                        sizes[number] = item.source_width, item.source_height
+                _score_batch(batch, images, judges, scores)
+                advance(len(batch))
+    found = [
+        replace(image, width=sizes[number][0], height=sizes[number][1]) if number in sizes else image
+        for number, image in enumerate(images)
+    ]
+    return Scored(found, [Configuration(variant.name, scores[variant.name]) for variant in variants])
+
+
+@dataclass(frozen=True, eq=False)
+class _Judge:
+    name: str
+    detector: Detector
+    prompts: Mapping[str, PromptEmbeddings]
+
+
+def _judges(encoder: Encoder, variants: Sequence[Variant]) -> list[_Judge]:
+    embedded: dict[tuple[str, str], PromptEmbeddings] = {}
+    judges = []
+    for variant in variants:
+        detector = Detector(encoder, variant.job.method, variant.job.aligner)
+        for name, ensemble in variant.ensembles.items():
+            if (name, ensemble.fingerprint) not in embedded:
+                embedded[name, ensemble.fingerprint] = detector.embed(ensemble)
+        prompts = {name: embedded[name, item.fingerprint] for name, item in variant.ensembles.items()}
+        judges.append(_Judge(variant.name, detector, prompts))
+    return judges
+
+
+def _score_batch(
+    batch: Sequence[tuple[int, Decoded | ImageError]],
+    images: Sequence[LabelledImage],
+    judges: Sequence[_Judge],
+    scores: Mapping[str, list[Score | None]],
+) -> None:
+    good = [(number, item.pixels) for number, item in batch if isinstance(item, Decoded)]
+    seen: dict[Any, Features] = {}
+    pixels = torch.from_numpy(np.stack([item for _, item in good])).permute(0, 3, 1, 2) if good else None
+    for judge in judges:
+        detections: Iterator[Detection] = iter(())
+        if pixels is not None:
+            key = judge.detector.features_key
+            if key not in seen:
+                seen[key] = judge.detector.features(pixels)
+            prompts = [judge.prompts[images[number].class_name] for number, _ in good]
+            detections = iter(judge.detector.judge(seen[key], prompts))
+        for number, item in batch:
+            scores[judge.name].append(
+                _score(next(detections), images[number].uri, judge.name) if isinstance(item, Decoded) else None
+            )
+
+
+def _score(detection: Detection, uri: str, name: str) -> Score | None:
+    if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
+        logger.warning("%s is left out of %s: its score is not a number", uri, name)
+        return None
+    return Score(detection.score, detection.score_global, detection.score_local, detection.grid)
+
+
+def read_run(output: Store, run_id: str, name: str) -> Scored:
+    """The labelled images of a finished run, and their scores from its shards. Raises DatasetError where there are
+    none."""
+    manifests = [info.key for info in output.list(lake.run_key(run_id, "").rstrip("/")) if _is_manifest(info.key)]
+    truth: dict[str, LabelledImage] = {}
+    for key in manifests:
+        truth |= {
+            row["image_id"]: _labelled(row)
+            for row in pq.read_table(io.BytesIO(output.read(key))).to_pylist()
+            if row["label"]
+        }
+    if not truth:
+        where = output.uri(lake.run_key(run_id, "")).rstrip("/")
+        raise DatasetError(f"no image of the run at {where} has a label to be held against; is the run's id right?")
+    folder = lake.run_key(run_id, "shards")
+    columns = ["image_id", "width", "height", "score", "score_global", "score_local", "grid", "grid_width"]
+    scored: dict[str, tuple[LabelledImage, Score | None]] = {}
+    for shard_id in sorted(lake.finished_shards(output, folder)):
+        for row in read_shard(output, folder, shard_id, columns).to_pylist():
+            if (image := truth.get(row["image_id"])) is not None:
+                found = replace(image, width=row["width"], height=row["height"])
+                scored[row["image_id"]] = found, _from_row(row)
+    if len(scored) < len(truth):
+        missing = len(truth) - len(scored)
+        raise DatasetError(f"{missing} images of run {run_id} are not scored yet; finish the run: alfa score")
+    images, scores = zip(*(scored[key] for key in truth), strict=True)
+    return Scored(list(images), [Configuration(name, scores)])
+
+
+def _is_manifest(key: str) -> bool:
+    name = key.rpartition("/")[2]
+    return name.startswith("manifest-") and name.endswith(".parquet") and key.count("/") == 2
+
+
+def _labelled(row: Mapping[str, Any]) -> LabelledImage:
+    return LabelledImage(row["uri"], row["key"], row["class_name"], row["label"], row["mask_uri"])
+
+
+def _from_row(row: Mapping[str, Any]) -> Score | None:
+    if row["score"] is None:
+        return None
+    grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
+    return Score(row["score"], row["score_global"], row["score_local"], grid)
