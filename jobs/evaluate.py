@@ -217,7 +217,7 @@ def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
     if evaluation.benchmark is not None:
         table.add_section()
         for item in PUBLISHED[evaluation.benchmark]:
-            table.add_row(f"published: {item.method} ({item.note})", "", "", *published_cells(item))
+            table.add_row(f"{item.method} ({item.note})", "", "", *published_cells(item))
     console.print(table)
     if several:
         console.print(f"{BASE}: {escape(evaluation.base)}", highlight=False, soft_wrap=True)

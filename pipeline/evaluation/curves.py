@@ -77,7 +77,7 @@ def average_precision(counts: Counts) -> Measure | None:
     tp, fp = np.cumsum(anomalous), np.cumsum(normal)
     hit = anomalous > 0
     anomalous, normal, tp, fp = anomalous[hit], normal[hit], tp[hit], fp[hit]
-    total = tp[-1]
+    total = float(tp[-1])
     value = float(anomalous @ (tp / (tp + fp))) / total
     high = float(anomalous @ (tp / (tp + fp - normal))) / total
     # sum over j = 1..a of (c + j) / (c + j + fp) = a - fp (H(c + a + fp) - H(c + fp)), by digamma.

@@ -73,7 +73,9 @@ def draw_distributions(images: Sequence[LabelledImage], configuration: Configura
         axis.grid(alpha=0.25)
     for axis in flat[len(classes) :]:
         axis.set_visible(False)
-    flat[0].legend(fontsize=8)
+    shown = next((axis for axis in flat if axis.get_legend_handles_labels()[0]), None)
+    if shown is not None:
+        shown.legend(fontsize=8)
     figure.supxlabel("score", fontsize=9)
     figure.supylabel("images", fontsize=9)
     return _png(figure)

@@ -25,10 +25,10 @@ class Published:
     pixel_aupr: float | None = None
 
 
-_UNVERIFIED = "recalled, not verified against the paper"
-_WINCLIP = "paper; ViT-B-16-plus-240, laion400m"
-_REIMPLEMENTED = "best public reimplementation"
-_FEW = "paper; 4 normal references a class"
+_UNVERIFIED = "recalled, unverified"
+_WINCLIP = "paper, ViT-B-16-plus-240"
+_REIMPLEMENTED = "best reimplementation"
+_FEW = "paper"
 
 PUBLISHED: dict[Benchmark, tuple[Published, ...]] = {
     "mvtec": (

@@ -109,7 +109,7 @@ def facts(evaluation: Evaluation) -> list[str]:
     one_sided = [row["class_name"] for row in evaluation.rows("class") if row["image_auroc"] is None]
     if one_sided:
         names = ", ".join(dict.fromkeys(one_sided))
-        lines.append(f"Without both good and anomalous images there is no metric; not in the mean: {names}.")
+        lines.append(f"Image metrics need good and anomalous images; without them, and so not in their mean: {names}.")
     return lines
 
 
