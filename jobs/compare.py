@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from schemas.job import JobConfig, JobError, parse_job
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 
@@ -31,9 +34,14 @@ def expand(job: JobConfig, comparisons: Sequence[str]) -> dict[str, JobConfig]:
             variant = parse_job(document, [f"{key}={value}" for key, value in chosen])
             if (variant.dataset, variant.output, variant.storage) != (job.dataset, job.output, job.storage):
                 raise JobError(f"--compare {comparison}: all configurations score the same images into the same output")
-            if _facts(variant) not in facts:
-                facts.append(_facts(variant))
-                found[" ".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen)] = variant
+            name = " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen)
+            if _facts(variant) in facts:
+                logger.info(
+                    "%s gives the same scores as %s and is left out", name, list(found)[facts.index(_facts(variant))]
+                )
+                continue
+            facts.append(_facts(variant))
+            found[name] = variant
     return found
 
 
@@ -45,8 +53,9 @@ def describe_base(job: JobConfig, comparisons: Sequence[str]) -> str:
 
 
 def _facts(job: JobConfig) -> dict[str, Any]:
-    """What determines the scores."""
-    document = job.model_dump(mode="json", include={"model", "prompts", "method"})
+    """What determines the scores of given images."""
+    elsewhere = {"dataset", "output", "storage", "run_date", "engine", "threshold"}
+    document = job.model_dump(mode="json", exclude=elsewhere)
     document["method"]["aligner"] = job.aligner
     return document
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -51,6 +52,7 @@ PRESETS: dict[Benchmark, dict[str, Any]] = {
 """The papers' setting: with the data at dataset.images, `alfa evaluate --preset` needs nothing else."""
 
 _THREADS = max(4, 2 * (os.cpu_count() or 1))
+_SAY_EVERY_S = 30.0
 
 
 def run_evaluate(job: JobConfig, comparisons: Sequence[str], benchmark: Benchmark | None, console: Console) -> int:
@@ -68,21 +70,30 @@ def run_evaluate(job: JobConfig, comparisons: Sequence[str], benchmark: Benchmar
     run_id, variants = _plan(jobs, images, output)
     good = sum(image.is_good for image in images)
     logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
-    models = len({variant.job.model for variant in variants})
-    with Progress(
-        TextColumn("scoring"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("scoring", total=models * len(images))
-        scored = score_variants(images, variants, source.store, _THREADS, lambda count: progress.advance(task, count))
+    scored = _score(images, variants, source.store, console)
     if comparisons and benchmark is None:
         benchmark = next((known for known in PUBLISHED if known == source.layout), None)
     return _finish(run_id, jobs, describe_base(job, comparisons), benchmark, scored, output, console)
+
+
+def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
+    """score_variants, with a bar on a terminal and a line now and then in a log."""
+    total = len(images) * len({variant.job.model for variant in variants})
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("scoring", total=total)
+        said = started = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal said, done
+            done += count
+            progress.advance(task, count)
+            if not console.is_terminal and time.monotonic() - said >= _SAY_EVERY_S:
+                said = time.monotonic()
+                logger.info("%d of %d images scored, %.1f images/s", done, total, done / (said - started))
+
+        return score_variants(images, variants, source, _THREADS, advance)
 
 
 def read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobConfig:

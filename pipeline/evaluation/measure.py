@@ -22,6 +22,7 @@ from pipeline.images import GOOD
 from pipeline.masks import upsample
 from pipeline.scoring import map_ahead
 from pipeline.storage import StoreError
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +111,7 @@ def measure(
             if whole is not None and whole.counts.has_both:
                 measured.rocs[item.name, class_name] = _thin(whole.roc_curve())
                 measured.pros[item.name, class_name] = _thin(whole.pro_curve())
+        logger.info("measured %d images of class %s", len(numbers), one_line(class_name))
     measured.rows.extend(_mean(name, rows) for name, rows in per_class.items())
     return measured
 
