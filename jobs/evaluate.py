@@ -233,7 +233,9 @@ def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
     if several:
         console.print(f"{BASE}: {escape(evaluation.base)}", highlight=False, soft_wrap=True)
     if evaluation.benchmark is not None:
-        console.print(f"published: zero-shot means over {TITLES[evaluation.benchmark]}", highlight=False)
+        console.print(
+            f"published: means over {TITLES[evaluation.benchmark]}, zero-shot unless it says otherwise", highlight=False
+        )
     for line in facts(evaluation):
         console.print(escape(line), highlight=False, soft_wrap=True)
     for name in ("metrics.md", "evaluation.html", "metrics.parquet"):

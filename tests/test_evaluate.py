@@ -85,7 +85,7 @@ def test_compare_shows_configurations_beside_published_rows(tmp_path: Path) -> N
     assert means["base"]["pixel_auroc"] != means["adaptation=none"]["pixel_auroc"]
     assert document["jobs"]["adaptation=none"]["method"]["adaptation"] == "none"
     assert document["jobs"]["base"]["dataset"]["layout"] == "mvtec"
-    assert "Published, zero-shot" in (folder / "metrics.md").read_text()
+    assert "## Published (MVTec AD, 15 classes)" in (folder / "metrics.md").read_text()
 
 
 def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,38 +46,40 @@ class Evaluation:
 def compose(evaluation: Evaluation, read: Callable[[str], bytes], max_pixels: int) -> list[Block]:
     """The report. read: the bytes at an address, of photos and masks. Raises StoreError where a store is out of use."""
     blocks: list[Block] = [Heading(f"Evaluation of run {evaluation.run_id}"), *(map(Text, facts(evaluation)))]
-    names = [item.name for item in evaluation.scored.configurations]
-    if len(names) > 1:
+    first, *others = [item.name for item in evaluation.scored.configurations]
+    if others:
         blocks += [Heading("Configurations, means over classes"), _sheet(evaluation.rows("mean"), ("configuration",))]
-        blocks.append(Text(f"{names[0]}: {evaluation.base}. The others differ from it in what their name says."))
-    for name in names:
-        title = "Classes" if len(names) == 1 else f"Classes, {name}"
-        rows = [*evaluation.rows("class", name), *evaluation.rows("mean", name)]
-        blocks += [Heading(title), _sheet(rows, ("class_name", "good", "anomalous"))]
-    first = names[0]
+        blocks.append(Text(f"{first}: {evaluation.base}. The others differ from it in what their name says."))
+    if evaluation.benchmark is not None:
+        blocks += _published(evaluation.benchmark)
+    blocks += _classes(evaluation, first)
     if evaluation.rows("defect", first):
         blocks += [
-            Heading("Kinds of defect" if len(names) == 1 else f"Kinds of defect, {first}"),
+            Heading(f"Kinds of defect, {first}"),
             Text("Each kind against all good images of its class."),
             _sheet(evaluation.rows("defect", first), ("class_name", "label", "anomalous")),
         ]
-    if evaluation.benchmark is not None:
-        blocks += [
-            Heading(f"Published, zero-shot ({TITLES[evaluation.benchmark]})"),
-            Text(
-                "Means over all classes of the whole data set: comparable only with an evaluation of the same images."
-            ),
-            Sheet(
-                ("method", *HEADERS, "note"),
-                [[row.method, *published_cells(row), row.note] for row in PUBLISHED[evaluation.benchmark]],
-            ),
-        ]
     if importlib.util.find_spec("matplotlib") is None:
-        logger.warning(
-            "matplotlib is not installed, so the report has no pictures: pip install 'alfa-pipeline[evaluate]'"
-        )
-        return blocks
-    return blocks + list(_pictures(evaluation, read, max_pixels))
+        logger.warning("no matplotlib, so the report has no pictures: pip install 'alfa-pipeline[evaluate]'")
+    else:
+        blocks += _pictures(evaluation, read, max_pixels)
+    for name in others:
+        blocks += _classes(evaluation, name)
+    return blocks
+
+
+def _classes(evaluation: Evaluation, name: str) -> list[Block]:
+    rows = [*evaluation.rows("class", name), *evaluation.rows("mean", name)]
+    return [Heading(f"Classes, {name}"), _sheet(rows, ("class_name", "good", "anomalous"))]
+
+
+def _published(benchmark: Benchmark) -> list[Block]:
+    rows = [[row.method, *published_cells(row), row.note] for row in PUBLISHED[benchmark]]
+    return [
+        Heading(f"Published ({TITLES[benchmark]})"),
+        Text("Zero-shot unless it says otherwise; means over the whole data set: only the same images are comparable."),
+        Sheet(("method", *HEADERS, "note"), rows),
+    ]
 
 
 def facts(evaluation: Evaluation) -> list[str]:
