@@ -112,6 +112,16 @@ def test_random_filter_keeps_as_many_of_each_side() -> None:
     assert not torch.equal(drawn, random_filter(kept, prompts, torch.Generator().manual_seed(2)))
 
 
+def test_the_option_random_keeps_as_many_as_mean_and_others() -> None:
+    prompts = batch(20, 30)
+    similarities = torch.rand(1, 50, generator=torch.Generator().manual_seed(0))
+    mean, drawn = (adapt(similarities, prompts, Method.model_validate({"adaptation": x})) for x in ("mean", "random"))
+    for side in prompts.sides:
+        assert 0 < (drawn * side).sum() == (mean * side).sum() < side.sum()
+    assert not torch.equal(drawn, mean)
+    assert torch.equal(drawn, adapt(similarities, prompts, Method(adaptation="random")))
+
+
 def test_prototypes_are_normalised_means_of_what_is_kept() -> None:
     found = prototypes(torch.tensor([[1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 3.0]]), batch())
     half, tenth = 0.5**0.5, 0.1**0.5

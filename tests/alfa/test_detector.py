@@ -74,6 +74,24 @@ def test_one_and_many_images(kind: str, count: int, request: pytest.FixtureReque
         assert detection.score == pytest.approx((detection.score_global + detection.score_local) / 2, abs=1e-6)
 
 
+def test_equal_keys_are_equal_features(encoder: Encoder) -> None:
+    pixels = random_pixels(2, (64, 64))
+    first = Detector(encoder, Method(), "value")
+    prompts = [first.embed(ENSEMBLES[0])] * 2
+    same = Detector(encoder, Method(adaptation="none", local_weight=0.2, ridge_lambda=3.0), "value")
+    assert same.features_key == first.features_key
+    for one, other in zip(same.judge(first.features(pixels), prompts), same.detect(pixels, prompts), strict=True):
+        assert_same(one, other)
+    others = [
+        Detector(encoder, Method(), "raw"),
+        Detector(encoder, Method(), "ridge"),
+        Detector(encoder, Method(ridge_lambda=3.0), "ridge"),
+        Detector(encoder, Method(value_depth=1), "value"),
+        Detector(encoder, Method(levels=(-1, -2)), "value"),
+    ]
+    assert len({first.features_key, *(detector.features_key for detector in others)}) == 6
+
+
 def detect_one(encoder: Encoder, **options: Any) -> Detection:
     detector = Detector(encoder, Method.model_validate(options), "raw")
     return detector.detect(random_pixels(1, (64, 64)), [detector.embed(ENSEMBLES[0])])[0]

@@ -34,6 +34,16 @@ def test_a_class_is_asked_for_once_ever(tmp_path: Path) -> None:
     assert server.requests == {"nut": 1}
 
 
+@pytest.mark.parametrize("name", ["hazelnut", "gearbox"])
+def test_undescribed_asks_nobody_and_uses_the_base_ensemble(name: str, tmp_path: Path) -> None:
+    with LLMServer() as server:
+        asked = obtain(Store(str(tmp_path)), name, config(server), owner="a")
+        base = obtain(Store(str(tmp_path)), name, config(server, described=False), owner="a")
+        bundled = obtain(Store(str(tmp_path)), name, Prompts(described=False), owner="a")
+    assert server.requests == {name: 1} and asked.source == "llm"
+    assert base == bundled and (base.source, base.description) == ("base", None)
+
+
 def test_eight_callers_and_five_classes_make_five_calls(tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
 
