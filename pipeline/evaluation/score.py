@@ -22,12 +22,13 @@ import torch
 from pipeline import lake
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
-from pipeline.images import DatasetError, Decoded, ImageError, decode_image
+from pipeline.images import GOOD, DatasetError, Decoded, ImageError, decode_image
 from pipeline.scoring import batches, map_ahead, read_image, read_shard
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ def labelled_images(manifest: Manifest) -> list[LabelledImage]:
             f"none of the {len(rows)} images has a label to be held against; layouts mvtec and visa have them, and a "
             f"table needs a column label (good, or the kind of defect) and mask_uri for pixel metrics"
         )
+    if not any(image.is_good for image in images):
+        found = ", ".join(sorted({one_line(image.label) for image in images})[:8])
+        logger.warning("no image has the label %s, so all count as anomalous; the labels: %s", GOOD, found)
     if len(images) < len(rows):
         logger.warning("%d of %d images have no label and are left out", len(rows) - len(images), len(rows))
     return images
