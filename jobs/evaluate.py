@@ -148,12 +148,12 @@ def _finish(
     # Masks and photos are read by their addresses, wherever they lie in the file system of the images.
     read = open_store(job.dataset.images, job.storage).read_uri
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
-    weights = locate_weights(job.model)
-    evaluation = Evaluation(
-        run_id, weights.label, weights.is_demonstration, job.dataset.images, base, benchmark, scored, measured
-    )
-    if weights.is_demonstration:
-        logger.warning("%s is a demonstration model: these numbers say nothing about real CLIP weights", weights.label)
+    # Not by the weights themselves: a finished run is measured where they need not be.
+    is_demonstration = job.model.pretrained is None
+    model = job.model.name if job.model.pretrained is None else f"{job.model.name}/{Path(job.model.pretrained).name}"
+    evaluation = Evaluation(run_id, model, is_demonstration, job.dataset.images, base, benchmark, scored, measured)
+    if is_demonstration:
+        logger.warning("%s is a demonstration model: these numbers say nothing about real CLIP weights", model)
     _store(evaluation, jobs, output, compose(evaluation, read, job.dataset.max_pixels))
     _print(evaluation, output, console)
     errors = sum(score is None for score in scored.configurations[0].scores)
