@@ -47,7 +47,7 @@ def expand(job: JobConfig, comparisons: Sequence[str]) -> dict[str, JobConfig]:
 
 def describe_base(job: JobConfig, comparisons: Sequence[str]) -> str:
     """What the compared keys are in the job itself: `adaptation=mean, aligner=raw`."""
-    resolved = _facts(job)
+    resolved = {**job.model_dump(mode="json"), **_facts(job)}
     keys = dict.fromkeys(key for comparison in comparisons for key, _ in map(_axis, _split(comparison)))
     return ", ".join(f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys)
 
