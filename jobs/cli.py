@@ -292,12 +292,16 @@ def _run(job: Callable[[], int]) -> None:
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
 
+    refusals = (
+        *(JobError, DatasetError, ModelError, PromptLibraryError),
+        *(DemoError, ExportError, LakeError, ReportError),
+    )
     try:
         code = job()
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
         code = EXIT_INTERRUPTED
-    except (JobError, DatasetError, ModelError, PromptLibraryError, DemoError, LakeError, ExportError, ReportError) as error:
+    except refusals as error:
         _complain(str(error))
         code = EXIT_USAGE
     except (EngineError, LLMError, ClaimLostError, OSError) as error:

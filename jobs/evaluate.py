@@ -35,7 +35,7 @@ from pipeline.images import decode_mask, list_images, open_dataset
 from pipeline.shards import write_manifest
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig, JobError, Prompts, parse_job, read_job_yaml
-from schemas.prompts import PromptEnsemble
+from schemas.prompts import RunPrompts
 from schemas.tables import EVALUATED_IMAGES, EVALUATION, SCHEMA_VERSION
 from schemas.text import one_line
 
@@ -120,14 +120,14 @@ def _plan(jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], output
     """What to score with, and the run that it is: of several configurations together, a run of its own."""
     classes = sorted({image.class_name for image in images})
     weights = {job.model: locate_weights(job.model) for job in jobs.values()}
-    ensembles: dict[tuple[Prompts, str], list[PromptEnsemble]] = {}
+    prompts: dict[tuple[Prompts, str], RunPrompts] = {}
     variants, run_ids = [], []
     for name, job in jobs.items():
         key = job.prompts, job.model.name
-        if key not in ensembles:
-            ensembles[key], _ = obtain_ensembles(job, classes, output)
-        variants.append(Variant(name, job, {item.class_name: item for item in ensembles[key]}))
-        run_ids.append(name_run(job, weights[job.model], ensembles[key]).run_id)
+        if key not in prompts:
+            prompts[key], _ = obtain_ensembles(job, classes, output)
+        variants.append(Variant(name, job, {item.class_name: item for item in prompts[key].ensembles}))
+        run_ids.append(name_run(job, weights[job.model], prompts[key]).run_id)
     if len(run_ids) == 1:
         return run_ids[0], variants
     together = hashlib.sha256("\n".join(run_ids).encode()).hexdigest()[:12]

@@ -30,7 +30,7 @@ from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresho
 from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig, dump_job_yaml
-from schemas.prompts import PromptEnsemble, PromptSet, RunPrompts, Usage
+from schemas.prompts import PromptSet, RunPrompts, Usage
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline import lake
+from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
 from pipeline.images import GOOD, DatasetError, Decoded, ImageError, decode_image
-from pipeline.scoring import batches, map_ahead, read_image, read_shard
+from pipeline.scoring import batches, read_image, read_shard
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from schemas.job import JobConfig
