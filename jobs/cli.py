@@ -57,6 +57,29 @@ def score(
 
 
 @app.command()
+def submit(
+    job: JobFile = None,
+    images: Images = None,
+    output: Output = None,
+    layout: Layout = None,
+    class_name: ClassName = None,
+    llm: Llm = None,
+    model: Model = None,
+    run_date: RunDate = None,
+    overrides: Set = None,
+    address: Annotated[str | None, typer.Option(help="Ray head, http://HOST:8265; default: RAY_ADDRESS.")] = None,
+    upload: Annotated[bool, typer.Option(help="Send this code along, or use what the nodes have installed.")] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the log and pass the job's exit code on.")] = True,
+    again: Annotated[bool, typer.Option("--again", help="Submit a night that has succeeded once more.")] = False,
+) -> None:
+    """Score a night on a Ray cluster, as a job of its own. Submitted twice, it runs once."""
+    from jobs.submit import run_submit
+
+    config = _load(job, overrides, images, output, layout, class_name, llm, model, run_date)
+    _run(lambda: run_submit(config, address, _console(), upload=upload, wait=wait, again=again))
+
+
+@app.command()
 def prompts(
     job: JobFile = None,
     images: Images = None,
@@ -325,3 +348,7 @@ def _log_handler() -> logging.Handler:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     return handler
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""`alfa submit`: a night as a job of a Ray cluster; however often it is submitted, one such job runs at a time.
+
+The job is read here and travels as `--set` options of `alfa score`, so that a job file is needed on this machine alone,
+and the command that Ray's dashboard shows is the whole job. The night is fixed here too: a job that waits in the
+cluster past midnight is still of the night that it was submitted for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from rich.console import Console
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
+
+from pipeline.engine import EngineError
+from schemas.job import JobConfig
+
+logger = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).parents[1]
+_CODE = ("schemas", "pipeline", "jobs")
+_POLL_S = 1.0
+_HEAD_SILENT_S = 120.0
+"""For so long the head may not answer before the job is no longer followed."""
+
+_patiently = retry(
+    retry=retry_if_exception_type(OSError),
+    wait=wait_exponential(multiplier=0.5, max=10.0),
+    stop=stop_after_delay(_HEAD_SILENT_S),
+    reraise=True,
+)
+
+
+def run_submit(
+    job: JobConfig, address: str | None, console: Console, *, upload: bool, wait: bool, again: bool = False
+) -> int:
+    """Submits the night, or joins its job where that is running, and follows its log. Returns the job's exit code.
+
+    address: of the head's job server, such as http://head:8265; None: where RAY_API_SERVER_ADDRESS or RAY_ADDRESS
+    says. upload: send the code of this machine along; else the cluster's nodes have `alfa` installed. wait: False
+    returns 0 as soon as the job is accepted. again: submit a night that has succeeded once more. Raises EngineError
+    where the cluster refuses, OSError where it does not answer.
+    """
+    job = _with_absolute_paths(job)
+    client = _connect(address)
+    submission_id, status = _find_or_submit(client, job, upload=upload, again=again)
+    console.print(submission_id, markup=False, highlight=False)
+    if status is JobStatus.SUCCEEDED:
+        logger.info("this night's job has succeeded already; --again scores photos and prompts that changed since")
+        return 0
+    if not wait:
+        return 0
+    try:
+        return _exit_code(_follow(client, submission_id))
+    except KeyboardInterrupt:
+        logger.warning(
+            "no longer following; the job goes on. `alfa submit` with the same job follows it again, "
+            "`ray job stop %s` stops it",
+            submission_id,
+        )
+        return 130
+
+
+def submission_id_of(job: JobConfig) -> str:
+    """The id of the night's job: alfa-<run_date>-<12 hex digits>.
+
+    It hashes what is known before the night of what makes a run: weights by their name, prompts by the settings that
+    they come from, and where the results go. How fast it runs (engine) does not count, as in a run's id.
+    """
+    settings = [part.model_dump_json() for part in (job.output, job.storage, job.prompts)]
+    return f"alfa-{job.run_date}-{job.result_fingerprint(job.model.pretrained or '', ''.join(settings))}"
+
+
+def entrypoint_of(job: JobConfig, *, upload: bool) -> str:
+    """The shell command that scores the job on the cluster; keys that have their default are left out.
+
+    A job holds no credentials (schemas.job refuses them), so none reach Ray's metadata.
+    """
+    keys = job.model_dump(mode="json", exclude_defaults=True, exclude={"run_date": True, "engine": {"address"}})
+    sets = [part for key, value in _flatten(keys) for part in ("--set", f"{key}={_as_yaml(value)}")]
+    command = ["python", "-m", "jobs.cli"] if upload else ["alfa"]
+    return shlex.join([*command, "score", "--run-date", str(job.run_date), *sets])
+
+
+def copy_code(folder: Path) -> None:
+    """Copies alfa's packages, embedded model included, into a folder: what a submission uploads, and nothing else."""
+    for name in _CODE:
+        shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+
+def _flatten(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_yaml(value: Any) -> str:
+    """Bare where YAML reads it back as it is; else as JSON, which YAML contains."""
+    if isinstance(value, str):
+        try:
+            if yaml.safe_load(value) == value:
+                return value
+        except yaml.YAMLError:
+            pass
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _with_absolute_paths(job: JobConfig) -> JobConfig:
+    """Relative paths would start in another folder on the cluster."""
+    pretrained = job.model.pretrained
+    weights = str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
+    return job.model_copy(
+        update={
+            "dataset": job.dataset.model_copy(update={"images": _absolute(job.dataset.images)}),
+            "output": job.output.model_copy(update={"uri": _absolute(job.output.uri)}),
+            "model": job.model.model_copy(update={"pretrained": weights}),
+        }
+    )
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).resolve())
+
+
+def _connect(address: str | None) -> JobSubmissionClient:
+    if address is not None:
+        # Ray lets its environment variables win over what its caller says; this one is the first that it looks at.
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
+    for name in ("job.sdk", "dashboard_sdk"):
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise EngineError(
+            "the Ray head asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
+            "the token that the head was started with"
+        ) from None
+    except RuntimeError as error:
+        raise EngineError(f"no Ray head can be used at {address or 'the default address'}: {error}") from None
+
+
+def _find_or_submit(
+    client: JobSubmissionClient, job: JobConfig, *, upload: bool, again: bool
+) -> tuple[str, JobStatus | None]:
+    """The id of the night's job and its status, None where this call submitted it.
+
+    Attempts are numbered: a job that failed or was stopped has a successor with -2, -3 behind its id.
+    """
+    attempt = 1
+    while True:
+        submission_id = submission_id_of(job) + (f"-{attempt}" if attempt > 1 else "")
+        status = _status_of(client, submission_id)
+        if status is None:
+            try:
+                _submit(client, job, submission_id, upload=upload)
+            except RuntimeError as error:
+                if _status_of(client, submission_id) is None:
+                    raise EngineError(f"the cluster did not accept the job: {error}") from None
+                continue  # another one has submitted it in the meantime
+            logger.info("submitted as %s", submission_id)
+            return submission_id, None
+        if not status.is_terminal():
+            logger.info("%s is %s already; joining it", submission_id, status.lower())
+            return submission_id, status
+        if status is JobStatus.SUCCEEDED and not again:
+            return submission_id, status
+        logger.info("%s has %s", submission_id, status.lower())
+        attempt += 1
+
+
+def _status_of(client: JobSubmissionClient, submission_id: str) -> JobStatus | None:
+    jobs = _patiently(client.list_jobs)()
+    return next((JobStatus(item.status) for item in jobs if item.submission_id == submission_id), None)
+
+
+def _submit(client: JobSubmissionClient, job: JobConfig, submission_id: str, *, upload: bool) -> None:
+    entrypoint = entrypoint_of(job, upload=upload)
+    if not upload:
+        client.submit_job(entrypoint=entrypoint, submission_id=submission_id)
+        return
+    with tempfile.TemporaryDirectory(prefix="alfa-submit-") as folder:
+        copy_code(Path(folder))
+        client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env={"working_dir": folder})
+
+
+def _follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
+    """Prints the job's log as it grows, until the job has ended, also across a head that is away for a while."""
+    log = _Log(client, submission_id)
+    while True:
+        try:
+            asyncio.run(log.print_rest())
+        except (OSError, RuntimeError, aiohttp.ClientError) as error:
+            logger.debug("the log broke off and is taken up again: %s", error)
+        info = _info(client, submission_id)
+        if info.status.is_terminal():
+            return info
+        time.sleep(_POLL_S)
+
+
+@dataclass
+class _Log:
+    """The log of a job, each part of which is printed once. Ray sends it from the beginning whenever it is asked."""
+
+    client: JobSubmissionClient
+    submission_id: str
+    printed: int = 0
+    """Characters."""
+
+    async def print_rest(self) -> None:
+        """Prints what is new, until the job ends or the connection does."""
+        sent = 0
+        async for chunk in self.client.tail_job_logs(self.submission_id):
+            new = chunk[max(0, self.printed - sent) :]
+            sys.stdout.write(new)
+            sys.stdout.flush()
+            sent += len(chunk)
+            self.printed = max(self.printed, sent)
+
+
+def _info(client: JobSubmissionClient, submission_id: str) -> JobDetails:
+    try:
+        return _patiently(client.get_job_info)(submission_id)
+    except RuntimeError as error:
+        raise EngineError(f"the cluster forgot job {submission_id}, its head was replaced ({error})") from None
+
+
+def _exit_code(info: JobDetails) -> int:
+    """That of `alfa score`; 128 + n where signal n ended it, 130 where the job was stopped."""
+    if info.status is JobStatus.SUCCEEDED:
+        return 0
+    if info.status is JobStatus.STOPPED:
+        logger.warning("the job was stopped; submit it again to resume")
+        return 130
+    code = info.driver_exit_code
+    if code is None:
+        logger.error("the job did not run: %s", info.message)
+        return 1
+    code = code if code >= 0 else 128 - code
+    logger.error("the job ended with exit code %d%s", code, "; submit it again to resume" if code != 2 else "")
+    return code

@@ -1,0 +1,81 @@
+"""A Ray head for tests: with a token, on free ports, its dashboard bound to the loopback address."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.processes import kill_processes
+from tests.seaweed import free_ports
+
+
+@dataclass(frozen=True)
+class Head:
+    """A running head. environment: what its clients need to be let in."""
+
+    address: str
+    environment: dict[str, str]
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """What the head knows of submitted jobs, by their submission ids."""
+        # Ray's own client reads the token once a process; this one belongs to other tests too.
+        token = {"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"}
+        with urllib.request.urlopen(urllib.request.Request(f"{self.address}/api/jobs/", headers=token)) as answer:
+            return {job["submission_id"]: job for job in json.load(answer)}
+
+
+@contextlib.contextmanager
+def run_head(cpus: int = 2) -> Iterator[Head]:
+    """`ray start --head`; stopped at the end, with all that it started."""
+    port, dashboard, agent, client = free_ports(4)
+    folder = Path(tempfile.mkdtemp(prefix="alfa-ray-", dir="/tmp"))  # Unix sockets lie below it: it must be short
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    command = [
+        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
+        f"--temp-dir={folder}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}",
+    ]  # fmt: skip
+    # The nodes have alfa's dependencies; its code comes with the job.
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
+    path = f"{Path(sys.executable).parent}:{inherited['PATH']}"
+    log = folder / "head.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, env={**inherited, **environment, "PATH": path}, cwd=folder, stdout=output, stderr=output
+        )
+    try:
+        head = Head(f"http://127.0.0.1:{dashboard}", environment)
+        _await_answer(head, server, log)
+        yield head
+    finally:
+        server.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        server.kill()
+        server.wait()
+        kill_processes(str(folder))
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await_answer(head: Head, server: subprocess.Popen[bytes], log: Path, limit_s: float = 90.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline and server.poll() is None:
+        with contextlib.suppress(OSError):
+            head.jobs()
+            return
+        time.sleep(0.2)
+    raise RuntimeError(f"the Ray head did not come up: {log.read_text(errors='replace')[-2000:]}")

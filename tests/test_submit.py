@@ -1,0 +1,53 @@
+"""What a submission is made of."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.submit import copy_code, entrypoint_of, submission_id_of
+from schemas.job import JobConfig, parse_job
+
+
+def job_of(*overrides: str, **keys: Any) -> JobConfig:
+    document = {"dataset": {"images": "s3://factory/photos"}, "output": {"uri": "s3://lake/out"}}
+    return parse_job({**document, "run_date": "2026-01-02", **keys}, overrides)
+
+
+@pytest.mark.parametrize("upload", [True, False])
+def test_the_command_makes_the_same_job_on_the_cluster(upload: bool) -> None:
+    job = job_of(
+        "dataset.images=/data/it's a folder; $(rm) 😀", "dataset.layout=flat", "dataset.class_name='007'",
+        "method.levels=[-1, -3]", "output.maps=true", "engine.actors=4", "threshold.mask_value=0.25",
+        "model.name=ViT-B-16", "model.pretrained='null'", "prompts.llm=openai/gpt-4o-mini",
+    )  # fmt: skip
+    words = shlex.split(entrypoint_of(job, upload=upload))
+    end = words.index("score") + 1
+    assert words[:end] == (["python", "-m", "jobs.cli", "score"] if upload else ["alfa", "score"])
+    assert words[end : end + 2] == ["--run-date", "2026-01-02"] and set(words[end + 2 :: 2]) == {"--set"}
+    assert parse_job(None, words[end + 3 :: 2], {"run_date": words[end + 1]}) == job
+
+
+def test_a_job_joins_the_cluster_that_it_was_submitted_to() -> None:
+    assert "elsewhere" not in entrypoint_of(job_of("engine.address=ray://elsewhere:10001"), upload=True)
+
+
+def test_the_id_is_that_of_the_night_and_of_all_that_makes_its_rows() -> None:
+    submission_id = submission_id_of(job_of())
+    assert submission_id.startswith("alfa-2026-01-02-") and submission_id == submission_id_of(job_of())
+    assert submission_id == submission_id_of(job_of("engine.actors=7"))
+    others = ["run_date=2026-01-03", "output.uri=s3://lake/else", "prompts.llm=openai/x", "threshold.value=0.4"]
+    others += ["dataset.images=s3://factory/else", "storage.endpoint_url=http://other:9000"]
+    ids = {submission_id_of(job_of(other)) for other in others}
+    assert len(ids) == len(others) and submission_id not in ids
+
+
+def test_only_code_is_uploaded_and_stays_below_30_mb(tmp_path: Path) -> None:
+    copy_code(tmp_path)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.relative_to(tmp_path).parts[0] for path in files} == {"schemas", "pipeline", "jobs"}
+    assert {path.suffix for path in files} <= {".py", ".json", ".md", ".safetensors", ".typed", ".html", ".jinja"}
+    assert sum(path.stat().st_size for path in files) < 30e6
