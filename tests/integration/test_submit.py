@@ -36,9 +36,15 @@ def arguments(head: Head, output: Path, *more: str) -> list[str]:
 
 
 def start(head: Head, *command: str) -> subprocess.Popen[str]:
+    """`alfa`, as a shell in the foreground starts it: who runs the tests may ignore Ctrl-C."""
     environment = {**os.environ, **head.environment, "AWS_SECRET_ACCESS_KEY": SECRET, "COLUMNS": "200"}
     return subprocess.Popen(
-        [*COMMAND, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
