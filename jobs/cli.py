@@ -229,6 +229,24 @@ def export(
 
 
 @app.command()
+def diff(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")],
+    before: Annotated[str | None, typer.Argument(metavar="[NIGHT_A]", help="Default: the one before NIGHT_B.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="[NIGHT_B]", help="Default: the last published.")] = None,
+    psi: Annotated[float, typer.Option(help="PSI from which a class's scores count as shifted.")] = 0.25,
+    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 1 where a class drifts.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Compare two nights: what is newly anomalous, whether scores drift, how runs go."""
+    from jobs.diff import run_diff
+
+    store = open_store(output, Storage(endpoint_url=endpoint))
+    options: dict[str, Any] = {"psi": psi, "fail_on_drift": fail_on_drift, "json_file": json_file}
+    _run(lambda: run_diff(store, before, after, _console(), **options))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
@@ -306,6 +324,7 @@ def _read_job(location: str) -> str:
 def _run(job: Callable[[], int]) -> None:
     """Runs a job; what the pipeline raises becomes one clear line and an exit code."""
     from jobs.demo import DemoError
+    from jobs.diff import NightError
     from pipeline.alfa import ModelError
     from pipeline.claims import ClaimLostError
     from pipeline.engine import EngineError
@@ -317,7 +336,7 @@ def _run(job: Callable[[], int]) -> None:
 
     refusals = (
         *(JobError, DatasetError, ModelError, PromptLibraryError),
-        *(DemoError, ExportError, LakeError, ReportError),
+        *(DemoError, ExportError, LakeError, NightError, ReportError),
     )
     try:
         code = job()
