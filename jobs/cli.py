@@ -11,13 +11,15 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
 
-from pipeline.redaction import redact
+from jobs import logs
+from jobs.logs import LogFormat
 from pipeline.storage import open_store
 from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml
 
 EXIT_OK, EXIT_ERRORS, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +38,20 @@ Llm = Annotated[str | None, typer.Option(help="litellm model that describes clas
 Model = Annotated[str | None, typer.Option(help="open_clip model, as NAME or NAME/PRETRAINED.")]
 RunDate = Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD; default: today, UTC.")]
 
+_log_format = LogFormat.TEXT
+
+
+@app.callback()
+def options(
+    log_format: Annotated[
+        LogFormat, typer.Option(envvar="ALFA_LOG_FORMAT", help="json: one object a line, and no tables in a job's log.")
+    ] = LogFormat.TEXT,
+) -> None:
+    """Options of every command."""
+    global _log_format
+    _log_format = log_format
+    logs.configure(log_format)
+
 
 @app.command()
 def score(
@@ -53,7 +69,9 @@ def score(
     from jobs.score import run_score
 
     config = _load(job, overrides, images, output, layout, class_name, llm, model, run_date)
-    _run(lambda: run_score(config, _console()))
+    # A cluster writes stdout and stderr into one log.
+    console = Console(quiet=True, force_terminal=False) if _log_format is LogFormat.JSON else _console()
+    _run(lambda: run_score(config, console))
 
 
 @app.command()
@@ -76,7 +94,8 @@ def submit(
     from jobs.submit import run_submit
 
     config = _load(job, overrides, images, output, layout, class_name, llm, model, run_date)
-    _run(lambda: run_submit(config, address, _console(), upload=upload, wait=wait, again=again))
+    options = {"upload": upload, "wait": wait, "again": again}
+    _run(lambda: run_submit(config, address, _console(), _log_format, **options))
 
 
 @app.command()
@@ -258,12 +277,13 @@ def demo(
 
 def main() -> None:
     """Entry point of `alfa`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[_log_handler()])
-    for name in ("pipeline", "jobs"):
-        logging.getLogger(name).setLevel(logging.INFO)
     # A cluster stops a job with SIGTERM; it ends as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    app()
+    try:
+        app()
+    except Exception:
+        logger.critical("a fault in alfa itself; please report it with what follows", exc_info=True)
+        sys.exit(EXIT_ERRORS)
 
 
 def _load(
@@ -354,19 +374,15 @@ def _run(job: Callable[[], int]) -> None:
 
 
 def _complain(line: str) -> None:
-    Console(stderr=True).print(f"alfa: {redact(line)}", markup=False, highlight=False, soft_wrap=True, style="red")
+    if _log_format is LogFormat.JSON:
+        logger.error(line)
+        return
+    text = f"alfa: {logs.redact_lines(line)}"
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True, style="red")
 
 
 def _console() -> Console:
     return Console()
-
-
-def _log_handler() -> logging.Handler:
-    if sys.stderr.isatty():
-        return RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-    return handler
 
 
 if __name__ == "__main__":

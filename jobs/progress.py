@@ -1,4 +1,4 @@
-"""How far a run is: stats.json in the lake for `alfa status`, a bar on a terminal, plain lines in a log."""
+"""How far a run is: stats.json and metrics.prom in the lake, a bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline import lake
+from pipeline.lineage import run_event
+from pipeline.metrics import exposition
+from pipeline.redaction import redact
 from pipeline.scoring import ShardStats
 from pipeline.storage import Store
 
@@ -25,8 +28,8 @@ class RunProgress:
     """Counts what finished shards report. Use it as a context manager around the loop."""
 
     def __init__(self, facts: dict[str, Any], output: Store, console: Console, images: int, actors: int) -> None:
-        """facts: what stats.json says of the run besides its counts (run_id, images, shards, ...)."""
-        self.facts = facts
+        """facts: what stats.json says of the run besides its counts (run_id, images, shards, source, ...)."""
+        self.facts = {**facts, "started_at": _now()}
         self.scored = 0
         self.errors: Counter[str] = Counter()
         self.anomalies: Counter[str] = Counter()
@@ -55,8 +58,10 @@ class RunProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._bar.stop()
-        if kind is not None:
-            self.write("interrupted" if kind is KeyboardInterrupt else "failed")
+        if kind is KeyboardInterrupt:
+            self.write("interrupted")
+        elif error is not None:
+            self.write("failed", error=redact(f"{error}" or type(error).__name__))
 
     @property
     def rate(self) -> float:
@@ -82,18 +87,24 @@ class RunProgress:
                 logger.info("%d images scored, %.1f images/s, %d errors, %d anomalous", done, self.rate, errors, found)
 
     def write(self, state: str, **more: Any) -> dict[str, Any]:
-        """Writes stats.json; returns it."""
+        """Writes stats.json, and the same as metrics.prom; returns the former. more: error, or the totals."""
         self._written = time.monotonic()
         stats = {
             **self.facts,
             "state": state,
-            "updated_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "updated_at": _now(),
             "scored_by_this_job": self.scored,
             "images_per_second": round(self.rate, 2),
             "errors": dict(self.errors),
             "anomalies": dict(self.anomalies),
             **more,
         }
-        key = lake.run_key(self.facts["run_id"], "stats.json")
-        self._output.write(key, json.dumps(stats, indent=2, ensure_ascii=False).encode())
+        stats["lineage"] = run_event(stats, stats["source"], self._output.uri(""), stats.get("error"))
+        run_id = stats["run_id"]
+        self._output.write(lake.run_key(run_id, "metrics.prom"), exposition(stats))
+        self._output.write(lake.run_key(run_id, "stats.json"), json.dumps(stats, indent=2, ensure_ascii=False).encode())
         return stats
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from jobs import logs
 from jobs.progress import RunProgress
 from jobs.report import report_night
 from pipeline import claims, iceberg, lake
@@ -58,10 +59,16 @@ def run_score(job: JobConfig, console: Console) -> int:
         iceberg.open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
+        logs.bind(run_id=plan.run.run_id)
         commit, stats = _run_or_wait(plan, output, console)
         if job.lake.format == "iceberg":
             iceberg.publish_snapshot(job, output, claims.new_owner())
     report = report_night(output, commit, anew=stats.get("state") == "done")
+    totals = _totals(commit)
+    found, errors = sum(totals["anomalies"].values()), sum(totals["errors"].values())
+    logger.info(
+        "night %s is published: %d images, %d anomalous, %d errors", job.run_date, commit["rows"], found, errors
+    )
     print_summary(plan, commit, stats, report, output, console)
     return _exit_code(commit, job.engine.max_error_rate)
 
@@ -155,6 +162,7 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
     facts = {
         "run_id": run.run_id,
         "run_date": str(job.run_date),
+        "source": plan.source.store.uri(""),
         "images": manifest.images,
         "shards": len(shard_ids),
         "model": run.model,

@@ -28,6 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
 
+from jobs.logs import LogFormat
 from pipeline.engine import EngineError
 from schemas.job import JobConfig
 
@@ -48,18 +49,26 @@ _patiently = retry(
 
 
 def run_submit(
-    job: JobConfig, address: str | None, console: Console, *, upload: bool, wait: bool, again: bool = False
+    job: JobConfig,
+    address: str | None,
+    console: Console,
+    log_format: LogFormat,
+    *,
+    upload: bool,
+    wait: bool,
+    again: bool = False,
 ) -> int:
     """Submits the night, or joins its job where that is running, and follows its log. Returns the job's exit code.
 
     address: of the head's job server, such as http://head:8265; None: where RAY_API_SERVER_ADDRESS or RAY_ADDRESS
-    says. upload: send the code of this machine along; else the cluster's nodes have `alfa` installed. wait: False
-    returns 0 as soon as the job is accepted. again: submit a night that has succeeded once more. Raises EngineError
-    where the cluster refuses, OSError where it does not answer.
+    says. log_format: of the job. upload: send the code of this machine along; else the cluster's nodes have `alfa`
+    installed. wait: False returns 0 as soon as the job is accepted. again: submit a night that has succeeded once more.
+    Raises EngineError where the cluster refuses, OSError where it does not answer.
     """
     job = _with_absolute_paths(job)
     client = _connect(address)
-    submission_id, status = _find_or_submit(client, job, upload=upload, again=again)
+    entrypoint = entrypoint_of(job, log_format, upload=upload)
+    submission_id, status = _find_or_submit(client, submission_id_of(job), entrypoint, upload=upload, again=again)
     console.print(submission_id, markup=False, highlight=False)
     if status is JobStatus.SUCCEEDED:
         logger.info("this night's job has succeeded already; --again scores photos and prompts that changed since")
@@ -87,7 +96,7 @@ def submission_id_of(job: JobConfig) -> str:
     return f"alfa-{job.run_date}-{job.result_fingerprint(job.model.pretrained or '', ''.join(settings))}"
 
 
-def entrypoint_of(job: JobConfig, *, upload: bool) -> str:
+def entrypoint_of(job: JobConfig, log_format: LogFormat = LogFormat.TEXT, *, upload: bool) -> str:
     """The shell command that scores the job on the cluster; keys that have their default are left out.
 
     A job holds no credentials (schemas.job refuses them), so none reach Ray's metadata.
@@ -95,6 +104,8 @@ def entrypoint_of(job: JobConfig, *, upload: bool) -> str:
     keys = job.model_dump(mode="json", exclude_defaults=True, exclude={"run_date": True, "engine": {"address"}})
     sets = [part for key, value in _flatten(keys) for part in ("--set", f"{key}={_as_yaml(value)}")]
     command = ["python", "-m", "jobs.cli"] if upload else ["alfa"]
+    if log_format is not LogFormat.TEXT:
+        command += ["--log-format", log_format.value]
     return shlex.join([*command, "score", "--run-date", str(job.run_date), *sets])
 
 
@@ -158,7 +169,7 @@ def _connect(address: str | None) -> JobSubmissionClient:
 
 
 def _find_or_submit(
-    client: JobSubmissionClient, job: JobConfig, *, upload: bool, again: bool
+    client: JobSubmissionClient, first_id: str, entrypoint: str, *, upload: bool, again: bool
 ) -> tuple[str, JobStatus | None]:
     """The id of the night's job and its status, None where this call submitted it.
 
@@ -166,11 +177,11 @@ def _find_or_submit(
     """
     attempt = 1
     while True:
-        submission_id = submission_id_of(job) + (f"-{attempt}" if attempt > 1 else "")
+        submission_id = first_id + (f"-{attempt}" if attempt > 1 else "")
         status = _status_of(client, submission_id)
         if status is None:
             try:
-                _submit(client, job, submission_id, upload=upload)
+                _submit(client, entrypoint, submission_id, upload=upload)
             except RuntimeError as error:
                 if _status_of(client, submission_id) is None:
                     raise EngineError(f"the cluster did not accept the job: {error}") from None
@@ -191,8 +202,7 @@ def _status_of(client: JobSubmissionClient, submission_id: str) -> JobStatus | N
     return next((JobStatus(item.status) for item in jobs if item.submission_id == submission_id), None)
 
 
-def _submit(client: JobSubmissionClient, job: JobConfig, submission_id: str, *, upload: bool) -> None:
-    entrypoint = entrypoint_of(job, upload=upload)
+def _submit(client: JobSubmissionClient, entrypoint: str, submission_id: str, *, upload: bool) -> None:
     if not upload:
         client.submit_job(entrypoint=entrypoint, submission_id=submission_id)
         return

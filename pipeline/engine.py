@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 import torch
+from ray.util.metrics import Counter, Histogram
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
@@ -82,6 +84,9 @@ class ScoringActor:
         self._source = open_store(source_uri, job.storage)
         self._output = open_store(job.output.uri, job.storage)
         self._prompts: dict[str, PromptEmbeddings] = {}
+        # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
+        self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
+        self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
 
     def load(self) -> None:
         """Loads the model; to be called first. What __init__ raises, Ray would report as a death of the actor."""
@@ -106,9 +111,15 @@ class ScoringActor:
         for class_name, reference in prompts.items():
             if class_name not in self._prompts:
                 self._prompts[class_name] = ray.get(reference)
-        return score_shard(
+        started = time.monotonic()
+        stats = score_shard(
             shard, run, self._detector, self._prompts, self._source, self._output, self._threads, isolate=isolate
         )
+        self._seconds.observe(time.monotonic() - started)
+        for outcome, count in {**stats.errors, "ok": stats.images - sum(stats.errors.values())}.items():
+            if count:
+                self._images.inc(count, {"outcome": outcome})
+        return stats
 
     def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
         """mask_shard."""

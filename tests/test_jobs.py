@@ -17,9 +17,10 @@ DEMO = Path(__file__).parents[1] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 
 
-def score(images: Path, output: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+def score(images: Path, output: Path, *overrides: str, log_format: str = "text") -> subprocess.CompletedProcess[str]:
     sets = [part for override in overrides for part in ("--set", override)]
-    return alfa("score", "--images", images, "--output", output, "--run-date", NIGHT, *sets)
+    where = ["--images", images, "--output", output, "--run-date", NIGHT]
+    return alfa("--log-format", log_format, "score", *where, *sets)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +48,12 @@ def test_the_readme_query_reads_the_table(night: tuple[Path, Path]) -> None:
 
 def test_the_same_night_again_is_done_without_scoring(night: tuple[Path, Path]) -> None:
     before = {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")}
-    again = score(*night, "engine.shard_size=4", "engine.max_error_rate=0.5")
-    assert again.returncode == 0 and "already published" in again.stderr
+    again = score(*night, "engine.shard_size=4", "engine.max_error_rate=0.5", log_format="json")
+    assert again.returncode == 0 and again.stdout == ""
+    records = [json.loads(line) for line in again.stderr.splitlines()]
+    assert any("already published" in record["message"] for record in records)
+    assert records[-1]["message"] == f"night {NIGHT} is published: 13 images, 3 anomalous, 1 errors"
+    assert (night[1] / "runs" / records[-1]["run_id"]).is_dir()
     assert {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")} == before
 
 
@@ -81,6 +86,21 @@ def test_quantile_thresholds_mark_the_share_asked_for(night: tuple[Path, Path], 
     # Half of six, above the median; a map's peak at source size is at most that of its patches.
     assert [(name, found, masks) for name, found, _, masks in rows] == [("capsules", 3, 6), ("hazelnut", 3, 6)]
     assert all(1 <= marked <= 3 for _, _, marked, _ in rows)
+
+
+def test_a_run_leaves_its_facts_as_metrics_and_lineage(night: tuple[Path, Path]) -> None:
+    (folder,) = (night[1] / "runs").glob(f"{NIGHT}-*[0-9a-f]")
+    series = (folder / "metrics.prom").read_text().splitlines()
+    for line in (
+        "alfa_run_images 13.0",
+        'alfa_run_errors{error_type="truncated"} 1.0',
+        'alfa_run_state{state="done"} 1.0',
+    ):
+        assert line in series
+    event = json.loads((folder / "stats.json").read_text())["lineage"]
+    assert (event["eventType"], event["inputs"]) == ("COMPLETE", [{"namespace": "file", "name": str(night[0])}])
+    (table,) = event["outputs"]
+    assert table["name"] == f"{night[1]}/scores" and table["outputFacets"]["outputStatistics"]["rowCount"] == 13
 
 
 def test_status_shows_runs(night: tuple[Path, Path]) -> None:

@@ -1,0 +1,78 @@
+"""What a job logs, and how: for people, or a JSON object a line for machines; secrets are blanked in both."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from pipeline.redaction import redact
+
+_facts: dict[str, Any] = {}
+
+
+class LogFormat(str, Enum):
+    """The values of --log-format."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+class RedactingFilter(logging.Filter):
+    """Blanks secrets in every record, traceback included; it refuses none."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = redact_lines(record.getMessage()), None
+        if record.exc_info:
+            record.exc_text = redact_lines(logging.Formatter().formatException(record.exc_info))
+        return True
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one JSON object on one line: time (UTC), level, logger, message, what bind() has said, exception."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+            **_facts,
+        }
+        if record.exc_text:
+            entry["exception"] = record.exc_text
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def redact_lines(text: str) -> str:
+    """redact() for each line of a text, which keeps its lines."""
+    return "\n".join(redact(line) for line in text.splitlines())
+
+
+def bind(**facts: Any) -> None:
+    """What every JSON line says from now on, such as run_id=..."""
+    _facts.update(facts)
+
+
+def configure(log_format: LogFormat) -> None:
+    """Sets up logging of this process to stderr; calling it again replaces what was set up."""
+    handler = _handler(log_format)
+    handler.addFilter(RedactingFilter())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
+    for name in ("pipeline", "jobs"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _handler(log_format: LogFormat) -> logging.Handler:
+    if log_format is LogFormat.TEXT and sys.stderr.isatty():
+        return RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+    handler = logging.StreamHandler()
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    handler.setFormatter(JsonFormatter() if log_format is LogFormat.JSON else text)
+    return handler
