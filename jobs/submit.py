@@ -76,7 +76,7 @@ def run_submit(
     if not wait:
         return 0
     try:
-        return _exit_code(_follow(client, submission_id))
+        return _exit_code(follow(client, submission_id))
     except KeyboardInterrupt:
         logger.warning(
             "no longer following; the job goes on. `alfa submit` with the same job follows it again, "
@@ -155,8 +155,8 @@ def _connect(address: str | None) -> JobSubmissionClient:
     if address is not None:
         # Ray lets its environment variables win over what its caller says; this one is the first that it looks at.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
-    for name in ("job.sdk", "dashboard_sdk"):
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
@@ -211,7 +211,7 @@ def _submit(client: JobSubmissionClient, entrypoint: str, submission_id: str, *,
         client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env={"working_dir": folder})
 
 
-def _follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
+def follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
     """Prints the job's log as it grows, until the job has ended, also across a head that is away for a while."""
     log = _Log(client, submission_id)
     while True:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus
 
-from jobs.submit import copy_code, entrypoint_of, submission_id_of
+from jobs import submit
+from jobs.submit import copy_code, entrypoint_of, follow, submission_id_of
 from schemas.job import JobConfig, parse_job
 
 
@@ -51,3 +54,33 @@ def test_only_code_is_uploaded_and_stays_below_30_mb(tmp_path: Path) -> None:
     assert {path.relative_to(tmp_path).parts[0] for path in files} == {"schemas", "pipeline", "jobs"}
     assert {path.suffix for path in files} <= {".py", ".json", ".md", ".safetensors", ".typed", ".html", ".jinja"}
     assert sum(path.stat().st_size for path in files) < 30e6
+
+
+class FlakyHead:
+    """Ray's client of a head whose answers break off: twice in mid-log, once where it is asked for the job's state."""
+
+    def __init__(self) -> None:
+        self.tails = self.asked = 0
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        self.tails += 1
+        for chunk in [["one\ntw"], ["one\n"], ["one\n", "two\nthree\n", "end\n"]][self.tails - 1]:
+            yield chunk
+        if self.tails < 3:
+            raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        self.asked += 1
+        if self.asked == 1:
+            raise ConnectionError("Failed to connect to Ray")
+        status = JobStatus.RUNNING if self.tails < 3 else JobStatus.SUCCEEDED
+        return JobDetails(type="SUBMISSION", status=status, entrypoint="alfa")
+
+
+def test_a_log_that_breaks_off_is_taken_up_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit, "_POLL_S", 0.0)
+    head = FlakyHead()
+    assert follow(head, "alfa-2026-01-02-abc").status is JobStatus.SUCCEEDED  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "one\ntwo\nthree\nend\n" and head.asked == 4
