@@ -1,4 +1,4 @@
-"""A Ray head for tests: with a token, on free ports, its dashboard bound to the loopback address."""
+"""A Ray head for tests: with a token, on free ports of the loopback address."""
 
 from __future__ import annotations
 
@@ -51,12 +51,15 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
     ]  # fmt: skip
     # The nodes have alfa's dependencies; its code comes with the job.
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
-    path = f"{Path(sys.executable).parent}:{inherited['PATH']}"
+    nodes = {
+        **inherited,
+        **environment,
+        "PATH": f"{Path(sys.executable).parent}:{inherited['PATH']}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch that keeps all servers on the loopback address
+    }
     log = folder / "head.log"
     with log.open("wb") as output:
-        server = subprocess.Popen(
-            command, env={**inherited, **environment, "PATH": path}, cwd=folder, stdout=output, stderr=output
-        )
+        server = subprocess.Popen(command, env=nodes, cwd=folder, stdout=output, stderr=output)
     try:
         head = Head(f"http://127.0.0.1:{dashboard}", environment)
         _await_answer(head, server, log)
