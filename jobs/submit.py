@@ -26,7 +26,7 @@ import yaml
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from rich.console import Console
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_exponential
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_exponential
 
 from jobs.logs import LogFormat
 from pipeline.engine import EngineError
@@ -40,8 +40,14 @@ _POLL_S = 1.0
 _HEAD_SILENT_S = 120.0
 """For so long the head may not answer before the job is no longer followed."""
 
+
+def _passes(error: BaseException) -> bool:
+    """A head that is away, or that has just come up and whose agent has not."""
+    return isinstance(error, OSError) or "No available agent" in str(error)
+
+
 _patiently = retry(
-    retry=retry_if_exception_type(OSError),
+    retry=retry_if_exception(_passes),
     wait=wait_exponential(multiplier=0.5, max=10.0),
     stop=stop_after_delay(_HEAD_SILENT_S),
     reraise=True,
@@ -68,7 +74,7 @@ def run_submit(
     job = _with_absolute_paths(job)
     client = _connect(address)
     entrypoint = entrypoint_of(job, log_format, upload=upload)
-    submission_id, status = _find_or_submit(client, submission_id_of(job), entrypoint, upload=upload, again=again)
+    submission_id, status = find_or_submit(client, submission_id_of(job), entrypoint, upload=upload, again=again)
     console.print(submission_id, markup=False, highlight=False)
     if status is JobStatus.SUCCEEDED:
         logger.info("this night's job has succeeded already; --again scores photos and prompts that changed since")
@@ -168,7 +174,7 @@ def _connect(address: str | None) -> JobSubmissionClient:
         raise EngineError(f"no Ray head can be used at {address or 'the default address'}: {error}") from None
 
 
-def _find_or_submit(
+def find_or_submit(
     client: JobSubmissionClient, first_id: str, entrypoint: str, *, upload: bool, again: bool
 ) -> tuple[str, JobStatus | None]:
     """The id of the night's job and its status, None where this call submitted it.
@@ -181,7 +187,7 @@ def _find_or_submit(
         status = _status_of(client, submission_id)
         if status is None:
             try:
-                _submit(client, entrypoint, submission_id, upload=upload)
+                _patiently(_submit)(client, entrypoint, submission_id, upload=upload)
             except RuntimeError as error:
                 if _status_of(client, submission_id) is None:
                     raise EngineError(f"the cluster did not accept the job: {error}") from None

@@ -11,7 +11,7 @@ import pytest
 from ray.job_submission import JobDetails, JobStatus
 
 from jobs import submit
-from jobs.submit import copy_code, entrypoint_of, follow, submission_id_of
+from jobs.submit import copy_code, entrypoint_of, find_or_submit, follow, submission_id_of
 from schemas.job import JobConfig, parse_job
 
 
@@ -57,10 +57,23 @@ def test_only_code_is_uploaded_and_stays_below_30_mb(tmp_path: Path) -> None:
 
 
 class FlakyHead:
-    """Ray's client of a head whose answers break off: twice in mid-log, once where it is asked for the job's state."""
+    """Ray's client of a head that is not up when it is asked to submit, and whose answers break off: twice in mid-log,
+    once where it is asked for the job's state."""
 
     def __init__(self) -> None:
-        self.tails = self.asked = 0
+        self.tails = self.asked = self.submits = 0
+        self.jobs: list[JobDetails] = []
+
+    def list_jobs(self) -> list[JobDetails]:
+        return self.jobs
+
+    def submit_job(self, entrypoint: str, submission_id: str) -> None:
+        self.submits += 1
+        if self.submits == 1:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job")
+        state = JobStatus.FAILED if self.submits == 2 else JobStatus.PENDING
+        details = JobDetails(type="SUBMISSION", status=state, entrypoint=entrypoint, submission_id=submission_id)
+        self.jobs.append(details)
 
     async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         self.tails += 1
@@ -84,3 +97,13 @@ def test_a_log_that_breaks_off_is_taken_up_where_it_was(
     head = FlakyHead()
     assert follow(head, "alfa-2026-01-02-abc").status is JobStatus.SUCCEEDED  # type: ignore[arg-type]
     assert capsys.readouterr().out == "one\ntwo\nthree\nend\n" and head.asked == 4
+
+
+def test_a_head_that_comes_up_is_waited_for_and_attempts_are_numbered() -> None:
+    head = FlakyHead()
+    outcomes = [
+        find_or_submit(head, "alfa-x", "alfa score", upload=False, again=False)  # type: ignore[arg-type]
+        for _ in range(3)
+    ]
+    assert outcomes == [("alfa-x", None), ("alfa-x-2", None), ("alfa-x-2", JobStatus.PENDING)]
+    assert head.submits == 3
