@@ -20,8 +20,6 @@ def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | N
     The run's UUID follows from the lake's address and the run_id, so that all events of a run, also of its resumptions,
     belong together. error: what stopped the run.
     """
-    namespace, prefix = dataset_name(output)
-    photos_namespace, photos = dataset_name(source)
     counts = {name: stats[name] for name in ("errors", "anomalies", "scored_by_this_job", "images_per_second")}
     facets = {
         "nominalTime": _facet(
@@ -36,7 +34,7 @@ def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | N
             message=error,
             programmingLanguage="PYTHON",
         )
-    table: dict[str, Any] = {"namespace": namespace, "name": f"{prefix}/{lake.TABLE}".lstrip("/")}
+    table: dict[str, Any] = _dataset(f"{output}/{lake.TABLE}")
     if "rows" in stats:
         statistics = _facet(
             "facets/1-0-2/OutputStatisticsOutputDatasetFacet.json#/$defs/OutputStatisticsOutputDatasetFacet",
@@ -55,18 +53,18 @@ def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | N
         "producer": _producer(),
         "schemaURL": f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent",
         "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{output}#{stats['run_id']}")), "facets": facets},
-        "job": {"namespace": namespace, "name": f"{prefix}/score".lstrip("/"), "facets": {"jobType": job_type}},
-        "inputs": [{"namespace": photos_namespace, "name": photos}],
+        "job": {"namespace": output, "name": "alfa.score", "facets": {"jobType": job_type}},
+        "inputs": [_dataset(source)],
         "outputs": [table],
     }
 
 
-def dataset_name(address: str) -> tuple[str, str]:
-    """Namespace and name as OpenLineage's naming has them: s3://bucket and the key; file and the absolute path."""
+def _dataset(address: str) -> dict[str, Any]:
+    """Named as OpenLineage names datasets: s3://bucket and the key below it; file and the absolute path."""
     parts = urlsplit(address)
     if not parts.scheme:
-        return "file", address
-    return f"{parts.scheme}://{parts.netloc}", parts.path.strip("/") or "/"
+        return {"namespace": "file", "name": address}
+    return {"namespace": f"{parts.scheme}://{parts.netloc}", "name": parts.path.strip("/") or "/"}
 
 
 def _facet(schema: str, **values: Any) -> dict[str, Any]:

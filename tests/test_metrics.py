@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.lineage import dataset_name, run_event
+from pipeline.lineage import run_event
 from pipeline.metrics import exposition
 
 STATS: dict[str, Any] = {
@@ -71,12 +71,16 @@ def test_the_lineage_event_is_a_run_event_of_its_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "named"),
+    ("address", "photos", "scores"),
     [
-        ("s3://lake/a/b/", ("s3://lake", "a/b")),
-        ("s3://lake", ("s3://lake", "/")),
-        ("/data/photos", ("file", "/data/photos")),
+        ("s3://lake/a/b", ("s3://lake", "a/b"), ("s3://lake", "a/b/scores")),
+        ("s3://lake", ("s3://lake", "/"), ("s3://lake", "scores")),
+        ("/data/photos", ("file", "/data/photos"), ("file", "/data/photos/scores")),
     ],
 )
-def test_datasets_are_named_as_openlineage_names_them(address: str, named: tuple[str, str]) -> None:
-    assert dataset_name(address) == named
+def test_datasets_are_named_as_openlineage_names_them(
+    address: str, photos: tuple[str, str], scores: tuple[str, str]
+) -> None:
+    event = run_event(STATS, address, address)
+    named = [(item["namespace"], item["name"]) for item in [*event["inputs"], *event["outputs"]]]
+    assert named == [photos, scores] and event["job"]["namespace"] == address
