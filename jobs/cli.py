@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -147,6 +148,9 @@ def evaluate(
     compare: Annotated[
         list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Score in these ways too, such as method.aligner=raw.")
     ] = None,
+    shots: Annotated[
+        str | None, typer.Option(metavar="K1,K2", help="Compare with so many known-good images a class, too: 0,1,2,4.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A paper's setting: mvtec or visa.")] = None,
     overrides: Set = None,
 ) -> None:
@@ -157,8 +161,8 @@ def evaluate(
     from jobs import evaluate as evaluation
 
     if run is not None:
-        if preset or compare or images or job or not output:
-            _refuse("--run wants --output, and takes neither a job, --images, --compare nor --preset")
+        if preset or compare or shots or images or job or not output:
+            _refuse("--run wants --output, and takes neither a job, --images, --compare, --shots nor --preset")
         config = _parsed(lambda: evaluation.read_run_job(str(output), run, overrides or ()))
         _run(lambda: evaluation.run_evaluate_run(config, run, _console()))
     benchmark = next((known for known in evaluation.PRESETS if known == preset), None)
@@ -168,7 +172,10 @@ def evaluate(
     if model or any(item.startswith("model.name=") for item in overrides or ()):
         defaults.pop("model", None)  # weights and size belong to the preset's model
     config = _load(job, overrides, images, output, layout, class_name, llm, model, None, defaults)
-    _run(lambda: evaluation.run_evaluate(config, compare or (), benchmark, _console()))
+    if shots and not re.fullmatch(r"\d+(,\d+)*", shots):
+        _refuse(f"--shots {shots}: write it as numbers with commas between, such as 0,1,2,4")
+    counts = [int(count) for count in shots.split(",")] if shots else []
+    _run(lambda: evaluation.run_evaluate(config, compare or (), counts, benchmark, _console()))
 
 
 @app.command()
@@ -266,6 +273,23 @@ def diff(
 
 
 @app.command()
+def calibrate(
+    output: Annotated[str, typer.Argument(help="Output folder or URI of the runs.")],
+    run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids of finished runs, as status shows them.")],
+    table: Annotated[str, typer.Option(help="Path or URI of the JSON file to write.")],
+    by: Annotated[str, typer.Option(help="f1_max, or fpr=RATE: a wanted false-positive rate.")] = "f1_max",
+    all_good: Annotated[bool, typer.Option("--all-good", help="The runs' images are known to be good.")] = False,
+    endpoint: Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")] = None,
+) -> None:
+    """Set thresholds by the scores of finished runs, for jobs to name."""
+    from jobs.calibrate import run_calibrate
+
+    storage = Storage(endpoint_url=endpoint)
+    store = open_store(output, storage)
+    _run(lambda: run_calibrate(store, run_ids, table, by, all_good=all_good, storage=storage, console=_console()))
+
+
+@app.command()
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
@@ -353,10 +377,11 @@ def _run(job: Callable[[], int]) -> None:
     from pipeline.images import DatasetError
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
+    from pipeline.thresholds import ThresholdError
 
     refusals = (
         *(JobError, DatasetError, ModelError, PromptLibraryError),
-        *(DemoError, ExportError, LakeError, NightError, ReportError),
+        *(DemoError, ExportError, LakeError, NightError, ReportError, ThresholdError),
     )
     try:
         code = job()

@@ -19,10 +19,11 @@ _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 """Between alternatives, not inside a list such as [-1,-2]."""
 
 
-def expand(job: JobConfig, comparisons: Sequence[str]) -> dict[str, JobConfig]:
+def expand(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> dict[str, JobConfig]:
     """The job itself as `base`, then what each comparison adds, by name; what gives the same as another is left out.
 
     A comparison is `key=v1,v2 key2=v3,v4`: all combinations of the alternatives. Several comparisons are one list.
+    shots: numbers of reference images to try, 0 for none; where the job names no references, the train images.
     Raises JobError for what no job can be, or what would change the images.
     """
     document = job.model_dump(mode="json")
@@ -42,7 +43,20 @@ def expand(job: JobConfig, comparisons: Sequence[str]) -> dict[str, JobConfig]:
                 continue
             facts.append(_facts(variant))
             found[name] = variant
+    for count in shots:
+        variant = _with_shots(job, count)
+        if _facts(variant) not in facts:
+            facts.append(_facts(variant))
+            found[f"shots={count}"] = variant
     return found
+
+
+def _with_shots(job: JobConfig, count: int) -> JobConfig:
+    document = job.model_dump(mode="json")
+    if not count:
+        return parse_job({**document, "references": None})
+    known = document["references"] or {"images": "train"}
+    return parse_job({**document, "references": {**known, "shots": count}})
 
 
 def describe_base(job: JobConfig, comparisons: Sequence[str]) -> str:

@@ -23,15 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from jobs.compare import BASE, describe_base, expand
-from jobs.score import name_run, obtain_ensembles
+from jobs.score import find_references, name_run, obtain_ensembles
 from pipeline import lake
 from pipeline.alfa import locate_weights
 from pipeline.evaluation.document import HEADERS, Block, Picture, metric_cells, published_cells, to_html, to_markdown
 from pipeline.evaluation.measure import LabelledImage, Score, measure
 from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
 from pipeline.evaluation.report import Evaluation, compose, facts
-from pipeline.evaluation.score import Scored, Variant, labelled_images, read_run, score_variants
-from pipeline.images import decode_mask, list_images, open_dataset
+from pipeline.evaluation.score import Scored, Variant, group_variants, labelled_images, read_run, score_variants
+from pipeline.images import ImageSource, decode_mask, list_images, open_dataset
 from pipeline.shards import write_manifest
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig, JobError, Prompts, parse_job, read_job_yaml
@@ -55,30 +55,33 @@ _THREADS = max(4, 2 * (os.cpu_count() or 1))
 _SAY_EVERY_S = 30.0
 
 
-def run_evaluate(job: JobConfig, comparisons: Sequence[str], benchmark: Benchmark | None, console: Console) -> int:
+def run_evaluate(
+    job: JobConfig, comparisons: Sequence[str], shots: Sequence[int], benchmark: Benchmark | None, console: Console
+) -> int:
     """Scores the labelled images of a job in this process, in every configuration; prints and stores the metrics.
 
+    comparisons, shots: see jobs.compare.expand.
     benchmark: whose published results are shown beside; a comparison takes that of its layout.
     Returns the exit code: 0, or 1 past the error budget. Raises JobError and the pipeline's errors.
     """
-    jobs = expand(job, comparisons)
+    jobs = expand(job, comparisons, shots)
     output = open_store(job.output.uri, job.storage)
     source = open_dataset(job.dataset, job.storage)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         images = labelled_images(write_manifest(list_images(source), Path(scratch)))
-    run_id, variants = _plan(jobs, images, output)
+    run_id, variants = _plan(jobs, images, source, output)
     good = sum(image.is_good for image in images)
     logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
     scored = _score(images, variants, source.store, console)
-    if comparisons and benchmark is None:
+    if len(jobs) > 1 and benchmark is None:
         benchmark = next((known for known in PUBLISHED if known == source.layout), None)
     return _finish(run_id, jobs, describe_base(job, comparisons), benchmark, scored, output, console)
 
 
 def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
     """score_variants, with a bar on a terminal and a line now and then in a log."""
-    total = len(images) * len({variant.job.model for variant in variants})
+    total = len(images) * len(group_variants(variants))
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("scoring", total=total)
@@ -116,7 +119,9 @@ def run_evaluate_run(job: JobConfig, run_id: str, console: Console) -> int:
     return _finish(run_id, {BASE: job}, "", None, read_run(output, run_id, BASE), output, console)
 
 
-def _plan(jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], output: Store) -> tuple[str, list[Variant]]:
+def _plan(
+    jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], source: ImageSource, output: Store
+) -> tuple[str, list[Variant]]:
     """What to score with, and the run that it is: of several configurations together, a run of its own."""
     classes = sorted({image.class_name for image in images})
     weights = {job.model: locate_weights(job.model) for job in jobs.values()}
@@ -126,8 +131,9 @@ def _plan(jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], output
         key = job.prompts, job.model.name
         if key not in prompts:
             prompts[key], _ = obtain_ensembles(job, classes, output)
-        variants.append(Variant(name, job, {item.class_name: item for item in prompts[key].ensembles}))
-        run_ids.append(name_run(job, weights[job.model], prompts[key]).run_id)
+        references = find_references(job, source, classes)
+        variants.append(Variant(name, job, {item.class_name: item for item in prompts[key].ensembles}, references))
+        run_ids.append(name_run(job, weights[job.model], prompts[key], references).run_id)
     if len(run_ids) == 1:
         return run_ids[0], variants
     together = hashlib.sha256("\n".join(run_ids).encode()).hexdigest()[:12]

@@ -24,12 +24,14 @@ from jobs.report import report_night
 from pipeline import claims, iceberg, lake
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import ScoringPool, connect, obtain_prompts
-from pipeline.images import ImageSource, list_images, open_dataset
+from pipeline.images import ImageSource, list_images, list_references, open_dataset
 from pipeline.prompts import compose_ensemble, find, obtain, record_prompts
 from pipeline.publish import publish_night, read_commit
+from pipeline.references import choose_references, describe_choice
 from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shards
 from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
 from pipeline.storage import Store, open_store
+from pipeline.thresholds import ThresholdError, parse_table, reference_thresholds, require_two, select_thresholds
 from schemas.job import JobConfig, dump_job_yaml
 from schemas.prompts import PromptSet, RunPrompts, Usage
 
@@ -47,6 +49,12 @@ class Plan:
     prompts: RunPrompts
     usage: Usage
     """What this job spent on prompts; sets that were there already cost nothing."""
+    references: Mapping[str, Sequence[Mapping[str, Any]]]
+    """Manifest rows of the images that each class is compared with (few-shot)."""
+    thresholds: Mapping[str, Thresholds]
+    """By class, where a calibrated table holds them (threshold.policy labels)."""
+    table: bytes
+    """That table."""
 
 
 def run_score(job: JobConfig, console: Console) -> int:
@@ -82,8 +90,44 @@ def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
     weights = locate_weights(job.model)
     if weights.is_demonstration:
         logger.warning("%s is a demonstration model: its scores say nothing about real defects", weights.label)
-    prompts, usage = obtain_ensembles(job, list(manifest.classes), output)
-    return Plan(name_run(job, weights, prompts), weights, source, manifest, prompts, usage)
+    table = _read_table(job)
+    place, classes = str(job.threshold.table), list(manifest.classes)
+    calibrated = parse_table(table, place) if table else None
+    thresholds = select_thresholds(calibrated, place, job, weights.sha256, classes) if calibrated else {}
+    references = find_references(job, source, classes)
+    prompts, usage = obtain_ensembles(job, classes, output)
+    run = name_run(job, weights, prompts, references, table)
+    return Plan(run, weights, source, manifest, prompts, usage, references, thresholds, table)
+
+
+def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The reference images of each class that has some, as manifest rows; none where the job is zero-shot.
+
+    Raises DatasetError where there are none at all, ThresholdError where policy reference needs more of them.
+    """
+    if job.references is None:
+        return {}
+    rows = list_references(job.references, job.dataset, source, job.storage)
+    chosen = choose_references(rows, job.references.shots, job.references.seed)
+    for line in describe_choice(chosen, classes, job.references.shots):
+        logger.warning("%s", line)
+    if job.threshold.policy == "reference":
+        for name in classes:
+            require_two(name, len(chosen.get(name, ())))
+    return {name: chosen[name] for name in classes if name in chosen}
+
+
+def _read_table(job: JobConfig) -> bytes:
+    """The calibrated thresholds that the job names; empty where it names none."""
+    if job.threshold.policy != "labels" or job.threshold.table is None:
+        return b""
+    folder, _, name = job.threshold.table.rpartition("/")
+    try:
+        return open_store(folder or ".", job.storage).read(name)
+    except FileNotFoundError:
+        raise ThresholdError(
+            f"threshold.table {job.threshold.table} is not there; write it with alfa calibrate, or take another policy"
+        ) from None
 
 
 def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
@@ -95,10 +139,18 @@ def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> t
     return record_prompts(sets, [compose_ensemble(prompt_set, fits) for prompt_set in sets]), usage
 
 
-def name_run(job: JobConfig, weights: Weights, prompts: RunPrompts) -> Run:
-    """The run of a job: its id hashes what determines its rows."""
+def name_run(
+    job: JobConfig,
+    weights: Weights,
+    prompts: RunPrompts,
+    references: Mapping[str, Sequence[Mapping[str, Any]]],
+    table: bytes = b"",
+) -> Run:
+    """The run of a job: its id hashes what determines its rows. table: of calibrated thresholds."""
     prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
-    run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint)}"
+    image_ids = [image["image_id"] for _, images in sorted(references.items()) for image in images]
+    digest = hashlib.sha256(table).hexdigest()
+    run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint, image_ids, digest)}"
     return Run(run_id, job, weights.label, weights.sha256)
 
 
@@ -152,6 +204,8 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(lake.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
+    if plan.table:
+        output.write(lake.run_key(run.run_id, "thresholds.json"), plan.table)
     output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
     shard_ids = [shard.shard_id for shard in _shards(plan)]
     finished = lake.finished_shards(output, run.shards) & set(shard_ids)
@@ -176,11 +230,11 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
         try:
             with RunProgress(facts, output, console, left, pool.plan.count) as progress:
                 if len(finished) < len(shard_ids):
-                    pool.embed(plan.prompts.ensembles)
+                    pool.embed(plan.prompts.ensembles, plan.references)
                     for stats in pool.score(waiting):
                         progress.add(stats)
                         claim.check()
-                folder = _mask_all(run, pool, shard_ids, output, claim)
+                folder = _mask_all(plan, pool, shard_ids, output, claim)
                 claim.check()
                 commit = publish_night(run, manifest.digest, folder, shard_ids, output, claim.owner)
                 return commit, progress.write("done", **_totals(commit))
@@ -203,18 +257,28 @@ def _shards(plan: Plan) -> Iterator[Shard]:
     return cut_shards(plan.manifest.batches(), plan.run.job.engine.shard_size)
 
 
-def _mask_all(run: Run, pool: ScoringPool, shard_ids: Sequence[str], output: Store, claim: claims.Claim) -> str:
-    """The folder of the shards to publish; where thresholds follow from the run's scores, masks are made now."""
+def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, claim: claims.Claim) -> str:
+    """The folder of the shards to publish; where thresholds are not in the job itself, masks are made now."""
+    run = plan.run
     if fixed_thresholds(run.job) is not None:
         return run.shards
-    scores = read_shards(output, run.shards, shard_ids, ["class_name", "score", "score_local"])
-    thresholds = quantile_thresholds(scores, run.job.threshold.quantile)
+    thresholds = _thresholds(plan, shard_ids, output)
     digest = _digest(thresholds)
     folder = lake.masked_shards(run.run_id, digest)
     finished = lake.finished_shards(output, folder)
     for _ in pool.mask((shard for shard in shard_ids if shard not in finished), digest, thresholds):
         claim.check()
     return folder
+
+
+def _thresholds(plan: Plan, shard_ids: Sequence[str], output: Store) -> Mapping[str, Thresholds]:
+    run, options = plan.run, plan.run.job.threshold
+    if options.policy == "labels":
+        return plan.thresholds
+    if options.policy == "reference":
+        return reference_thresholds(run.run_id, list(plan.manifest.classes), options.reference_quantile, output)
+    scores = read_shards(output, run.shards, shard_ids, ["class_name", "score", "map_peak"])
+    return quantile_thresholds(scores, options.quantile)
 
 
 def _digest(thresholds: Mapping[str, Thresholds]) -> str:

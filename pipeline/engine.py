@@ -21,6 +21,7 @@ from ray.util.metrics import Counter, Histogram
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.memory import give_back_freed_memory
+from pipeline.references import build_memory
 from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, score_shard
 from pipeline.shards import Shard
 from pipeline.storage import open_store
@@ -98,11 +99,16 @@ class ScoringActor:
             )
         torch.set_num_threads(self._cpus)
         give_back_freed_memory()
-        self._detector = Detector(load_encoder(self._job.model, weights), self._job.method, self._job.aligner)
+        encoder = load_encoder(self._job.model, weights)
+        self._detector = Detector(encoder, self._job.method, self._job.aligner, self._job.references)
 
-    def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
-        """The prompts of a class as embeddings; done once a run, for all actors."""
-        return self._detector.embed(ensemble)
+    def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
+        """The prompts of a class as embeddings, with the memory of its reference images (manifest rows), if it has any;
+        done once a run, for all actors."""
+        embeddings = self._detector.embed(ensemble)
+        if not references:
+            return embeddings
+        return build_memory(run_id, embeddings, references, self._detector, self._job, self._output)
 
     def score(
         self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
@@ -246,14 +252,19 @@ class ScoringPool:
         for worker in [*self._workers, *self._starting.values()]:
             ray.kill(worker.actor)
 
-    def embed(self, ensembles: Sequence[PromptEnsemble]) -> None:
-        """Encodes all prompts, once; the embeddings stay in Ray's object store for every actor."""
+    def embed(self, ensembles: Sequence[PromptEnsemble], references: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Encodes all prompts and reference images (manifest rows, by class), once; what comes of them stays in Ray's
+        object store for every actor."""
 
         def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
-            return actor.embed.remote(ensemble)
+            return actor.embed.remote(ensemble, references.get(ensemble.class_name, ()), self._run.run_id)
 
         for embeddings in self._each(iter(ensembles), submit):
-            self._prompts[embeddings.ensemble.class_name] = ray.put(embeddings)
+            name, memory = embeddings.ensemble.class_name, embeddings.memory
+            shots, wanted = 0 if memory is None else memory.shots, len(references.get(name, ()))
+            if shots < wanted:
+                logger.warning("only %d of the %d reference images of %s can be read", shots, wanted, name)
+            self._prompts[name] = ray.put(embeddings)
 
     def score(self, shards: Iterator[Shard]) -> Iterator[ShardStats]:
         """Scores shards, in the order in which they finish. One that a worker died over is decoded in isolation."""

@@ -54,6 +54,11 @@ def evaluation_key(run_id: str, name: str) -> str:
     return run_key(run_id, f"evaluation/{name}")
 
 
+def memory_key(run_id: str, class_name: str) -> str:
+    """The reference patches of a class, built once a run (few-shot)."""
+    return run_key(run_id, f"references/{safe_segment(class_name)}.safetensors")
+
+
 def driver_claim(run_id: str) -> str:
     """Held by the one driver that works on a run."""
     return run_key(run_id, "driver")

@@ -89,7 +89,7 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
 
 
 def encode_map(anomaly_map: NDArray[np.float32]) -> bytes:
-    """16-bit greyscale PNG; value / 65535 is the probability."""
+    """16-bit greyscale PNG; value / 65535 is the map, cut at 1 (with references it may go beyond)."""
     return _png(Image.fromarray(np.rint(np.clip(anomaly_map, 0.0, 1.0) * 65535).astype(np.uint16)))
 
 

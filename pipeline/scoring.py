@@ -25,7 +25,7 @@ import torch
 from pipeline import lake
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
-from pipeline.images import Decoded, ImageError, decode_image, decode_isolated
+from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_map, encode_mask, find_regions, upsample
 from pipeline.memory import FILE_BYTES, PIXELS
 from pipeline.redaction import redact
@@ -93,16 +93,16 @@ def fixed_thresholds(job: JobConfig) -> Thresholds | None:
 
 def quantile_thresholds(tables: Iterable[pa.Table], quantile: float) -> dict[str, Thresholds]:
     """Per class, the quantile (linear interpolation) of the scores of this run's images; that of a mask is the same
-    quantile of the local scores, so the share of images with a marked pixel equals the share called anomalous.
+    quantile of the maps' peaks, so the share of images with a marked pixel equals the share called anomalous.
 
-    tables: columns class_name, score, score_local; null scores (errors) do not count.
+    tables: columns class_name, score, map_peak; null scores (errors) do not count.
     """
     scores: dict[str, list[npt.NDArray[np.float32]]] = {}
     for table in tables:
         scored = table.filter(pc.is_valid(table.column("score")))
         for class_name in scored.column("class_name").unique().to_pylist():
             rows = scored.filter(pc.equal(scored.column("class_name"), class_name))
-            pairs = np.stack([rows.column(name).to_numpy() for name in ("score", "score_local")], axis=1)
+            pairs = np.stack([rows.column(name).to_numpy() for name in ("score", "map_peak")], axis=1)
             scores.setdefault(class_name, []).append(pairs)
     cuts = {
         name: np.quantile(np.concatenate(pairs).astype(np.float64), quantile, axis=0) for name, pairs in scores.items()
@@ -128,15 +128,9 @@ def score_shard(
     run's scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where
     a store is out of use.
     """
-    preprocess, job = detector.encoder.preprocess, run.job
+    job, decode = run.job, image_decoder(run.job, detector, isolate=isolate)
     thresholds = fixed_thresholds(job)
     largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
-    decode = functools.partial(
-        decode_isolated if isolate else decode_image,
-        size=preprocess.size,
-        interpolation=preprocess.interpolation,
-        max_pixels=job.dataset.max_pixels,
-    )
 
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
         size = image["size"] or 0
@@ -156,14 +150,34 @@ def score_shard(
     rows: list[Row] = []
     read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
     with ThreadPoolExecutor(read_threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
-        decoded = map_ahead(readers, read, images, ahead=2 * job.model.batch_size)
+        size = batch_size(job)
+        decoded = map_ahead(readers, read, images, ahead=2 * size)
         scored = (
             row
-            for batch in batches(decoded, job.model.batch_size)
+            for batch in batches(decoded, size)
             for row in _score_batch(batch, shard.shard_id, run, detector, prompts)
         )
-        rows.extend(map_ahead(writers, finish, scored, ahead=2 * job.model.batch_size))
+        rows.extend(map_ahead(writers, finish, scored, ahead=2 * size))
     return _commit(rows, run.shards, shard.shard_id, output)
+
+
+def batch_size(job: JobConfig) -> int:
+    """Photos that are scored at a time; one with its tiles is as large as a batch of others."""
+    return 1 if job.method.tile is not None else job.model.batch_size
+
+
+def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[[bytes], Decoded]:
+    """Decodes images as the detector wants them."""
+    preprocess = detector.encoder.preprocess
+    return functools.partial(
+        decode_isolated if isolate else decode_image,
+        size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        max_pixels=job.dataset.max_pixels,
+        cut=None
+        if job.method.tile is None
+        else Cut(detector.encoder.grid, job.method.tile.size, job.method.tile.overlap),
+    )
 
 
 def mask_shard(
@@ -208,7 +222,9 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     width, height = row["width"], row["height"]
     grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
     names = row["defect_names"]
-    defect_grid = np.asarray(row["defect_grid"], dtype=np.float32).reshape(len(names), *grid.shape)
+    defect_width = row["defect_grid_width"] or row["grid_width"]
+    defect_grid = np.asarray(row["defect_grid"], dtype=np.float32)
+    defect_grid = defect_grid.reshape(len(names), defect_grid.size // (max(1, len(names)) * defect_width), defect_width)
     map_png = None
     with PIXELS.hold(width * height):
         anomaly_map = upsample(grid, width, height)
@@ -227,6 +243,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
         **row,
         "threshold": thresholds.score,
         "mask_threshold": thresholds.mask,
+        "threshold_source": run.job.threshold.source,
         "is_anomalous": row["score"] >= thresholds.score,
         "mask_uri": output.uri(mask_key),
         "map_uri": None if map_key is None else output.uri(map_key),
@@ -265,8 +282,8 @@ def _score_batch(
     good = [(image, item) for image, item in batch if isinstance(item, Decoded)]
     detections: Iterator[Detection] = iter(())
     if good:
-        pixels = torch.from_numpy(np.stack([item.pixels for _, item in good])).permute(0, 3, 1, 2)
-        detections = iter(detector.detect(pixels, [prompts[image["class_name"]] for image, _ in good]))
+        found = [item for _, item in good]
+        detections = detect(detector, found, [prompts[image["class_name"]] for image, _ in good], run.job)
     for image, item in batch:
         row = _new_row(image, shard_id, run, prompts[image["class_name"]])
         if isinstance(item, ImageError):
@@ -279,6 +296,24 @@ def _score_batch(
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
             continue
         yield {**row, **_outcome(detection, prompts[image["class_name"]])}
+
+
+def detect(
+    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
+) -> Iterator[Detection]:
+    """Detections of decoded images: of all in one pass, or of one after the other where they are cut in tiles."""
+    if job.method.tile is None:
+        yield from detector.detect(to_tensor([image.pixels for image in images]), prompts)
+        return
+    for image, known in zip(images, prompts, strict=True):
+        assert image.tiles is not None and image.tiling is not None
+        views = to_tensor([image.pixels, *image.tiles])
+        yield detector.detect_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size)
+
+
+def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    """B times [H, W, 3] to [B, 3, H, W]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def _new_row(image: Row, shard_id: str, run: Run, prompts: PromptEmbeddings) -> Row:
@@ -308,6 +343,9 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
         "score": detection.score,
         "score_global": detection.score_global,
         "score_local": detection.score_local,
+        "score_reference": detection.score_reference,
+        "shots": detection.shots,
+        "map_peak": detection.grid.max(),
         "explanation": [asdict(evidence) for evidence in detection.explanation],
         "prompts_kept_normal": detection.kept_normal,
         "prompts_kept_anomalous": detection.kept_anomalous,
@@ -316,6 +354,7 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
         "grid_width": detection.grid.shape[1],
         "defect_names": list(prompts.defects),
         "defect_grid": detection.defect_grid.ravel(),
+        "defect_grid_width": detection.defect_grid.shape[2],
     }
 
 

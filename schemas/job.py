@@ -125,6 +125,19 @@ class Prompts(Part):
         return value if value is None else without_credentials(value)
 
 
+class Tile(Part):
+    """How large photos are cut, in pixels of the photo."""
+
+    size: Annotated[int, Field(ge=16)] = Field(description="side of a tile; the smaller, the smaller the defects found")
+    overlap: Annotated[int, Field(ge=0)] = Field(0, description="that neighbouring tiles share at least")
+
+    @model_validator(mode="after")
+    def _overlap_fits(self) -> Tile:
+        if self.overlap > self.size // 2:
+            raise ValueError(f"overlap must be at most half of size ({self.size // 2})")
+        return self
+
+
 class Method(Part):
     """The options of ALFA (method.md), each by name."""
 
@@ -144,15 +157,55 @@ class Method(Part):
     ridge_lambda: PositiveFloat = 1.0
     local_weight: Share = Field(0.5, description="w: score = (1 - w) global + w local")
     local_top_k: PositiveInt = Field(1, description="local score: mean of the k highest patches")
+    tile: Tile | None = Field(None, description="score overlapping tiles of large photos; none: each as a whole")
+
+
+class References(Part):
+    """Few-shot: known-good images of each class, which all others are compared with."""
+
+    images: str = Field(
+        min_length=1,
+        description="`train`: the dataset's own train images (layouts mvtec and visa); else folder, table or URI of "
+        "known-good images, one folder a class",
+    )
+    shots: PositiveInt = Field(4, description="images a class; where there are fewer, all of them")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="chooses which; more shots keep those of fewer")
+    levels: tuple[int, ...] | None = Field(
+        None, min_length=1, description="blocks whose patches are compared; default: the middle one"
+    )
+
+    _no_credentials = field_validator("images")(without_credentials)
 
 
 class Threshold(Part):
     """When an image, and a pixel, counts as anomalous."""
 
-    policy: Literal["fixed", "quantile"] = "fixed"
+    policy: Literal["fixed", "quantile", "reference", "labels"] = Field(
+        "fixed",
+        description="quantile: of this run's own scores; reference: of the references' leave-one-out scores; labels: "
+        "as `alfa calibrate` has written them",
+    )
     value: float = Field(0.5, description="policy fixed: score from which an image is anomalous")
     mask_value: float | None = Field(None, description="policy fixed: the same for pixels; default: value")
     quantile: Share = Field(0.95, description="policy quantile: share of a class's images of this run that lie below")
+    reference_quantile: Share = Field(0.99, description="policy reference: share of the references that lie below")
+    table: str | None = Field(None, min_length=1, description="policy labels: path or URI of the calibrated thresholds")
+
+    @field_validator("table")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        return value if value is None else without_credentials(value)
+
+    @model_validator(mode="after")
+    def _table_named(self) -> Threshold:
+        if self.policy == "labels" and self.table is None:
+            raise ValueError("table is required with policy labels: the JSON file that alfa calibrate has written")
+        return self
+
+    @property
+    def source(self) -> str:
+        """Where thresholds come from, as rows say it: the policy, and with labels the table."""
+        return f"labels {self.table}" if self.policy == "labels" else self.policy
 
 
 class Engine(Part):
@@ -197,12 +250,15 @@ class JobConfig(Part):
     model: Model = Field(default_factory=lambda: Model())
     prompts: Prompts = Field(default_factory=lambda: Prompts())
     method: Method = Field(default_factory=lambda: Method())
+    references: References | None = Field(None, description="few-shot; none: zero-shot")
     threshold: Threshold = Field(default_factory=lambda: Threshold())
     engine: Engine = Field(default_factory=lambda: Engine())
     lake: Lake = Field(default_factory=lambda: Lake())
 
     @model_validator(mode="after")
-    def _class_named(self) -> JobConfig:
+    def _whole(self) -> JobConfig:
+        if self.threshold.policy == "reference" and self.references is None:
+            raise ValueError("threshold.policy reference needs references: set references.images")
         if self.dataset.layout == "flat" and self.dataset.class_name is None:
             raise ValueError("dataset.class_name is required with dataset.layout flat (flag --class)")
         return self
@@ -212,10 +268,27 @@ class JobConfig(Part):
         """The aligner in force: the embedded model was trained for `raw`, real CLIP is best with `value`."""
         return self.method.aligner or ("raw" if self.model.name == EMBEDDED_MODEL else "value")
 
-    def result_fingerprint(self, weights_sha256: str, prompts_fingerprint: str) -> str:
+    def scoring_facts(self) -> dict[str, Any]:
+        """The options that determine an image's raw scores: thresholds hold for scores of the same ones alone."""
+        return {
+            "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
+            "method": {**self.method.model_dump(mode="json"), "aligner": self.aligner},
+            "references": None if self.references is None else self.references.model_dump(mode="json"),
+        }
+
+    def result_fingerprint(
+        self, weights_sha256: str, prompts_fingerprint: str, references: Sequence[str] = (), thresholds: str = ""
+    ) -> str:
         """Hash (12 hex digits) of all that determines the rows of a night: what is read, the model and its weights,
-        the method, the thresholds, the prompts. How fast or where it runs does not count."""
-        return _digest({**self._facts(), "weights_sha256": weights_sha256, "prompts": prompts_fingerprint})
+        the method, the prompts, the reference images (their ids), the thresholds (content of their table). How fast or
+        where it runs does not count."""
+        facts = {
+            "weights_sha256": weights_sha256,
+            "prompts": prompts_fingerprint,
+            "reference_images": list(references),
+            "thresholds": thresholds,
+        }
+        return _digest({**self._facts(), **facts})
 
     @property
     def config_fingerprint(self) -> str:
@@ -226,8 +299,7 @@ class JobConfig(Part):
         return {
             "dataset": self.dataset.model_dump(mode="json"),
             "maps": self.output.maps,
-            "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
-            "method": {**self.method.model_dump(mode="json"), "aligner": self.aligner},
+            **self.scoring_facts(),
             "threshold": self.threshold.model_dump(mode="json"),
         }
 
@@ -290,7 +362,7 @@ def _parse_override(item: str) -> tuple[list[str], Any]:
 
 def _assign(target: dict[str, Any], path: Sequence[str], value: Any) -> None:
     for name in path[:-1]:
-        child = target.setdefault(name, {})
+        child = target[name] = {} if target.get(name) is None else target[name]
         if not isinstance(child, dict):
             raise JobError(one_line(f"{'.'.join(path)}: {name} holds a value, not keys"))
         target = child

@@ -9,7 +9,7 @@ from enum import Enum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ErrorType(str, Enum):
@@ -53,7 +53,7 @@ _REGION = pa.struct(
         _field("width", pa.int32(), "pixels"),
         _field("height", pa.int32(), "pixels"),
         _field("area", pa.int64(), "pixels of the mask in this region"),
-        _field("peak", pa.float32(), "highest value of the anomaly map in it, a probability"),
+        _field("peak", pa.float32(), "highest value of the anomaly map in it: 0 to 1, to 2 with references"),
         _field("defect", pa.string(), "name of the nearest described defect; null where only base prompts exist"),
     ]
 )
@@ -79,14 +79,19 @@ SCORES = pa.schema(
         _field("status", pa.string(), "ok or error", nullable=False),
         _field("error_type", pa.string(), "one of schemas.tables.ErrorType; null when ok"),
         _field("error_message", pa.string(), "what failed, for a person; null when ok"),
-        _field("score", pa.float32(), "unified anomaly score (1 - w) global + w local, raw, 0 to 1; null on error"),
+        _field(
+            "score",
+            pa.float32(),
+            "unified anomaly score S = (1 - w) global + w local, raw, 0 to 1; (S + score_reference) / 2 with "
+            "references; null on error",
+        ),
         _field("score_global", pa.float32(), "softmax probability of the anomalous prototype for the whole image"),
-        _field("score_local", pa.float32(), "mean of the k highest patches of the anomaly map"),
+        _field("score_local", pa.float32(), "mean of the k highest patches of the anomaly map from language alone"),
         _field("threshold", pa.float32(), "score from which the image counts as anomalous"),
         _field("mask_threshold", pa.float32(), "map value from which a pixel counts as anomalous"),
         _field("is_anomalous", pa.bool_(), "score >= threshold; null on error"),
         _field("mask_uri", pa.string(), "8-bit PNG, 0 or 255, of the size of the source image; null on error"),
-        _field("map_uri", pa.string(), "16-bit PNG, value / 65535 is the anomaly map; null unless asked for"),
+        _field("map_uri", pa.string(), "16-bit PNG, value / 65535 is the anomaly map, cut at 1; null unless asked for"),
         _field("mask_area", pa.float32(), "share of pixels that the mask marks, 0 to 1"),
         _field("regions", pa.list_(_REGION), "connected regions (8 neighbours) of the mask, highest peak first"),
         _field("explanation", pa.list_(_EXPLANATION), "kept anomalous prompts by weight x similarity, best first"),
@@ -97,6 +102,10 @@ SCORES = pa.schema(
         _field("model", pa.string(), "open_clip model and pretrained tag or file name", nullable=False),
         _field("weights_sha256", pa.string(), "SHA-256 of the weights file", nullable=False),
         _field("scored_at", _TIMESTAMP, "when the row was made", nullable=False),
+        _field("shots", pa.int32(), "reference images that it was compared with, 0: zero-shot; null on error"),
+        _field("score_reference", pa.float32(), "distance of its farthest patch to the references, 0 to 1; else null"),
+        _field("map_peak", pa.float32(), "highest patch of the anomaly map, what mask thresholds are set by"),
+        _field("threshold_source", pa.string(), "policy of the thresholds; with labels, their table too"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
@@ -108,10 +117,13 @@ SHARD = pa.schema(
         _field("image_key", pa.string(), "path of the image below the dataset's root", nullable=False),
         *SCORES,
         _field("prompts_kept", pa.list_(pa.bool_()), "which prompts adaptation has left, in the order of prompts.json"),
-        _field("grid", pa.list_(pa.float32()), "anomaly map on the patch grid, row by row; null on error"),
+        _field(
+            "grid", pa.list_(pa.float32()), "anomaly map on the patch grid, row by row; 0 to 1, to 2 with references"
+        ),
         _field("grid_width", pa.int32(), "columns of the patch grid"),
         _field("defect_names", pa.list_(pa.string()), "described defects of the class"),
         _field("defect_grid", pa.list_(pa.float32()), "similarity of each patch with each defect: defect, row, column"),
+        _field("defect_grid_width", pa.int32(), "columns of defect_grid, where they are not those of grid"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )

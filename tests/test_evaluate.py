@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,14 @@ from tests.command import alfa
 RUNNER = CliRunner(env={"COLUMNS": "200"})
 DEMO = Path(__file__).parents[1] / "infra" / "demo" / "images"
 JOB = parse_job({"dataset": {"images": "in"}, "output": {"uri": "out"}})
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """The command line sets up the logging of its process, which here is that of all tests."""
+    before = logging.root.handlers[:]
+    yield
+    logging.root.handlers[:] = before
 
 
 def evaluate(*arguments: str | Path) -> Result:
@@ -88,7 +98,7 @@ def test_compare_shows_configurations_beside_published_rows(tmp_path: Path) -> N
     assert "## Published (MVTec AD, 15 classes)" in (folder / "metrics.md").read_text()
 
 
-def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path) -> None:
     root = DEMO / "hazelnut"
     rows = [(path, "good", "") for path in sorted((root / "test" / "good").iterdir())]
     kind = next(path.name for path in (root / "ground_truth").iterdir())
@@ -105,7 +115,7 @@ def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path, caplog
     folder, document = evaluation_of(tmp_path / "out")
     (row,) = (row for row in document["rows"] if row["level"] == "class")
     assert (row["good"], row["anomalous"], row["errors"]) == (6, 6, 1) and row["pixel_pro"] is not None
-    assert "broken.png is left out" in caplog.text and "1 images could not be scored" in done.stdout
+    assert "broken.png is left out" in done.stderr and "1 images could not be scored" in done.stdout
     assert (
         "<b>" not in (folder / "metrics.md").read_text() and "<script>" not in (folder / "evaluation.html").read_text()
     )
@@ -146,3 +156,21 @@ def test_comparisons_are_lists_of_grids_without_repeats() -> None:
 def test_published_rows_are_the_numbers_of_the_papers() -> None:
     first = PUBLISHED["visa"][0]
     assert (first.method, first.image_auroc, first.pixel_pro) == ("ALFA", 81.2, 63.8) and "unverified" in first.note
+
+
+def test_shots_are_compared_with_zero_shot(tmp_path: Path) -> None:
+    """Two of the good photos become train images; the rest is evaluated with none, one and both of them."""
+    shutil.copytree(DEMO / "hazelnut", tmp_path / "in" / "hazelnut")
+    train = tmp_path / "in" / "hazelnut" / "train" / "good"
+    train.mkdir(parents=True)
+    for name in ("00.jpg", "01.jpg"):
+        (tmp_path / "in" / "hazelnut" / "test" / "good" / name).rename(train / name)
+    arguments = ("--images", tmp_path / "in", "--output", tmp_path / "out", "--shots", "0,1,2")
+    shown = evaluate(*arguments, "--set", "method.aligner=ridge")
+    assert shown.exit_code == 0, shown.output
+    _, found = evaluation_of(tmp_path / "out")
+    rows = {row["configuration"]: row for row in found["rows"] if row["level"] == "class"}
+    assert list(rows) == ["base", "shots=1", "shots=2"] and {row["good"] for row in rows.values()} == {4}
+    # What hazelnuts look like tells more than words about them.
+    assert rows["shots=2"]["pixel_aupr"] > rows["base"]["pixel_aupr"]
+    assert evaluate(*arguments[:4], "--shots", "some").exit_code == 2

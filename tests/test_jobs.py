@@ -100,6 +100,32 @@ def test_a_run_leaves_its_facts_as_metrics_and_lineage(night: tuple[Path, Path])
     assert table["name"] == f"{night[1]}/scores" and table["outputFacets"]["outputStatistics"]["rowCount"] == 13
 
 
+@pytest.mark.slow
+def test_a_calibrated_night_marks_what_its_table_says(tmp_path: Path) -> None:
+    """A night with references and their threshold; its scores, labelled by the layout, calibrate the next."""
+    shutil.copytree(DEMO / "hazelnut" / "test", tmp_path / "in" / "hazelnut" / "test")
+    shutil.copytree(DEMO / "hazelnut" / "test" / "good", tmp_path / "known" / "hazelnut")
+    images, output, table = tmp_path / "in", tmp_path / "out", tmp_path / "cut" / "thresholds.json"
+    references = (f"references.images={tmp_path / 'known'}", "references.shots=3")
+    first = score(images, output, *references, "threshold.policy=reference")
+    assert first.returncode == 0, first.stderr
+    (memory,) = output.glob("runs/*/references/hazelnut.safetensors")
+    calibrated = alfa("calibrate", output, memory.parents[1].name, "--table", table)
+    assert calibrated.returncode == 0, calibrated.stderr
+    second = score(images, output, *references, "threshold.policy=labels", f"threshold.table={table}")
+    assert second.returncode == 0, second.stderr
+    ((source, shots, threshold, found, false),) = duckdb.sql(
+        f"SELECT threshold_source, shots, threshold, sum((is_anomalous AND image_uri LIKE '%colour%')::INT), "
+        f"sum((is_anomalous AND image_uri LIKE '%good%')::INT) "
+        f"FROM read_parquet('{output}/scores/**/*.parquet') GROUP BY ALL"
+    ).fetchall()
+    written = json.loads(table.read_text())["classes"]["hazelnut"]
+    assert (source, shots, threshold) == (f"labels {table}", 3, pytest.approx(written["score"]))
+    assert (found / 6, false / 6) == (written["recall"], written["false_positive_rate"])
+    zero_shot = score(images, output, "threshold.policy=labels", f"threshold.table={table}")
+    assert zero_shot.returncode == 2 and "other options than the job's" in zero_shot.stderr
+
+
 def test_status_shows_runs(night: tuple[Path, Path]) -> None:
     shown = alfa("status", night[1])
     assert shown.returncode == 0 and "done, published" in shown.stdout and "4/4" in shown.stdout

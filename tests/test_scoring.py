@@ -139,7 +139,7 @@ def test_quantiles_are_per_class_and_skip_errors() -> None:
         {
             "class_name": ["a"] * 5 + ["b"] * 2,
             "score": [0.1, 0.2, 0.3, 0.4, None, 0.8, 0.6],
-            "score_local": [0.5, 0.6, 0.7, 0.8, None, 0.2, 0.4],
+            "map_peak": [0.5, 0.6, 0.7, 0.8, None, 0.2, 0.4],
         }
     )
     cuts = quantile_thresholds([table.slice(0, 3), table.slice(3)], 0.5)

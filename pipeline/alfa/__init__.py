@@ -3,6 +3,7 @@
 from pipeline.alfa.detector import Detection, Detector, Features, PromptEmbeddings
 from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
 from pipeline.alfa.explain import Evidence
+from pipeline.alfa.references import ReferenceMemory
 
 __all__ = [
     "Detection",
@@ -13,6 +14,7 @@ __all__ = [
     "ModelError",
     "Preprocess",
     "PromptEmbeddings",
+    "ReferenceMemory",
     "Weights",
     "load_encoder",
     "locate_weights",

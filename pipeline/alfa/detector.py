@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,13 @@ from pipeline.alfa.adaptation import PromptBatch, adapt, prototypes
 from pipeline.alfa.aligner import align
 from pipeline.alfa.encoder import Encoder, ImageFeatures, ModelError
 from pipeline.alfa.explain import Evidence, explain
-from schemas.job import Method
+from pipeline.alfa.references import ReferenceMemory, reference_distance, remember
+from pipeline.tiling import Tiling
+from schemas.job import Method, References
 from schemas.prompts import PromptEnsemble
+
+_MOST_DEFECT_PATCHES = 64
+"""A side of the defect grid: that of tiles could be large, and has as many layers as the class has defects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +29,8 @@ class PromptEmbeddings:
     """The prompts of a class, encoded once; it can be pickled, to share it with all actors.
 
     embeddings: [P, D], normalised, float32, CPU; is_anomalous: [P], bool; defects: the K names of described defects;
-    defect_embeddings: [K, D], the normalised mean of the prompts that name the defect.
+    defect_embeddings: [K, D], the normalised mean of the prompts that name the defect. memory: few-shot, what is
+    known of the class besides; None: zero-shot.
     """
 
     ensemble: PromptEnsemble
@@ -32,6 +38,7 @@ class PromptEmbeddings:
     is_anomalous: Tensor
     defects: tuple[str, ...]
     defect_embeddings: Tensor
+    memory: ReferenceMemory | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +54,17 @@ class Detection:
     """What one image is given.
 
     score, score_global, score_local: 0 to 1, raw. grid: anomaly map on the patch grid [gh, gw], float32, probabilities.
-    defect_grid: cosine of each patch with each defect [K, gh, gw], float32. kept: [P], which prompts of the ensemble
-    adaptation has left, in its order.
+    defect_grid: cosine of each patch with each defect [K, gh, gw], float32, averaged to at most 64 patches a side.
+    kept: [P], which prompts of the ensemble adaptation has left, in its order. shots: reference images that it was
+    compared with; with any, score_reference is the distance of its farthest patch, 0 to 1, and the distances are added
+    to the grid, which then ranges from 0 to 2.
     """
 
     score: float
     score_global: float
     score_local: float
+    score_reference: float | None
+    shots: int
     grid: NDArray[np.float32]
     defect_grid: NDArray[np.float32]
     kept: NDArray[np.bool_]
@@ -62,16 +73,28 @@ class Detection:
     explanation: tuple[Evidence, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Leaning:
+    """similarities, weights: [B, P]; sides: prototypes [B, 2, D]; kept: prompts a side [B, 2]; score_global: [B]."""
+
+    similarities: Tensor
+    weights: Tensor
+    sides: Tensor
+    kept: Tensor
+    score_global: Tensor
+
+
 class Detector:
     """ALFA with the options of a Method."""
 
-    def __init__(self, encoder: Encoder, method: Method, aligner: str) -> None:
+    def __init__(self, encoder: Encoder, method: Method, aligner: str, references: References | None = None) -> None:
         """Raises ModelError where levels or depth do not exist in the model."""
         self.encoder = encoder
         self._method = method
         self._aligner = aligner
         self._value_depth = _value_depth(encoder.blocks, method) if aligner == "value" else None
         self._levels = _resolve_levels(encoder.blocks, method.levels, self._value_depth)
+        self._reference_levels = _reference_levels(encoder.blocks, references) if references is not None else ()
 
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
         """Encodes all prompts of a class.
@@ -93,7 +116,17 @@ class Detector:
     def features_key(self) -> tuple[Hashable, ...]:
         """Detectors of one encoder whose keys are equal see the same features."""
         ridge_lambda = self._method.ridge_lambda if self._aligner == "ridge" else None
-        return self._aligner, self._levels, self._value_depth, ridge_lambda
+        return self._aligner, self._levels, self._value_depth, ridge_lambda, self._reference_levels
+
+    def remember(self, images: Sequence[Tensor], at_once: int = 32) -> ReferenceMemory:
+        """The memory of known-good images, each as its views [V, 3, H, W], uint8, of the encoder's size: its tiles, or
+        the whole alone; `at_once` of them in a forward pass."""
+        return remember([torch.cat(list(self._reference_tokens(views, at_once)), dim=1) for views in images])
+
+    def _reference_tokens(self, views: Tensor, at_once: int) -> Iterator[Tensor]:
+        for some in views.split(at_once):
+            features = self.encoder.encode_images(some, self._levels, None, self._reference_levels)
+            yield features.reference_tokens.flatten(1, 2)
 
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
         """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, any mix of classes.
@@ -107,7 +140,7 @@ class Detector:
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Features:
         """All of the model's work on pixels [B, 3, H, W], uint8. Raises ValueError where they have another size."""
-        image = self.encoder.encode_images(pixels, self._levels, self._value_depth)
+        image = self.encoder.encode_images(pixels, self._levels, self._value_depth, self._reference_levels)
         return Features(image, align(image, self.encoder, self._aligner, self._method.ridge_lambda))
 
     @torch.inference_mode()
@@ -115,32 +148,82 @@ class Detector:
         """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
 
         The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
-        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner").
+        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner"). Where a class has
+        references: map + R, (score + max R) / 2 ("Few-shot").
         """
-        method, encoder = self._method, self.encoder
-        embedding, local = features.image.embedding, features.local
-        batch = _gather(prompts, encoder.device)
+        leaning = self._lean(features.image.embedding, prompts)
+        patches = self._look(features, leaning.sides, prompts)
+        return self._conclude(leaning, patches.unflatten(2, self.encoder.grid), prompts)
+
+    @torch.inference_mode()
+    def detect_tiled(
+        self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
+    ) -> Detection:
+        """Detection of one large photo: the whole [3, H, W] gives the class embedding, so prompts and global score;
+        overlapping tiles [T, 3, H, W] give one map at their resolution, `at_once` of them in a forward pass.
+
+        Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
+        """
+        leaning = self._lean(self.encoder.encode_images(whole[None], self._levels).embedding, [prompts])
+        window = _window(tiling.tile).to(self.encoder.device)
+        blended = torch.zeros(2 + len(prompts.defects), *tiling.grid, device=window.device)
+        weight = torch.zeros(tiling.grid, device=window.device)
+        places = iter(tiling.places)
+        for some in tiles.split(at_once):
+            sides = leaning.sides.expand(len(some), -1, -1)
+            patches = self._look(self.features(some), sides, [prompts] * len(some)).unflatten(2, tiling.tile)
+            for part, (top, left) in zip(patches, places, strict=False):
+                here = (slice(top, top + tiling.tile[0]), slice(left, left + tiling.tile[1]))
+                blended[(slice(None), *here)] += part * window
+                weight[here] += window
+        return self._conclude(leaning, (blended / weight)[None], [prompts])[0]
+
+    def _lean(self, embedding: Tensor, prompts: Sequence[PromptEmbeddings]) -> _Leaning:
+        """What follows from the class embeddings [B, D]."""
+        batch = _gather(prompts, self.encoder.device)
         similarities = (batch.embeddings @ embedding[:, :, None])[..., 0]
-        weights = adapt(similarities, batch, method)
+        weights = adapt(similarities, batch, self._method)
         sides = prototypes(weights, batch)
-        score_global = self._anomalous_share(embedding[:, None], sides)[:, 0]
-        grid = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
-        grid = _mean_filter(grid.view(-1, 1, *encoder.grid))[:, 0]
-        top = min(method.local_top_k, grid[0].numel())
+        kept = torch.stack([((weights > 0) & side).sum(1) for side in batch.sides], dim=1)
+        return _Leaning(similarities, weights, sides, kept, self._anomalous_share(embedding[:, None], sides)[:, 0])
+
+    def _look(self, features: Features, sides: Tensor, prompts: Sequence[PromptEmbeddings]) -> Tensor:
+        """Each patch's anomalous share m, its distance R to the references, and its cosines with the defects:
+        [B, 2 + K, P]."""
+        local = features.local
+        shares = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
+        distances = _reference_distances(features.image.reference_tokens, prompts)
+        defects = _pad([item.defect_embeddings for item in prompts]).to(self.encoder.device)
+        cosines = defects @ F.normalize(local.mean(0), dim=-1).transpose(1, 2)
+        return torch.cat([shares[:, None], distances[:, None], cosines], dim=1)
+
+    def _conclude(self, leaning: _Leaning, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+        """Detections of patches [B, 2 + K, gh, gw], in the order of _look."""
+        w, score_global = self._method.local_weight, leaning.score_global
+        grid = _mean_filter(patches[:, :1])[:, 0]
+        top = min(self._method.local_top_k, grid[0].numel())
         score_local = grid.flatten(1).topk(top).values.mean(1)
-        score = (1 - method.local_weight) * score_global + method.local_weight * score_local
-        defects = _pad([item.defect_embeddings for item in prompts]).to(encoder.device)
-        defect_grid = (defects @ F.normalize(local.mean(0), dim=-1).transpose(1, 2)).unflatten(2, encoder.grid)
-        kept = torch.stack([((weights > 0) & side).sum(1) for side in batch.sides], dim=1).tolist()
-        scores = torch.stack([score, score_global, score_local], dim=1).tolist()
+        score = (1 - w) * score_global + w * score_local
+        distances = patches[:, 1]
+        score_reference = distances.flatten(1).amax(1)
+        referenced = torch.tensor([item.memory is not None for item in prompts], device=score.device)
+        score = torch.where(referenced, (score + score_reference) / 2, score)
+        defect_grid = patches[:, 2:]
+        if max(defect_grid.shape[2:]) > _MOST_DEFECT_PATCHES:
+            rows, columns = (min(side, _MOST_DEFECT_PATCHES) for side in defect_grid.shape[2:])
+            defect_grid = F.adaptive_avg_pool2d(defect_grid, (rows, columns))
+        kept = leaning.kept.tolist()
+        scores = torch.stack([score, score_global, score_local, score_reference], dim=1).tolist()
         grids, defect_grids, all_weights, all_similarities = (
-            part.cpu().numpy() for part in (grid, defect_grid, weights, similarities)
+            part.cpu().numpy() for part in (grid + distances, defect_grid, leaning.weights, leaning.similarities)
         )
         return [
             Detection(
                 score=scores[i][0],
                 score_global=scores[i][1],
                 score_local=scores[i][2],
+                score_reference=None if item.memory is None else scores[i][3],
+                shots=0 if item.memory is None else item.memory.shots,
                 grid=grids[i],
                 defect_grid=defect_grids[i, : len(item.defects)],
                 kept=all_weights[i, : len(item.ensemble.prompts)] > 0,
@@ -175,6 +258,23 @@ def _resolve_levels(blocks: int, levels: Sequence[int], value_depth: int | None)
     return tuple(resolved)
 
 
+def _reference_levels(blocks: int, references: References) -> tuple[int, ...]:
+    levels = references.levels if references.levels is not None else (blocks // 2 - 1,)
+    resolved = tuple(sorted({level + blocks if level < 0 else level for level in levels}))
+    if not all(0 <= level < blocks for level in resolved):
+        raise ModelError(f"references.levels {list(levels)} must name blocks 0 to {blocks - 1} of this model")
+    return resolved
+
+
+def _reference_distances(tokens: Tensor, prompts: Sequence[PromptEmbeddings]) -> Tensor:
+    """R of each image to its class's memory: [B, P]; 0 where it has none. tokens: [L, B, P, W]."""
+    distances = torch.zeros(tokens.shape[1:3], device=tokens.device)
+    for memory in dict.fromkeys(item.memory for item in prompts if item.memory is not None):
+        images = [number for number, item in enumerate(prompts) if item.memory is memory]
+        distances[images] = reference_distance(tokens[:, images], memory)
+    return distances
+
+
 def _gather(prompts: Sequence[PromptEmbeddings], device: torch.device) -> PromptBatch:
     """Pads each distinct class once, then picks a row an image."""
     distinct = {id(item): item for item in prompts}
@@ -194,3 +294,9 @@ def _pad(parts: Sequence[Tensor]) -> Tensor:
 def _mean_filter(grid: Tensor) -> Tensor:
     """3x3 mean on [B, 1, gh, gw]; at the edges over the patches that exist."""
     return F.avg_pool2d(grid, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _window(tile: tuple[int, int]) -> Tensor:
+    """Weight of each patch of a tile: falls linearly from its middle to its edges, and is nowhere 0."""
+    rows, columns = (torch.arange(1.0, side + 1).minimum(torch.arange(float(side), 0.0, -1.0)) for side in tile)
+    return rows[:, None] * columns

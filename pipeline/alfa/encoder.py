@@ -58,12 +58,14 @@ class ImageFeatures:
     embedded: tokens that enter the first block [B, 1 + P, W].
     tokens: patch tokens after each wanted block [L, B, P, W], float32.
     values: the value path after each wanted block [L, B, P, W]; None where it was not asked for.
+    reference_tokens: patch tokens after each block wanted for references [R, B, P, W], float32; R may be 0.
     """
 
     embedding: Tensor
     embedded: Tensor
     tokens: Tensor
     values: Tensor | None
+    reference_tokens: Tensor
 
 
 def locate_weights(model: Model) -> Weights:
@@ -184,11 +186,19 @@ class Encoder:
         return F.normalize(torch.cat(encoded), dim=-1).cpu()
 
     @torch.inference_mode()
-    def encode_images(self, pixels: Tensor, levels: Sequence[int], value_depth: int | None = None) -> ImageFeatures:
+    def encode_images(
+        self,
+        pixels: Tensor,
+        levels: Sequence[int],
+        value_depth: int | None = None,
+        reference_levels: Sequence[int] = (),
+    ) -> ImageFeatures:
         """One forward pass over pixels [B, 3, H, W], uint8, of the model's size; normalised on the device.
 
         levels: blocks to keep, from 0, ascending; value_depth: blocks of the value path, counted from the last; None:
-        no path. Raises ValueError for pixels of another type or size.
+        no path; reference_levels: blocks to keep for the comparison with references, ascending.
+
+        Raises ValueError for pixels of another type or size.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (3, *self.preprocess.size):
             wanted = ["B", 3, *self.preprocess.size]
@@ -197,6 +207,7 @@ class Encoder:
         first = self.blocks - value_depth if value_depth else self.blocks
         tokens: list[Tensor] = []
         values: list[Tensor] = []
+        compared: list[Tensor] = []
         with self._cast():
             x = embedded = self._embed(images)
             y: Tensor | None = None
@@ -208,8 +219,14 @@ class Encoder:
                     tokens.append(x[:, 1:])
                     if y is not None:
                         values.append(y[:, 1:])
+                if number in reference_levels:
+                    compared.append(x[:, 1:])
         return ImageFeatures(
-            self.project(x[:, 0]), embedded, torch.stack(tokens), torch.stack(values) if value_depth else None
+            self.project(x[:, 0]),
+            embedded,
+            torch.stack(tokens),
+            torch.stack(values) if value_depth else None,
+            torch.stack(compared) if compared else x.new_empty(0, *x[:, 1:].shape),
         )
 
     @torch.inference_mode()

@@ -6,7 +6,6 @@ prompts, adaptation or weighting alone.
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import torch
 
 from pipeline import lake
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
-from pipeline.images import GOOD, DatasetError, Decoded, ImageError, decode_image
-from pipeline.scoring import batches, read_image, read_shard
+from pipeline.images import GOOD, DatasetError, Decoded, ImageError
+from pipeline.references import make_memory
+from pipeline.scoring import batch_size, batches, detect, image_decoder, read_image, read_shard, to_tensor
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from schemas.job import JobConfig
@@ -36,11 +35,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to score with: its job, and the prompts of each class."""
+    """A configuration to score with: its job, and of each class the prompts and the reference images (rows)."""
 
     name: str
     job: JobConfig
     ensembles: Mapping[str, PromptEnsemble]
+    references: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,23 +82,18 @@ def score_variants(
     """
     scores: dict[str, list[Score | None]] = {variant.name: [] for variant in variants}
     sizes: dict[int, tuple[int, int]] = {}
-    same_model = sorted(variants, key=lambda variant: repr(variant.job.model))
-    for model, group in groupby(same_model, key=lambda variant: variant.job.model):
-        encoder = load_encoder(model, locate_weights(model))
-        judges = _judges(encoder, list(group))
-        decode = functools.partial(
-            decode_image,
-            size=encoder.preprocess.size,
-            interpolation=encoder.preprocess.interpolation,
-            max_pixels=variants[0].job.dataset.max_pixels,
-        )
+    for group in group_variants(variants):
+        job = group[0].job
+        judges = _judges(load_encoder(job.model, locate_weights(job.model)), group)
+        decode = image_decoder(job, judges[0].detector)
 
         def read(number: int, decode: Callable[[bytes], Decoded] = decode) -> tuple[int, Decoded | ImageError]:
             return number, read_image(images[number].uri, source, decode)
 
+        size = batch_size(job)
         with ThreadPoolExecutor(threads, "read") as readers:
-            decoded = map_ahead(readers, read, range(len(images)), ahead=2 * model.batch_size)
-            for batch in batches(decoded, model.batch_size):
+            decoded = map_ahead(readers, read, range(len(images)), ahead=2 * size)
+            for batch in batches(decoded, size):
                 for number, item in batch:
                     if isinstance(item, ImageError):
                         logger.warning("%s is left out: %s", images[number].uri, item.message)
@@ -113,9 +108,19 @@ def score_variants(
     return Scored(found, [Configuration(variant.name, scores[variant.name]) for variant in variants])
 
 
+def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
+    """Those together that see the same pixels: of one model, cut alike."""
+
+    def sight(variant: Variant) -> tuple[str, str]:
+        return repr(variant.job.model), repr(variant.job.method.tile)
+
+    return [list(group) for _, group in groupby(sorted(variants, key=sight), key=sight)]
+
+
 @dataclass(frozen=True, eq=False)
 class _Judge:
     name: str
+    job: JobConfig
     detector: Detector
     prompts: Mapping[str, PromptEmbeddings]
 
@@ -124,12 +129,16 @@ def _judges(encoder: Encoder, variants: Sequence[Variant]) -> list[_Judge]:
     embedded: dict[tuple[str, str], PromptEmbeddings] = {}
     judges = []
     for variant in variants:
-        detector = Detector(encoder, variant.job.method, variant.job.aligner)
+        job = variant.job
+        detector = Detector(encoder, job.method, job.aligner, job.references)
         for name, ensemble in variant.ensembles.items():
             if (name, ensemble.fingerprint) not in embedded:
                 embedded[name, ensemble.fingerprint] = detector.embed(ensemble)
         prompts = {name: embedded[name, item.fingerprint] for name, item in variant.ensembles.items()}
-        judges.append(_Judge(variant.name, detector, prompts))
+        for name, images in variant.references.items():
+            if (stored := make_memory(prompts[name], images, detector, job)) is not None:
+                prompts[name] = replace(prompts[name], memory=stored.memory)
+        judges.append(_Judge(variant.name, job, detector, prompts))
     return judges
 
 
@@ -139,16 +148,18 @@ def _score_batch(
     judges: Sequence[_Judge],
     scores: Mapping[str, list[Score | None]],
 ) -> None:
-    good = [(number, item.pixels) for number, item in batch if isinstance(item, Decoded)]
+    good = [(number, item) for number, item in batch if isinstance(item, Decoded)]
+    pixels = to_tensor([item.pixels for _, item in good]) if good else None
     seen: dict[Any, Features] = {}
-    pixels = torch.from_numpy(np.stack([item for _, item in good])).permute(0, 3, 1, 2) if good else None
     for judge in judges:
+        prompts = [judge.prompts[images[number].class_name] for number, _ in good]
         detections: Iterator[Detection] = iter(())
-        if pixels is not None:
+        if judge.job.method.tile is not None:
+            detections = detect(judge.detector, [item for _, item in good], prompts, judge.job)
+        elif pixels is not None:
             key = judge.detector.features_key
             if key not in seen:
                 seen[key] = judge.detector.features(pixels)
-            prompts = [judge.prompts[images[number].class_name] for number, _ in good]
             detections = iter(judge.detector.judge(seen[key], prompts))
         for number, item in batch:
             scores[judge.name].append(

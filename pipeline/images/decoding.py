@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError, _imaging
 
 from pipeline.memory import PIXELS
+from pipeline.tiling import Tiling, plan_tiling
 from schemas.tables import ErrorType
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -27,6 +28,8 @@ _INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
 }
 
+
+_MOST_TILES = 1024
 
 # With `formats` given, Pillow does not load the plugins by itself.
 Image.init()
@@ -55,15 +58,31 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels: uint8 [height, width, 3], RGB, of the model's size; source size in pixels after EXIF orientation."""
+    """pixels: uint8 [height, width, 3], RGB, of the model's size; source size in pixels after EXIF orientation.
+
+    Where tiles were asked for: tiles [T, height, width, 3], each of the model's size, at the places of tiling.
+    """
 
     pixels: NDArray[np.uint8]
     source_width: int
     source_height: int
+    tiles: NDArray[np.uint8] | None = None
+    tiling: Tiling | None = None
 
 
-def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int) -> Decoded:
-    """The whole image, squashed to size (height, width) as the model's pre-processing does.
+@dataclass(frozen=True)
+class Cut:
+    """How tiles are cut: rows and columns of patches of one, its side and overlap in pixels of the photo."""
+
+    patches: tuple[int, int]
+    size: int
+    overlap: int
+
+
+def decode_image(
+    data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+) -> Decoded:
+    """The whole image, squashed to size (height, width) as the model's pre-processing does, and its tiles if asked for.
 
     JPEG, PNG, BMP, TIFF, WebP; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled, not
     clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. Raises
@@ -71,8 +90,10 @@ def decode_image(data: bytes, *, size: tuple[int, int], interpolation: str, max_
     """
     with _opened(data, max_pixels) as image:
         _turn_upright(image)
-        squashed = _to_rgb(image).resize((size[1], size[0]), _INTERPOLATIONS[interpolation])
-        return Decoded(np.asarray(squashed), image.width, image.height)
+        upright, how = _to_rgb(image), _INTERPOLATIONS[interpolation]
+        squashed = upright.resize((size[1], size[0]), how)
+        tiles = None if cut is None else _cut(upright, cut, size, how)
+        return Decoded(np.asarray(squashed), upright.width, upright.height, *(tiles or ()))
 
 
 def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
@@ -88,6 +109,22 @@ def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=80, optimize=True)
         return buffer.getvalue()
+
+
+def _cut(
+    image: Image.Image, cut: Cut, size: tuple[int, int], interpolation: Image.Resampling
+) -> tuple[NDArray[np.uint8], Tiling]:
+    tiling = plan_tiling(image.width, image.height, cut.patches, cut.size, cut.overlap)
+    if len(tiling.places) > _MOST_TILES:
+        message = (
+            f"{image.width} x {image.height} pixels make {len(tiling.places)} tiles, more than {_MOST_TILES}; "
+            f"method.tile.size {cut.size} is too small for it"
+        )
+        raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
+    tiles = np.empty((len(tiling.places), *size, 3), dtype=np.uint8)
+    for tile, box in zip(tiles, tiling.boxes(image.width, image.height), strict=True):
+        tile[:] = np.asarray(image.resize((size[1], size[0]), interpolation, box=box))
+    return tiles, tiling
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:

@@ -10,19 +10,24 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 
-from pipeline.images.decoding import Decoded, ImageError, decode_image
+from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image
+from pipeline.tiling import plan_tiling
 from schemas.tables import ErrorType
 
 LIMIT_S = 300.0
 """Seconds after which a decoder counts as hung."""
 
 
-def decode_isolated(data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int) -> Decoded:
+def decode_isolated(
+    data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+) -> Decoded:
     """decode_image in a new process. Raises ImageError, of type crashed where its process did not end well."""
-    options = json.dumps({"size": size, "interpolation": interpolation, "max_pixels": max_pixels})
+    tile = None if cut is None else asdict(cut)
+    options = json.dumps({"size": size, "interpolation": interpolation, "max_pixels": max_pixels, "cut": tile})
     command = [sys.executable, "-m", "pipeline.images.isolation", options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
@@ -41,20 +46,27 @@ def decode_isolated(data: bytes, *, size: tuple[int, int], interpolation: str, m
     answer = json.loads(header)
     if "error_type" in answer:
         raise ImageError(ErrorType(answer["error_type"]), answer["message"])
-    image = np.frombuffer(pixels, dtype=np.uint8).reshape(*size, 3)
-    return Decoded(image, answer["source_width"], answer["source_height"])
+    image, *tiles = np.split(np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *size, 3), [1])
+    width, height = answer["source_width"], answer["source_height"]
+    if cut is None:
+        return Decoded(image[0], width, height)
+    return Decoded(image[0], width, height, tiles[0], plan_tiling(width, height, cut.patches, cut.size, cut.overlap))
 
 
 def _serve(options: str) -> None:
     """Bytes on standard input -> a line of JSON, and the pixels if there are any, on standard output."""
     out = sys.stdout.buffer
     try:
-        decoded = decode_image(sys.stdin.buffer.read(), **json.loads(options))
+        arguments = json.loads(options)
+        cut = arguments.pop("cut")
+        decoded = decode_image(sys.stdin.buffer.read(), **arguments, cut=None if cut is None else Cut(**cut))
     except ImageError as error:
         out.write(json.dumps({"error_type": error.error_type.value, "message": error.message}).encode() + b"\n")
         return
     sizes = {"source_width": decoded.source_width, "source_height": decoded.source_height}
     out.write(json.dumps(sizes).encode() + b"\n" + decoded.pixels.tobytes())
+    if decoded.tiles is not None:
+        out.write(decoded.tiles.data)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import io
 import logging
@@ -11,14 +12,14 @@ import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice, repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pipeline.storage import ObjectInfo, Store, open_store
-from schemas.job import Dataset, Storage, without_credentials
+from schemas.job import Dataset, References, Storage, without_credentials
 from schemas.tables import MANIFEST
 from schemas.text import one_line
 
@@ -93,6 +94,29 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
             raise DatasetError(f"{place}: a column has the wrong type: {one_line(str(error))[:300]}") from None
 
 
+def list_references(
+    references: References, dataset: Dataset, source: ImageSource, storage: Storage
+) -> list[dict[str, Any]]:
+    """Manifest rows of the known-good images that a job names, of every class, in a steady order.
+
+    source: the opened dataset. Raises DatasetError where there are none, or the layout has no train images.
+    """
+    if references.images == "train":
+        if source.layout not in _TRAIN_LISTERS:
+            raise DatasetError(
+                f"references.images is train, but layout {source.layout} has no train images (mvtec and visa have); "
+                f"name the folder of the references"
+            )
+        found = source
+    else:
+        found = open_dataset(Dataset(images=references.images, class_name=dataset.class_name), storage)
+    rows = [row for row in _list_rows(found, train=True) if row.label in (None, GOOD)]
+    if not rows:
+        raise DatasetError(f"no known-good images at {found.store.uri('')} in layout {found.layout}")
+    images: list[dict[str, Any]] = _to_batch(rows).to_pylist()
+    return images
+
+
 _LAYOUTS_HELP = (
     "layouts: folders (root/class/...), flat (one class, named by dataset.class_name), mvtec (class/test/kind/...), "
     "visa (split_csv/1cls.csv), table (a .parquet or .csv file with uri and class_name)"
@@ -133,8 +157,10 @@ def _in_unicode(info: ObjectInfo) -> ObjectInfo:
     return info._replace(key=readable)
 
 
-def _list_rows(source: ImageSource) -> Iterator[_Row]:
-    rows = _say_faults(_LISTERS[source.layout](source), source)
+def _list_rows(source: ImageSource, *, train: bool = False) -> Iterator[_Row]:
+    """train: the train images instead, where the layout tells them from the others."""
+    lister = _TRAIN_LISTERS.get(source.layout) if train else None
+    rows = _say_faults((lister or _LISTERS[source.layout])(source), source)
     if source.class_name is None or source.layout == "flat":
         return rows
     return (row for row in rows if row.class_name == source.class_name)
@@ -180,13 +206,21 @@ def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
             yield _row(source.store, info, class_name, kind, mask)
 
 
-def _list_visa(source: ImageSource) -> Iterator[_Row]:
-    """The test split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
+def _list_mvtec_train(source: ImageSource) -> Iterator[_Row]:
+    """class/train/good/image."""
+    for info in _list_keys(source.store):
+        parts = info.key.split("/")
+        if len(parts) == 4 and parts[1:3] == ["train", GOOD]:
+            yield _row(source.store, info, parts[0], GOOD)
+
+
+def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
+    """A split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
     _require_columns(table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT))
-    rows = [row for row in table.to_pylist() if row["split"] == "test"]
+    rows = [row for row in table.to_pylist() if row["split"] == split]
     if not all(row["object"] and row["image"] for row in rows):
-        raise DatasetError(f"{source.store.uri(_VISA_SPLIT)}: a row of the test split has no object or no image")
+        raise DatasetError(f"{source.store.uri(_VISA_SPLIT)}: a row of split {split} has no object or no image")
     for class_name, group in groupby(rows, key=lambda row: row["object"]):
         found = {info.key: info for info in source.store.list(class_name)} if "/" not in class_name else {}
         for row in group:
@@ -220,6 +254,11 @@ _LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
     "mvtec": _list_mvtec,
     "visa": _list_visa,
     "table": _list_table,
+}
+
+_TRAIN_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
+    "mvtec": _list_mvtec_train,
+    "visa": functools.partial(_list_visa, split="train"),
 }
 
 _STRINGS = pa.csv.ConvertOptions(
