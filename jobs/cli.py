@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -407,7 +408,8 @@ def _complain(line: str) -> None:
 
 
 def _console() -> Console:
-    return Console()
+    """A log or a pipe has no width; tables get more than a terminal's 80 columns there."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 if __name__ == "__main__":

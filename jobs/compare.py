@@ -59,11 +59,14 @@ def _with_shots(job: JobConfig, count: int) -> JobConfig:
     return parse_job({**document, "references": {**known, "shots": count}})
 
 
-def describe_base(job: JobConfig, comparisons: Sequence[str]) -> str:
-    """What the compared keys are in the job itself: `adaptation=mean, aligner=raw`."""
+def describe_base(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> str:
+    """What the compared keys are in the job itself: `adaptation=mean, aligner=raw, shots=0`."""
     resolved = {**job.model_dump(mode="json"), **_facts(job)}
     keys = dict.fromkeys(key for comparison in comparisons for key, _ in map(_axis, _split(comparison)))
-    return ", ".join(f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys)
+    described = [f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys]
+    if shots:
+        described.append(f"shots={0 if job.references is None else job.references.shots}")
+    return ", ".join(described)
 
 
 def _facts(job: JobConfig) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def run_evaluate(
     scored = _score(images, variants, source.store, console)
     if len(jobs) > 1 and benchmark is None:
         benchmark = next((known for known in PUBLISHED if known == source.layout), None)
-    return _finish(run_id, jobs, describe_base(job, comparisons), benchmark, scored, output, console)
+    return _finish(run_id, jobs, describe_base(job, comparisons, shots), benchmark, scored, output, console)
 
 
 def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
