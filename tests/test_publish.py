@@ -18,7 +18,7 @@ from pipeline.publish import publish_night, read_commit
 from pipeline.scoring import Run
 from pipeline.storage import Store
 from schemas.job import parse_job
-from schemas.tables import SHARD
+from schemas.tables import SCHEMA_VERSION, SHARD
 
 CLASSES = ("bolt", "nut")
 ROWS = 40
@@ -111,7 +111,7 @@ def test_files_say_where_they_come_from_and_statistics_skip_what_is_not_asked_fo
     file = pq.ParquetFile(io.BytesIO(output.read(entry["key"])))
     facts = {key.decode(): value.decode() for key, value in file.metadata.metadata.items()}
     assert {key: facts[key] for key in facts if key.startswith("alfa.") or key == "schema_version"} == {
-        "schema_version": "1",
+        "schema_version": str(SCHEMA_VERSION),
         "alfa.run_id": "2026-01-02-first",
         "alfa.model": "model",
         "alfa.weights_sha256": "0" * 64,

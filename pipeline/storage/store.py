@@ -11,66 +11,21 @@ import functools
 import os
 import posixpath
 import shutil
-import stat
 import uuid
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from pipeline.storage.faults import LOST, StoreError, advice_on, code_of, is_transient, patiently
+from pipeline.storage.listing import STAGING, ObjectInfo, describe, walk_local
 from schemas.job import Storage
 
-STAGING = ".staging"
-"""Folder below a local store's root that holds objects until they are whole; nothing reads it."""
-
-_LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
-_DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
-"""Codes that every request will meet; AccessDenied may concern one object alone."""
-_PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict")
-"""What a server says of a body that the network mangled, or while another writes: s3fs reports it as a bad argument."""
-
-
 _CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".png": "image/png"}
-
-
-class StoreError(OSError):
-    """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
-
-
-class ObjectInfo(NamedTuple):
-    """An object in a listing: key below the store's root, bytes, what tells versions apart, seconds since the epoch at
-    which it was last written (null where unknown)."""
-
-    key: str
-    size: int | None
-    etag: str | None
-    modified: float | None = None
-
-
-def _is_transient(error: BaseException) -> bool:
-    """Worth another try: time-outs, resets and overload; not a missing object, a denial or a full disk."""
-    if isinstance(error, (*_LOST, FileExistsError, PermissionError, StoreError)):
-        return False
-    if _code(error) in _PASSING_CODES:
-        return True
-    if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EINVAL, errno.ENAMETOOLONG)
-    return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "asyncio", "gcsfs", "azure")
-
-
-_patiently = retry(
-    retry=retry_if_exception(_is_transient),
-    wait=wait_random_exponential(multiplier=0.2, max=10.0),
-    stop=stop_after_attempt(7),
-    reraise=True,
-)
-"""The one place where storage is retried: exponential backoff with jitter, seven tries, about half a minute."""
 
 
 class Store:
@@ -85,7 +40,7 @@ class Store:
         self._storage = storage or Storage()
         fs, path = url_to_fs(root, **_fs_options(root, self._storage))
         self.fs: fsspec.AbstractFileSystem = fs
-        fs.retries = 1  # _patiently retries
+        fs.retries = 1  # patiently retries
         self.path: str = path.rstrip("/") or "/"
         self.is_local = isinstance(fs, LocalFileSystem)
         self.is_s3 = "s3" in _protocols(fs)
@@ -132,7 +87,7 @@ class Store:
             if self.is_local:
                 self._write_local(key, data, replace=True)
             else:
-                _patiently(self.fs.pipe_file)(self._path(key), data, **self._headers(key))
+                patiently(self.fs.pipe_file)(self._path(key), data, **self._headers(key))
 
     def upload(self, key: str, file: Path) -> None:
         """write, for a local file that need not fit in memory."""
@@ -140,7 +95,7 @@ class Store:
             if self.is_local:
                 self._write_local(key, file, replace=True)
             else:
-                _patiently(self.fs.put_file)(str(file), self._path(key))
+                patiently(self.fs.put_file)(str(file), self._path(key))
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
@@ -155,7 +110,7 @@ class Store:
                 return False
             except OSError as error:
                 # s3fs has no exception of its own for an If-None-Match that did not match.
-                if _code(error) != "PreconditionFailed":
+                if code_of(error) != "PreconditionFailed":
                     raise
                 return False
             return True
@@ -163,7 +118,7 @@ class Store:
         with _as_store_error(self, key):
             if self.is_local:
                 return self._write_local(key, data, replace=False)
-            if _patiently(attempt)():
+            if patiently(attempt)():
                 return True
         # A request whose answer was lost is sent again (by aiohttp too, unasked), and meets its own object.
         with contextlib.suppress(FileNotFoundError):
@@ -206,7 +161,7 @@ class Store:
         with _as_store_error(self, key):
             try:
                 self.info(key)
-            except _LOST:
+            except LOST:
                 return False
             return True
 
@@ -214,26 +169,26 @@ class Store:
         """Size and version of one object."""
         with _as_store_error(self, key):
             self.fs.invalidate_cache()
-            return _describe(key, _patiently(self.fs.info)(self._path(key)))
+            return describe(key, patiently(self.fs.info)(self._path(key)))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object below a folder, streamed in a steady order, sub-folders included; none where it is missing."""
         with _as_store_error(self, prefix):
             top = self._path(prefix) if prefix else self.path
             if self.is_local:
-                yield from _walk_local(top, f"{prefix}/" if prefix else "")
+                yield from walk_local(top, f"{prefix}/" if prefix else "")
             elif self.is_s3:
                 yield from self._list_s3(top)
             else:
                 self.fs.invalidate_cache()
                 root = self.path.rstrip("/") + "/"
                 for path, info in sorted(self.fs.find(top, detail=True).items()):
-                    yield _describe(str(path)[len(root) :], info)
+                    yield describe(str(path)[len(root) :], info)
 
     def leftovers(self) -> Iterator[ObjectInfo]:
         """What writers that died have left of unfinished objects: local disks alone have such files."""
         if self.is_local:
-            yield from _walk_local(f"{self.path}/{STAGING}", f"{STAGING}/")
+            yield from walk_local(f"{self.path}/{STAGING}", f"{STAGING}/")
 
     def probe(self) -> None:
         """Raises StoreError where the store as a whole does not answer, rather than one object."""
@@ -247,7 +202,7 @@ class Store:
     def delete(self, key: str) -> None:
         """Removes the object; one that is not there is no error."""
         with _as_store_error(self, key), contextlib.suppress(FileNotFoundError):
-            _patiently(self.fs.rm_file)(self._path(key))
+            patiently(self.fs.rm_file)(self._path(key))
 
     def _headers(self, key: str) -> dict[str, str]:
         """Without its type, a browser saves what a bucket serves instead of showing it."""
@@ -260,7 +215,7 @@ class Store:
     def _read(self, path: str) -> bytes:
         with _as_store_error(self, path):
             try:
-                return bytes(_patiently(self.fs.cat_file)(path))
+                return bytes(patiently(self.fs.cat_file)(path))
             except ValueError as error:  # a NUL, or what no encoding of names can hold
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
 
@@ -305,11 +260,11 @@ class Store:
     def _replace_s3(self, key: str, data: bytes, version: str) -> bool:
         bucket, _, path = self._path(key).partition("/")
         try:
-            _patiently(self.fs.call_s3)("put_object", Bucket=bucket, Key=path, Body=data, IfMatch=f'"{version}"')
+            patiently(self.fs.call_s3)("put_object", Bucket=bucket, Key=path, Body=data, IfMatch=f'"{version}"')
         except FileNotFoundError:
             return False
         except OSError as error:
-            if _code(error) != "PreconditionFailed":
+            if code_of(error) != "PreconditionFailed":
                 raise
             # As in create: the answer may have been lost, and the second request met the first one's object.
             with contextlib.suppress(FileNotFoundError):
@@ -327,7 +282,7 @@ class Store:
             arguments = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
             if page:
                 arguments["ContinuationToken"] = page["NextContinuationToken"]
-            page = _patiently(self.fs.call_s3)("list_objects_v2", **arguments)
+            page = patiently(self.fs.call_s3)("list_objects_v2", **arguments)
             for item in page.get("Contents", ()):
                 if not item["Key"].endswith("/"):
                     yield ObjectInfo(
@@ -335,12 +290,6 @@ class Store:
                     )
             if not page.get("IsTruncated"):
                 return
-
-
-def _code(error: BaseException) -> str:
-    """The S3 error code behind an exception: s3fs hangs botocore's on as its cause."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
@@ -356,7 +305,7 @@ def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
         "client_kwargs": client,
         "config_kwargs": {
             "max_pool_connections": 32,
-            "retries": {"total_max_attempts": 1},  # _patiently retries
+            "retries": {"total_max_attempts": 1},  # patiently retries
             **({"s3": {"addressing_style": "path"}} if endpoint else {}),
         },
         "use_listings_cache": False,
@@ -366,26 +315,6 @@ def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
-
-
-def _describe(key: str, info: dict[str, Any]) -> ObjectInfo:
-    version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or info.get("created")
-    if isinstance(version, datetime):
-        version = version.isoformat()
-    etag = None if version is None else str(version).strip('"')
-    return ObjectInfo(key, info.get("size"), etag, _modified(info))
-
-
-def _modified(info: dict[str, Any]) -> float | None:
-    """File systems differ in what they call the time of the last write, and in how they give it."""
-    names = ("LastModified", "last_modified", "updated", "mtime", "created")
-    value = next((info[name] for name in names if info.get(name)), None)
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = datetime.fromisoformat(value.replace("Z", "+00:00"))
-    if isinstance(value, datetime):
-        return value.timestamp()
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _local_version(path: Path) -> str | None:
@@ -403,35 +332,6 @@ def _inside(key: str) -> str:
     return key
 
 
-def _walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
-    """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
-
-    prefix: what keys begin with in this folder. Holds the names of a folder, and nothing else of its files.
-    """
-    names, folders = [], set()
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                names.append(entry.name)
-                if entry.is_dir(follow_symlinks=False):
-                    folders.add(entry.name)
-    except FileNotFoundError:
-        return
-    names.sort()
-    for name in names:
-        if name in folders:
-            if name != STAGING:
-                yield from _walk_local(f"{folder}/{name}", f"{prefix}{name}/")
-            continue
-        try:
-            status = os.stat(f"{folder}/{name}")
-        except FileNotFoundError:  # vanished since listing, or a link that leads nowhere
-            continue
-        if stat.S_ISREG(status.st_mode):
-            size = status.st_size
-            yield ObjectInfo(prefix + name, size, f"{status.st_mtime_ns:x}-{size:x}", status.st_mtime)
-
-
 @contextlib.contextmanager
 def _as_store_error(store: Store, key: str) -> Iterator[None]:
     """Turns what makes the whole store unusable into StoreError, with what to do about it, and what clients of object
@@ -441,8 +341,8 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, StoreError):
             raise
-        advice = _advice(error)
-        if advice is None and _code(error) == "403":
+        advice = advice_on(error)
+        if advice is None and code_of(error) == "403":
             advice = _denial_of(store)
         if advice is None:
             raise
@@ -452,30 +352,19 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
             raise StoreError(
                 f"{store.uri('')}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             ) from error
-        if not _is_transient(error):
+        if not is_transient(error):
             raise
         message = f"{store.uri(key)} did not come through in several attempts: {type(error).__name__}: {error}"
         raise OSError(errno.EIO, message) from error
-
-
-def _advice(error: OSError) -> str | None:
-    cause = str(error) + str(error.__cause__ or "")
-    if any(code in cause for code in _DENIED_CODES):
-        return "access denied; check the credentials in the environment, and that they have not expired"
-    if "NoSuchBucket" in cause or "bucket does not exist" in cause:
-        return "no such bucket; check the URI and the endpoint"
-    by_number = {errno.ENOSPC: "the disk is full; free space", errno.EDQUOT: "the quota is used up; free space"}
-    by_number[errno.EROFS] = "read-only; mount it writable"
-    return by_number.get(error.errno or 0)
 
 
 def _denial_of(store: Store) -> str | None:
     """A HEAD that is denied says nothing of the reason; a listing does."""
     bucket = store.path.partition("/")[0]
     try:
-        _patiently(store.fs.call_s3)("list_objects_v2", Bucket=bucket, MaxKeys=1)
+        patiently(store.fs.call_s3)("list_objects_v2", Bucket=bucket, MaxKeys=1)
     except OSError as error:
-        return _advice(error)
+        return advice_on(error)
     return None
 
 
