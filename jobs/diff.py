@@ -13,6 +13,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from pipeline import nights
 from pipeline.nights import ClassDrift
@@ -20,11 +21,8 @@ from pipeline.storage import Store
 
 logger = logging.getLogger(__name__)
 
-_TREND = 7
-"""Nights in the trend, the compared one included."""
-
 _SHOWN = 20
-_CHANGES = {"became": "was normal", "new": "new photo", "resolved": "normal again"}
+_STYLES = {"drifts": "bold red", "no photos any more": "yellow"}
 
 
 class NightError(ValueError):
@@ -54,7 +52,7 @@ def run_diff(
     old, new = (nights.read_night(output, night) for night in pair)
     classes = nights.drift(old, new, psi)
     images = nights.changed_images(old, new)
-    trend = nights.read_trend(output, [night for night in published if night <= pair[1]][-_TREND:])
+    trend = nights.read_trend(output, [night for night in published if night <= pair[1]][-nights.TREND_NIGHTS :])
     drifted = [item.class_name for item in classes if item.drifted]
     if json_file is not None:
         report = {
@@ -93,14 +91,13 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
     for column in ("class", "images", "errors", "anomalous", "median score", "PSI", "KS", "p", "verdict"):
         table.add_column(column, justify="left" if column in ("class", "verdict") else "right")
     for item in classes:
-        verdict = "[bold red]drifts[/bold red]" if item.drifted else _presence(item)
         changed = f" ({' and '.join(item.changed)} changed)" if item.changed else ""
         table.add_row(
             escape(item.class_name),
             *(f"{old} > {new}" for old, new in (item.images, item.errors, item.anomalous)),
             " > ".join(_number(value) for value in item.median),
             *(_number(value) for value in (item.psi, item.ks, item.p_value)),
-            f"{verdict}{changed}",
+            Text.assemble((item.verdict, _STYLES.get(item.verdict, "")), changed),
         )
     console.print(table)
     console.print(
@@ -111,25 +108,20 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
     )
 
 
-def _presence(item: ClassDrift) -> str:
-    if not item.images[0]:
-        return "new class"
-    return "steady" if item.images[1] else "[yellow]no photos any more[/yellow]"
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
 def _print_images(images: pa.Table, console: Console) -> None:
-    counts = {change: 0 for change in _CHANGES}
+    counts = {change: 0 for change in nights.CHANGES}
     for change in images.column("change").to_pylist():
         counts[change] += 1
-    said = ", ".join(f"{count} {_CHANGES[change]}" for change, count in counts.items())
+    said = ", ".join(f"{count} {nights.CHANGES[change]}" for change, count in counts.items())
     console.print(f"\nanomalous now, or no longer: {said}", highlight=False)
     for row in images.slice(0, _SHOWN).to_pylist():
         scores = f"{_number(row['score_before'])} > {_number(row['score_after'])}"
-        line = f"  {_CHANGES[row['change']]:<12}  {scores}  {escape(row['class_name'])}  {escape(row['image_uri'])}"
+        change = f"{nights.CHANGES[row['change']]:<12}"
+        line = f"  {change}  {scores}  {escape(row['class_name'])}  {escape(row['image_uri'])}"
         console.print(line, highlight=False, soft_wrap=True)
     if images.num_rows > _SHOWN:
         console.print(f"  and {images.num_rows - _SHOWN} more; --json FILE holds all", highlight=False)

@@ -1,10 +1,10 @@
-"""Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the three readers."""
+"""Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the readers."""
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from scipy.stats import ks_2samp
 from pipeline import lake
 from pipeline.publish import read_commit
 from pipeline.storage import Store
+from schemas.tables import SCORES
 
 PSI_THRESHOLD = 0.25
 """Convention for PSI: below 0.1 stable, to 0.25 to be watched, from there on shifted."""
@@ -25,9 +26,16 @@ PSI_THRESHOLD = 0.25
 P_VALUE = 0.01
 """Kolmogorov-Smirnov: from this p-value on, chance explains the difference. Small nights have a large PSI by chance."""
 
+TREND_NIGHTS = 7
+"""Nights in a trend, the compared one included."""
+
+CHANGES = {"became": "was normal", "new": "new photo", "resolved": "normal again"}
+"""What changed_images finds, in words."""
+
 _BINS = 10
 _SETUP = ("model", "weights_sha256", "prompt_fingerprint")
 _COLUMNS = ("image_uri", "status", "score", "is_anomalous", *_SETUP)
+_ROWS = pa.schema([("class_name", pa.string()), *((name, SCORES.field(name).type) for name in _COLUMNS)])
 
 Floats = NDArray[np.float64]
 
@@ -52,6 +60,17 @@ class ClassDrift:
     changed: tuple[str, ...]
     drifted: bool
 
+    @property
+    def verdict(self) -> str:
+        """In words; what has changed in the setup is not part of it."""
+        if self.drifted:
+            return "drifts"
+        if not self.images[0]:
+            return "new class"
+        if not self.images[1]:
+            return "no photos any more"
+        return "steady" if self.psi is not None else "no scores to compare"
+
 
 def published_nights(output: Store) -> list[str]:
     """The dates that have a commit, oldest first."""
@@ -62,15 +81,32 @@ def published_nights(output: Store) -> list[str]:
 def read_night(output: Store, run_date: str) -> pa.Table:
     """The rows of a night, from the files that its commit names: class_name, image_uri, status, score, is_anomalous,
     and what made the scores. Raises FileNotFoundError where the night is not published."""
+    return _read_files(output, _published(output, run_date)["files"])
+
+
+def read_classes(output: Store, before: str, after: str) -> Iterator[tuple[pa.Table, pa.Table]]:
+    """Two nights class by class, by name, as read_night has them: memory is that of the largest class. A table is empty
+    where its night lacks the class. Raises FileNotFoundError where a night is not published."""
+    files = [{entry["class_name"]: entry for entry in _published(output, night)["files"]} for night in (before, after)]
+    for name in sorted({name for night in files for name in night}):
+        old, new = (_read_files(output, [night[name]] if name in night else []) for night in files)
+        yield old, new
+
+
+def _published(output: Store, run_date: str) -> dict[str, Any]:
     commit = read_commit(output, run_date)
     if commit is None:
         raise FileNotFoundError(f"night {run_date} is not published at {output.uri('')}")
+    return commit
+
+
+def _read_files(output: Store, entries: Sequence[Mapping[str, Any]]) -> pa.Table:
     tables = []
-    for entry in commit["files"]:
+    for entry in entries:
         table = pq.read_table(io.BytesIO(output.read(entry["key"])), columns=list(_COLUMNS))
         name = pa.repeat(pa.scalar(entry["class_name"], pa.string()), table.num_rows)
         tables.append(table.add_column(0, "class_name", name).replace_schema_metadata(None))
-    return pa.concat_tables(tables) if tables else pa.table({name: [] for name in ("class_name", *_COLUMNS)})
+    return pa.concat_tables(tables) if tables else _ROWS.empty_table()
 
 
 def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.nights import ClassDrift
 from schemas.job import JobConfig
 from schemas.prompts import UsedPrompts
 
@@ -66,6 +67,35 @@ class Exhibit:
     kept: Sequence[bool] | None
 
 
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image whose verdict is another than the night before. change: a key of nights.CHANGES. exhibit: its place in
+    the gallery; None where the gallery lacks it."""
+
+    class_name: str
+    key: str
+    change: str
+    score_before: float | None
+    score_after: float
+    exhibit: int | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The night beside the one before it; nothing but defaults where it is the first.
+
+    before: date of the night before. images: the part that a page has room for; counts: all of them, by change.
+    trend: the last nights, oldest first, as nights.read_trend has them. fault: why something of it is missing.
+    """
+
+    before: str | None = None
+    classes: Sequence[ClassDrift] = ()
+    counts: Mapping[str, int] = field(default_factory=dict)
+    images: Sequence[ChangedImage] = ()
+    trend: Sequence[Mapping[str, Any]] = ()
+    fault: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Report:
     """A published night. images, failures and exhibits are the part of the night that a page has room for, the most
@@ -79,6 +109,7 @@ class Report:
     images: Sequence[ListedImage]
     failures: Sequence[ListedImage]
     exhibits: Sequence[Exhibit]
+    comparison: Comparison
     prompts: Sequence[UsedPrompts]
     model: str
     weights_sha256: str

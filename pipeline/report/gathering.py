@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import posixpath
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -17,8 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline import lake
-from pipeline.report.facts import ClassFacts, Exhibit, ListedImage, Report
+from pipeline import lake, nights
+from pipeline.redaction import redact
+from pipeline.report.facts import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
 from pipeline.report.photos import Photos
 from pipeline.scoring import Run, read_shard
 from pipeline.storage import Store, open_store
@@ -32,6 +34,10 @@ MOST_FAILURES = 500
 """Errors that are listed; all are counted."""
 MOST_EXHIBITS = 200
 """Images of the gallery."""
+MOST_CHANGES = 50
+"""Images with another verdict than the night before; all are counted."""
+
+logger = logging.getLogger(__name__)
 
 _THREADS = 8
 _LONGEST_KEY = 240
@@ -77,6 +83,7 @@ def gather(output: Store, commit: Mapping[str, Any]) -> Report:
         images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
         failures=[_listed(row, root) for row in failed],
         exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output),
+        comparison=_compare(output, commit["run_date"], root, shown),
         prompts=_read_prompts(output, run_id),
         model=first["model"],
         weights_sha256=first["weights_sha256"],
@@ -125,10 +132,10 @@ def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: 
     )
 
 
-def _by_rank(groups: Iterable[Sequence[Row]]) -> list[Row]:
+def _by_rank(groups: Iterable[Sequence[Row]], score: str = "score") -> list[Row]:
     """Rows of all classes: first each class's most anomalous, then each one's second, ...; raw scores of different
     classes have no common scale."""
-    ranked = [(rank, -row["score"], row["class_name"], row) for group in groups for rank, row in enumerate(group)]
+    ranked = [(rank, -row[score], row["class_name"], row) for group in groups for rank, row in enumerate(group)]
     return [row for *_, row in sorted(ranked, key=lambda item: item[:3])]
 
 
@@ -196,6 +203,55 @@ def _read_details(rows: Sequence[Row], run: Run, output: Store, pool: ThreadPool
         return found
 
     return {row["image_id"]: row for found in pool.map(read, wanted) for row in found}
+
+
+def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comparison:
+    """Beside the night before. Whoever removed an older night by hand loses what it would have said, not the report."""
+    known = Comparison()
+    try:
+        published = [one for one in nights.published_nights(output) if one <= night]
+        before = next((one for one in reversed(published) if one < night), None)
+        if before is None:
+            return known
+        known = Comparison(before)
+        known = replace(known, trend=nights.read_trend(output, published[-nights.TREND_NIGHTS :]))
+        pairs = nights.read_classes(output, before, night)
+        parts = [(nights.drift(*pair), nights.changed_images(*pair)) for pair in pairs]
+    except (OSError, ValueError, KeyError) as error:
+        fault = redact(f"{type(error).__name__}: {error}")
+        logger.warning("the report of night %s lacks a comparison with earlier nights (%s)", night, fault)
+        return replace(known, fault=_clip(fault, 2 * _LONGEST_KEY))
+    changes = [table for _, table in parts]
+    counted = Counter(change for table in changes for change in table.column("change").to_pylist())
+    places = {(row["class_name"], row["image_uri"]): place for place, row in enumerate(shown)}
+    return replace(
+        known,
+        classes=[drift for drifts, _ in parts for drift in drifts],
+        counts={change: counted[change] for change in nights.CHANGES},
+        images=[
+            ChangedImage(
+                class_name=row["class_name"],
+                key=_clip(row["image_uri"].removeprefix(root)),
+                change=row["change"],
+                score_before=row["score_before"],
+                score_after=row["score_after"],
+                exhibit=places.get((row["class_name"], row["image_uri"])),
+            )
+            for row in _choose_changes(changes)
+        ],
+    )
+
+
+def _choose_changes(tables: Sequence[pa.Table]) -> list[Row]:
+    """What is newly anomalous first, then what is normal again; in both, classes in equal shares."""
+    chosen: list[Row] = []
+    resolved = [pc.equal(table.column("change"), "resolved") for table in tables]
+    for masks in ([pc.invert(mask) for mask in resolved], resolved):
+        groups = [table.filter(mask).slice(0, MOST_CHANGES) for table, mask in zip(tables, masks, strict=True)]
+        shares = fair_shares([group.num_rows for group in groups], MOST_CHANGES - len(chosen))
+        rows = [group.slice(0, share).to_pylist() for group, share in zip(groups, shares, strict=True)]
+        chosen += _by_rank(rows, "score_after")
+    return chosen
 
 
 def _read_job(output: Store, run_id: str) -> JobConfig:

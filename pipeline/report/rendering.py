@@ -15,7 +15,8 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from pipeline import lake
+from pipeline import lake, nights
+from pipeline.nights import ClassDrift
 from pipeline.report.facts import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.report.gathering import gather
 from pipeline.storage import Store
@@ -29,6 +30,7 @@ LARGEST = 15_000_000
 _DASH = "\u2013"
 _BINS = 40
 _TALLEST = 32
+_LONGEST = 60
 _MOST_CLASSES = 500
 _MOST_PROMPT_SETS = 100
 _MOST_REGIONS = 12
@@ -69,6 +71,12 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "classes": [_class_line(facts, numbers[facts.name], span) for facts in sorted(shown, key=lambda one: one.name)],
         "prompts": [_prompt_set(used, report) for used in report.prompts[:_MOST_PROMPT_SETS]],
         "bounds": _bounds(report),
+        "since": report.comparison,
+        "drifts": _most_drifted(report.comparison.classes),
+        "trend": _trend_lines(report.comparison.trend),
+        "changes": nights.CHANGES,
+        "psi_threshold": nights.PSI_THRESHOLD,
+        "p_value": nights.P_VALUE,
         "run": list(_run_facts(report)),
         "job": dump_job_yaml(report.job),
         "style": Markup(style),
@@ -103,6 +111,7 @@ def _template() -> jinja2.Template:
     environment.filters |= {
         "line": one_line,
         "count": lambda value: f"{value:,}",
+        "percent": lambda value: f"{value:.2%}",
         "share": lambda value, whole: f"{value / whole:.1%}" if whole else "0 %",
         "score": lambda value: _DASH if value is None else f"{value:.3f}",
         "cost": lambda value: "cost unknown" if value is None else f"{value:.4f} USD",
@@ -142,6 +151,22 @@ def _class_line(facts: ClassFacts, number: int, span: tuple[float, float]) -> di
         if empty
         else f"{facts.scores.size} scores from {facts.scores.min():.3f} to {facts.scores.max():.3f}",
     }
+
+
+def _most_drifted(classes: Sequence[ClassDrift]) -> list[ClassDrift]:
+    """Those that drift first, each part by name; the calmest are left out."""
+    shown = sorted(classes, key=lambda item: (not item.drifted, -(item.psi or 0)))[:_MOST_CLASSES]
+    return sorted(shown, key=lambda item: (not item.drifted, item.class_name))
+
+
+def _trend_lines(trend: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Nights, with bars for both shares: the length is that of the highest night's times 0 to 1."""
+    lines = [{**night, "share": night["anomalous"] / night["images"] if night["images"] else 0.0} for night in trend]
+    for name in ("share", "error_rate"):
+        most = max((line[name] for line in lines), default=0.0)
+        for line in lines:
+            line[f"{name}_bar"] = round(_LONGEST * line[name] / most, 1) if most else 0
+    return lines
 
 
 def _image_data(

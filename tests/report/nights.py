@@ -91,12 +91,17 @@ def failed(key: str, class_name: str, photos: Path, message: str, error_type: st
 
 
 def publish(
-    folder: Path, photos: Path, rows: Sequence[Mapping[str, Any]], sets: Sequence[PromptSet] = (), **stats: Any
+    folder: Path,
+    photos: Path,
+    rows: Sequence[Mapping[str, Any]],
+    sets: Sequence[PromptSet] = (),
+    night: str = NIGHT,
+    **stats: Any,
 ) -> dict[str, Any]:
     """Publishes rows as a night; returns the commit."""
     output = Store(str(folder))
-    job = parse_job({"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": NIGHT})
-    run = Run(f"{NIGHT}-{'a' * 12}", job, "ViT-test/weights", "0" * 64)
+    job = parse_job({"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": night})
+    run = Run(f"{night}-{'a' * 12}", job, "ViT-test/weights", "0" * 64)
     records = record_prompts(sets, [compose_ensemble(item, lambda _: True) for item in sets])
     prompts = {item.ensemble.class_name: item.ensemble.prompts for item in records.classes}
     output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())

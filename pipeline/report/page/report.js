@@ -7,7 +7,7 @@
   const CARDS = 24, ROWS = 100, CANVAS = 240;
   const MODES = ["photo", "heat", "mask"];
   const $ = (id) => document.getElementById(id);
-  const state = { view: "gallery", mode: "heat", page: 0, current: 0, shown: [] };
+  const state = { view: "gallery", mode: "heat", page: 0, current: 0, away: false, shown: [] };
 
   // Data enters the page as text nodes and properties, never as markup.
   function make(tag, attributes, ...children) {
@@ -227,6 +227,13 @@
     return element;
   }
 
+  function openExhibit(number) {
+    const find = () => state.shown.findIndex((i) => images.exhibit[i] === number);
+    if (find() < 0) reset();
+    open(find());
+    state.away = true;
+  }
+
   const section = (title, ...content) => [make("h3", {}, title), ...content];
   const item = (text, value, ...more) => make("li", {}, make("span", {}, text), make("span", { class: "n" }, value), ...more);
 
@@ -286,16 +293,20 @@
   $("back").addEventListener("click", () => open(state.current - 1));
   $("forth").addEventListener("click", () => open(state.current + 1));
   $("close").addEventListener("click", () => $("viewer").close());
-  $("viewer").addEventListener("close", () => moveTo(state.current));
+  $("viewer").addEventListener("close", () => {
+    moveTo(state.current, !state.away); // else the browser has given the focus back to where it was
+    state.away = false;
+  });
   $("viewer").addEventListener("click", (event) => { if (event.target === $("viewer")) $("viewer").close(); });
   $("show-help").addEventListener("click", () => $("help").showModal());
   document.addEventListener("click", (event) => {
     const target = event.target.closest("button, tr.opens");
     if (!target) return;
-    const { mode, view, place } = target.dataset;
+    const { mode, view, place, exhibit } = target.dataset;
     if (mode) setMode(mode);
     else if (view) setView(view);
     else if (target.matches(".card, tr.opens")) open(Number(place));
+    else if (exhibit) openExhibit(Number(exhibit));
     else if (target.closest("tr.opens")) open(Number(target.closest("tr.opens").dataset.place));
     else if (target.matches("[data-class]")) {
       $("by-class").value = target.dataset.class;
