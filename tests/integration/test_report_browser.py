@@ -30,7 +30,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The address of a report on 40 bolts, 3 nuts, an error, and an image of each hostile name."""
+    """The address of a report on 40 bolts, 3 nuts, an error, and an image of each hostile name. Bolt 39 was normal."""
     folder = tmp_path_factory.mktemp("night")
     photos = folder / "in"
     rows = [scored(f"bolt/{n:02}.jpg", "bolt", round(0.1 + 0.02 * n, 2), photos) for n in range(40)]
@@ -42,6 +42,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
         rows[-1]["regions"][0]["defect"] = text
     for number in range(30, 40):
         save_photo(photos / "bolt" / f"{number}.jpg", number)
+    earlier = [{**row, "is_anomalous": False} if row["image_key"] == "bolt/39.jpg" else row for row in rows]
+    publish(folder / "out", photos, earlier, night="2026-01-01")
     commit = publish(folder / "out", photos, rows, [prompt_set(name) for name in ("bolt", "nut", *HOSTILE)])
     return Path(write_report(Store(str(folder / "out")), commit)).as_uri()
 
@@ -154,6 +156,15 @@ def test_the_keyboard_moves_opens_switches_and_closes(tab: Any) -> None:
     assert len(find(tab, ".card")) == 24
     press(tab, "?")
     assert find(tab, "#help")[0].is_displayed()
+
+
+def test_a_changed_image_opens_whatever_the_filters_hide_and_gives_the_focus_back(tab: Any) -> None:
+    choose(tab, "#by-state", "0")
+    (button,) = find(tab, "#since [data-exhibit]")
+    button.click()
+    assert find(tab, "#viewer-title")[0].text == button.text == "bolt/39.jpg"
+    press(tab, "\ue00c")  # Esc
+    assert not find(tab, "#viewer")[0].is_displayed() and focused(tab) == button
 
 
 def test_hostile_names_are_text_everywhere(tab: Any) -> None:

@@ -150,6 +150,7 @@ def test_text_from_outside_stays_text(tmp_path: Path, text: str) -> None:
         failed(f"y/{text}.jpg", text, photos, text),
     ]
     rows[0]["regions"][0]["defect"] = text
+    publish(tmp_path / "out", photos, [{**rows[0], "score": 0.1, "is_anomalous": False}], night="2026-01-01")
     described = prompt_set(text, normal=[f"{text} {n}" for n in range(5)])
     commit = publish(
         tmp_path / "out", photos, rows, [described.model_copy(update={"model": text})], versions={text: text}
