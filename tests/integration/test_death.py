@@ -154,6 +154,7 @@ BmpImagePlugin.BmpImageFile._open = lambda self: os.kill(os.getpid(), signal.SIG
 """
 
 
+@pytest.mark.slow
 def test_an_image_that_kills_its_decoder_costs_its_own_row_alone(
     images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_node_is_survived_by_the_others(
     images: Path, undisturbed: list[dict[str, Any]], cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -231,6 +233,7 @@ def test_two_jobs_that_share_an_output_leave_one_whole_night(images: Path, tmp_p
             assert np.frombuffer(row["mask"], np.uint8).mean() / 255 == pytest.approx(row["mask_area"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_prompt_actor_killed_in_mid_call_asks_once_more_when_its_lease_is_over(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 
 
+@pytest.mark.slow
 def test_a_driver_killed_between_commit_and_snapshot_is_resumed(
     s3: ObjectStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

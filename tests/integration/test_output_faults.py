@@ -34,6 +34,7 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Remount]]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_night_with_one_line_and_room_resumes_it(disk: tuple[Path, Remount]) -> None:
     output, remount = disk
     night = (

@@ -83,6 +83,7 @@ def find_secrets(texts: dict[str, bytes]) -> list[tuple[str, str]]:
     return [(place, secret) for place, text in texts.items() for secret in SECRETS if secret.encode() in text]
 
 
+@pytest.mark.slow
 def test_no_secret_is_told_anywhere(s3: ObjectStorage, ray_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A night whose LLM refuses with the key in its words, one that succeeds, and one with credentials in its URIs."""
     planted = {"OPENAI_API_KEY": LLM_KEY, "HF_TOKEN": HUB_TOKEN, "FACTORY_DB_PASSWORD": OTHER_SECRET}

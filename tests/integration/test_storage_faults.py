@@ -55,6 +55,7 @@ def test_a_night_behind_a_faulty_network_has_all_rows_ok(s3: ObjectStorage) -> N
     assert all(lake.read_uri(row["mask_uri"]) for row in rows)
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_in_the_night_are_one_clear_line(s3: ObjectStorage) -> None:
     photos = Store("s3://lake/expiring-photos")
     for path in sorted(DEMO.glob("hazelnut/test/*/*.jpg")):

@@ -61,6 +61,7 @@ def wait_for_end(head: Head, submission_id: str) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_night_submitted_twice_at_once_is_one_job_that_both_follow(head: Head, tmp_path: Path) -> None:
     submits = [start(head, *arguments(head, tmp_path)) for _ in range(2)]
     outcomes = [(*submit.communicate(timeout=240), submit.returncode) for submit in submits]
