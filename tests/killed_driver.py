@@ -2,8 +2,8 @@
 
     python -m tests.killed_driver POINT alfa-arguments...
 
-POINT is `before:PATTERN:N` or `after:PATTERN:N`: around the N-th object that the driver writes, creates or deletes with
-a key that matches the regular expression; `shard:N`: when the driver has heard of N finished shards. These kill the
+POINT is `before:PATTERN:N` or `after:PATTERN:N`: around the N-th object that the driver writes, creates, replaces or
+deletes with a key that matches the regular expression; `shard:N`: when the driver has heard of N finished shards. These kill the
 driver; `workers:N` kills all scoring workers at N finished shards instead.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,23 +27,28 @@ def _die() -> None:
 
 
 def _kill_around(when: str, pattern: str, number: int) -> None:
-    seen = 0
+    seen, thread = 0, threading.local()
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(self: Store, key: str, *arguments: Any) -> Any:
             nonlocal seen
-            matches = re.search(pattern, key) is not None
+            inside = getattr(thread, "inside", False)  # a replacement may be a creation
+            matches = not inside and re.search(pattern, key) is not None
             seen += matches
             if matches and seen == number and when == "before":
                 _die()
-            result = method(self, key, *arguments)
+            thread.inside = True
+            try:
+                result = method(self, key, *arguments)
+            finally:
+                thread.inside = inside
             if matches and seen == number:
                 _die()
             return result
 
         return call
 
-    for name in ("write", "create", "delete"):
+    for name in ("write", "create", "replace", "delete"):
         setattr(Store, name, wrap(getattr(Store, name)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -123,6 +124,23 @@ def test_a_driver_killed_anywhere_is_resumed(
     point: str, images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     kill_and_run_again(point, images, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", ["before:^scores/:1", "after:^scores/:1", "before:^commits/:1"])
+def test_a_driver_killed_while_it_replaces_a_night_leaves_the_old_one_to_those_who_follow_the_commit(
+    point: str, images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert alfa(*arguments(images, tmp_path, "threshold.policy=fixed")).returncode == 0
+    commit = tmp_path / "commits" / f"{NIGHT}.json"
+    before = commit.read_bytes()
+    assert killed(point, *arguments(images, tmp_path)).returncode == -signal.SIGKILL
+    assert commit.read_bytes() == before
+    for entry in json.loads(before)["files"]:
+        assert hashlib.sha256((tmp_path / entry["key"]).read_bytes()).hexdigest() == entry["sha256"]
+    again = alfa(*arguments(images, tmp_path))
+    assert again.returncode == 0, again.stderr
+    check_night(tmp_path, undisturbed)
 
 
 def test_killed_workers_are_replaced_and_the_run_goes_on(
