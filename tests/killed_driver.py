@@ -3,8 +3,8 @@
     python -m tests.killed_driver POINT alfa-arguments...
 
 POINT is `before:PATTERN:N` or `after:PATTERN:N`: around the N-th object that the driver writes, creates, replaces or
-deletes with a key that matches the regular expression; `shard:N`: when the driver has heard of N finished shards. These kill the
-driver; `workers:N` kills all scoring workers at N finished shards instead.
+deletes with a key that matches the regular expression; `shard:N`: when the driver has heard of N finished shards. These
+kill the driver; `workers:N` kills all scoring workers at N finished shards instead.
 """
 
 from __future__ import annotations
