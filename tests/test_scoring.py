@@ -109,6 +109,20 @@ def test_every_image_has_a_row_and_every_good_one_a_mask_of_its_size(detector: D
     assert len({row["mask_uri"] for row in rows if row["status"] == "ok"}) == 3
 
 
+def test_a_large_jpeg_decoded_small_has_the_score_of_all_its_pixels(detector: Detector, tmp_path: Path) -> None:
+    """Demo photos at 12 megapixels as JPEG, and the very same pixels in a file that is always decoded in full."""
+    images = tmp_path / "in" / "hazelnut"
+    images.mkdir(parents=True)
+    for number, path in enumerate(sorted((DEMO / "hazelnut/test").rglob("*.jpg"))[::3]):
+        Image.open(path).resize((4000, 3000)).save(images / f"{number}.jpg", quality=90)
+        Image.open(images / f"{number}.jpg").save(images / f"{number}.bmp")
+    rows = score(detector, job_for(tmp_path / "in", tmp_path / "out"), "hazelnut")
+    scores = {Path(str(row["image_key"])).name: row["score"] for row in rows}
+    assert len(scores) == 8 and {(row["width"], row["height"]) for row in rows} == {(4000, 3000)}
+    for number in range(4):
+        assert scores[f"{number}.jpg"] == pytest.approx(scores[f"{number}.bmp"], abs=0.02)
+
+
 def test_an_off_centre_defect_is_marked_at_its_place_in_an_oblong_photo(detector: Detector, tmp_path: Path) -> None:
     """Where a blot raises the map most is where it was painted, at the size of the photo."""
     images = tmp_path / "in" / "hazelnut"

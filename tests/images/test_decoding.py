@@ -84,6 +84,31 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
     assert np.array_equal(decoded.pixels[CORNER[orientation]] > 127, [True] * 3) and len(bright) == 2
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_large_jpeg_is_as_if_it_were_decoded_in_full(orientation: int, mode: str) -> None:
+    """399 x 320 pixels come to 8 x 16 by way of 50 x 40; no reduced size has the width and height of the photo."""
+    pixels = np.asarray(Image.radial_gradient("L").resize((399, 320))).copy()
+    pixels[:160, :200] = 255  # the stored top left corner
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(pixels).convert("RGB").convert(mode)
+    options = {"size": (16, 8), "interpolation": "bicubic", "max_pixels": 399 * 320}
+    jpeg = decode_image(encode(photo, "JPEG", exif=exif, quality=95), **options)
+    full = decode_image(encode(photo.convert("RGB"), "PNG", exif=exif), **options)
+    assert (jpeg.source_width, jpeg.source_height) == ((399, 320) if orientation <= 4 else (320, 399))
+    np.testing.assert_allclose(jpeg.pixels.astype(int), full.pixels.astype(int), atol=12)
+
+
+def test_a_large_jpeg_is_counted_with_all_its_pixels_and_all_its_bytes() -> None:
+    for progressive in (False, True):
+        data = encode(NOISE.resize((512, 512)), "JPEG", progressive=progressive)
+        assert decode(data, max_pixels=512 * 512).source_width == 512
+        assert error_type(data, max_pixels=512 * 512 - 1) is ErrorType.TOO_MANY_PIXELS
+        for share in (0.3, 0.6, 0.98):
+            assert error_type(data[: int(share * len(data))]) is ErrorType.TRUNCATED
+
+
 def test_the_whole_image_is_squashed_without_a_crop() -> None:
     pixels = np.zeros((10, 100, 3), dtype=np.uint8)
     pixels[:, :50] = 255
