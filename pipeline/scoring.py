@@ -26,7 +26,7 @@ from pipeline import lake
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, PromptEmbeddings
 from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
-from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regions, upsample
 from pipeline.memory import FILE_BYTES, PIXELS
 from pipeline.redaction import redact
 from pipeline.shards import Shard
@@ -227,13 +227,16 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     defect_grid = defect_grid.reshape(len(names), defect_grid.size // (max(1, len(names)) * defect_width), defect_width)
     map_png = None
     with PIXELS.hold(width * height):
-        anomaly_map = upsample(grid, width, height)
-        mask = anomaly_map >= thresholds.mask
-        area, mask_png = float(mask.mean()), encode_mask(mask)
-        if run.job.output.maps:
-            map_png = encode_map(anomaly_map)
-        regions = [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
-        del anomaly_map, mask
+        if run.job.output.maps or (grid >= thresholds.mask).any():
+            anomaly_map = upsample(grid, width, height)
+            mask = anomaly_map >= thresholds.mask
+            area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
+            if run.job.output.maps:
+                map_png = encode_map(anomaly_map)
+            regions = [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
+            del anomaly_map, mask
+        else:  # between patches the map is never above them
+            area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
     mask_key = lake.mask_key(night, version, class_name, image_key)
     output.write(mask_key, mask_png)
     map_key = lake.map_key(night, version, class_name, image_key) if map_png is not None else None

@@ -1,11 +1,13 @@
 import io
+from dataclasses import astuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
-from pipeline.masks import encode_map, encode_mask, find_regions, upsample
+from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regions, upsample
 
 NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
 
@@ -42,6 +44,27 @@ def test_a_region_is_named_after_the_defect_nearest_to_its_patches() -> None:
     assert region.defect == "dent"
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("width", "height"), [(60, 41), (7, 90), (1, 30), (30, 1)])
+def test_regions_are_those_of_a_labelling_pixel_by_pixel(width: int, height: int, seed: int) -> None:
+    """Speckles, half of the pixels set, where every way of touching occurs; a 5 x 4 grid that divides no side."""
+    chance = np.random.default_rng(seed)
+    anomaly_map = chance.random((height, width), dtype=np.float32)
+    mask, names = anomaly_map >= 0.3 + seed / 6, ["scratch", "dent", "crack"]
+    defect_grid = chance.random((3, 5, 4), dtype=np.float32)
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    rows, columns = np.indices(mask.shape)
+    expected = set()
+    for number in range(1, count + 1):
+        y, x = np.nonzero(labels == number)
+        cosines = defect_grid[:, rows[y, x] * 5 // height, columns[y, x] * 4 // width].sum(axis=1, dtype=np.float64)
+        box = x.min(), y.min(), x.max() - x.min() + 1, y.max() - y.min() + 1
+        expected.add((*map(int, box), len(x), float(anomaly_map[y, x].max()), names[int(np.argmax(cosines))]))
+    found = find_regions(mask, anomaly_map, names, defect_grid)
+    assert len(found) == count and {astuple(region) for region in found} == expected
+    assert [region.peak for region in found] == sorted((region.peak for region in found), reverse=True)
+
+
 def test_an_empty_mask_has_no_region() -> None:
     anomaly_map = np.zeros((4, 4), dtype=np.float32)
     assert find_regions(anomaly_map > 0, anomaly_map, [], NO_DEFECTS) == []
@@ -52,6 +75,8 @@ def test_masks_decode_to_0_and_255() -> None:
     image = Image.open(io.BytesIO(encode_mask(mask)))
     assert (image.mode, image.size) == ("L", (3, 2))
     np.testing.assert_array_equal(np.asarray(image), mask * 255)
+    empty = Image.open(io.BytesIO(encode_empty_mask(3, 2)))
+    assert (empty.mode, empty.size, empty.getextrema()) == ("L", (3, 2), (0, 0))
 
 
 def test_maps_decode_to_probabilities() -> None:
