@@ -228,7 +228,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     map_png = None
     with PIXELS.hold(width * height):
         if run.job.output.maps or (grid >= thresholds.mask).any():
-            anomaly_map = upsample(grid, width, height)
+            anomaly_map = upsample(grid, width, height, None if run.job.output.maps else thresholds.mask)
             mask = anomaly_map >= thresholds.mask
             area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
             if run.job.output.maps:

@@ -12,12 +12,22 @@ from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regi
 NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
 
 
-@pytest.mark.parametrize("size", [(1500, 1000), (31, 17), (240, 240)])
+@pytest.mark.parametrize("size", [(1500, 1000), (31, 17), (240, 240), (9, 1)])
 def test_upsampling_is_bilinear_with_pixel_centres(size: tuple[int, int]) -> None:
     width, height = size
     grid = np.random.default_rng(0).random((15, 13), dtype=np.float32)
     expected = torch.nn.functional.interpolate(torch.from_numpy(grid)[None, None], (height, width), mode="bilinear")
-    np.testing.assert_allclose(upsample(grid, width, height), expected[0, 0].numpy(), atol=2e-6)
+    anomaly_map = upsample(grid, width, height)
+    np.testing.assert_allclose(anomaly_map, expected[0, 0].numpy(), atol=2e-6)
+    assert anomaly_map.max() <= grid.max() and anomaly_map.min() >= grid.min()
+    grid[3:9] *= 0.1
+    anomaly_map = upsample(grid, width, height)
+    for least in (0.0, 0.05, 0.3, 0.7, float(np.float32(0.7)), float(grid.max())):
+        enough = upsample(grid, width, height, least)
+        reached = anomaly_map >= least
+        np.testing.assert_array_equal(enough >= least, reached)
+        np.testing.assert_array_equal(enough[reached], anomaly_map[reached])
+    assert np.isneginf(enough).any() or height == 1
 
 
 def test_a_patch_comes_back_at_its_place_in_an_oblong_image() -> None:
