@@ -33,6 +33,8 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m tests.bench.detector
 	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.decoding
+	$(BIN)/python -m tests.bench.masks
 
 clean:
 	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

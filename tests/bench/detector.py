@@ -7,24 +7,17 @@ weights: only its speed is looked at.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 
 import open_clip
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.alfa import Detector, Encoder, Preprocess
 from pipeline.prompts.compose import compose_ensemble
 from schemas.job import Method
 from schemas.prompts import PromptSet
-
-RESULTS = Path(__file__).parent / "results"
+from tests.bench.measuring import measure, print_table, write_results
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[open_clip.CLIP, Encoder]:
@@ -34,20 +27,6 @@ def build(name: str, device: torch.device, dtype: torch.dtype) -> tuple[open_cli
         clip.visual.image_size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic"
     )
     return clip, Encoder(clip, open_clip.get_tokenizer(name), preprocess, device, dtype)
-
-
-def measure(runs: dict[str, Callable[[], object]], repetitions: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each run, after one warm-up, the runs taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repetition in range(repetitions + 1):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if repetition:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -74,23 +53,15 @@ def main() -> None:
         detector = Detector(encoder, Method(), aligner)
         prompts = [detector.embed(ensemble)] * options.batch
         runs[f"detector, {aligner}"] = lambda detector=detector, prompts=prompts: detector.detect(pixels, prompts)
-    seconds = measure(runs, options.repetitions, device)
+    seconds = measure(runs, options.repetitions, torch.cuda.synchronize if device.type == "cuda" else None)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    table = Table(title=f"{options.model}, batch {options.batch}, {where}", title_justify="left")
-    for column in ("run", "images/s", "time / bare"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for name, value in seconds.items():
-        table.add_row(name, f"{options.batch / value:.2f}", f"{value / seconds['bare encode_image']:.2f}")
-    Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    facts = {
-        "model": options.model,
-        "batch": options.batch,
-        "machine": where,
-        "at": now.isoformat(),
-        "seconds": seconds,
-    }
-    (RESULTS / f"detector-{device.type}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    rows = [
+        (name, f"{options.batch / value:.2f}", f"{value / seconds['bare encode_image']:.2f}")
+        for name, value in seconds.items()
+    ]
+    print_table(f"{options.model}, batch {options.batch}, {where}", ("run", "images/s", "time / bare"), rows)
+    facts = {"model": options.model, "batch": options.batch, "machine": where, "seconds": seconds}
+    write_results(f"detector-{device.type}", facts)
 
 
 if __name__ == "__main__":

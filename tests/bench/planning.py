@@ -13,19 +13,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.images import list_images, open_dataset
 from pipeline.shards import cut_shards, write_manifest
 from schemas.job import Dataset, Storage
+from tests.bench.measuring import print_table, write_results
 
-RESULTS = Path(__file__).parent / "results"
 FILES_A_CLASS = 50_000
 SHARD_SIZE = 256
 
@@ -78,10 +75,8 @@ def main() -> None:
     if options.plan:
         print(json.dumps(plan(options.plan)))
         return
-    table = Table(title="planning a night", title_justify="left")
-    for column in ("source", "images", "images/s", "images / CPU s", "peak MB", "of it imports"):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    facts: dict[str, object] = {"at": datetime.now(timezone.utc).isoformat(), "cores": os.cpu_count()}
+    facts: dict[str, object] = {}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         write_files(Path(scratch) / "files", options.files)
         write_rows(Path(scratch) / "rows.parquet", options.rows)
@@ -91,10 +86,10 @@ def main() -> None:
             facts[name] = found
             rates = (found["images"] / found[key] for key in ("seconds", "cpu_seconds"))
             sizes = (found["peak_mb"], found["imports_mb"])
-            table.add_row(name, str(found["images"]), *(f"{rate:,.0f}" for rate in rates), *map(str, sizes))
-    Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "planning.json").write_text(json.dumps(facts, indent=2) + "\n")
+            rows.append((name, str(found["images"]), *(f"{rate:,.0f}" for rate in rates), *map(str, sizes)))
+    columns = ("source", "images", "images/s", "images / CPU s", "peak MB", "of it imports")
+    print_table("planning a night", columns, rows)
+    write_results("planning", facts)
 
 
 if __name__ == "__main__":
