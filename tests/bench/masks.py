@@ -88,7 +88,7 @@ def main() -> None:
         plain, ours = (seconds[f"{name}, {way}"] for way in ("plain", "write_mask"))
         found = write_mask(make_row(grid, *size), thresholds, run.version, run, output)["regions"]
         rows.append((name, str(len(found)), f"{plain * 1e3:.1f}", f"{ours * 1e3:.1f}", f"{plain / ours:.1f}"))
-    columns = ("mask", "regions", "plain, ms", "write_mask, ms", "times as fast")
+    columns = ("mask", "regions", "plain, ms", "write_mask, ms", "ratio")
     print_table(f"masks of {options.width} x {options.height}, one thread", columns, rows)
     write_results("masks", {"width": options.width, "height": options.height, "seconds": seconds})
 
