@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline import lake, nights
 from pipeline.redaction import redact
@@ -34,6 +35,8 @@ MOST_FAILURES = 500
 """Errors that are listed; all are counted."""
 MOST_EXHIBITS = 200
 """Images of the gallery."""
+MOST_PATCHES = 64
+"""Rows and columns of a map in the page; larger ones are shown coarser, their peaks kept."""
 MOST_CHANGES = 50
 """Images with another verdict than the night before; all are counted."""
 
@@ -99,6 +102,20 @@ def fair_shares(sizes: Sequence[int], total: int) -> list[int]:
         shares[group] = min(sizes[group], left // (len(sizes) - rank))
         left -= shares[group]
     return shares
+
+
+def shrink_map(values: Sequence[float], width: int) -> NDArray[np.float32]:
+    """A map [gh, gw], given row by row. That of a photo in tiles is made coarser, its peaks kept, so that a page can
+    hold the maps of all its images."""
+    grid = np.asarray(values, np.float32).reshape(-1, width)
+    step = -(-max(grid.shape) // MOST_PATCHES)
+    if step == 1:
+        return grid
+    rows, columns = (-(-side // step) for side in grid.shape)
+    padded = np.full((rows * step, columns * step), -np.inf, dtype=np.float32)
+    padded[: grid.shape[0], : grid.shape[1]] = grid
+    peaks: NDArray[np.float32] = padded.reshape(rows, step, columns, step).max(axis=(1, 3))
+    return peaks
 
 
 @dataclass(frozen=True)
@@ -173,7 +190,7 @@ def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: 
                     explanation=row["explanation"] or [],
                     photo=photo,
                     photo_fault=fault,
-                    grid=None if grid is None else np.asarray(grid, np.float32).reshape(-1, found["grid_width"]),
+                    grid=None if grid is None else shrink_map(grid, found["grid_width"]),
                     kept=found.get("prompts_kept"),
                     **{name: row[name] for name in _COPIED},
                 )

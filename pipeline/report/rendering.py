@@ -206,6 +206,7 @@ def _exhibit_data(exhibit: Exhibit) -> dict[str, Any]:
         ],
         "kept": None if exhibit.kept is None else "".join("01"[kept] for kept in exhibit.kept),
         "grid": None if exhibit.grid is None else _encode_grid(exhibit.grid),
+        "grid_scale": None if exhibit.grid is None else _scale(exhibit.grid),
         "grid_width": None if exhibit.grid is None else exhibit.grid.shape[1],
         "width": exhibit.width,
         "height": exhibit.height,
@@ -230,8 +231,13 @@ def _add_photos(data: Sequence[dict[str, Any]], exhibits: Sequence[Exhibit], bud
 
 
 def _encode_grid(grid: NDArray[np.float32]) -> str:
-    """Little-endian 16 bits a patch, row by row, base64; value / 65535 is the probability."""
-    return base64.b64encode(np.rint(np.clip(grid, 0, 1) * 65535).astype("<u2").tobytes()).decode()
+    """Little-endian 16 bits a patch, row by row, base64; value / 65535 x _scale is the map."""
+    return base64.b64encode(np.rint(np.clip(grid / _scale(grid), 0, 1) * 65535).astype("<u2").tobytes()).decode()
+
+
+def _scale(grid: NDArray[np.float32]) -> int:
+    """1 for probabilities; with references, maps range to 2."""
+    return 2 if grid.max(initial=0) > 1 else 1
 
 
 def _heat_ranges(report: Report, numbers: Mapping[str, int]) -> dict[int, list[float]]:

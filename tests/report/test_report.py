@@ -9,12 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from jobs.report import report_night, run_report
 from pipeline.report import ReportError, gather, render, write_report
-from pipeline.report.gathering import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares
+from pipeline.report.gathering import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
 from pipeline.storage import Store
 from tests.report.nights import NIGHT, failed, prompt_set, publish, save_photo, scored
 
@@ -246,3 +247,12 @@ def test_a_report_that_fails_is_a_warning(night: tuple[Path, dict[str, Any]], ca
         write_report(output, night[1])
     assert report_night(output, night[1], anew=True) is None
     assert "the night is published, but its report could not be written" in caplog.text
+
+
+def test_maps_of_tiled_photos_are_coarser_and_keep_their_peaks() -> None:
+    grid = np.zeros((130, 100), np.float32)
+    grid[129, 50] = 0.9
+    small = shrink_map(grid.ravel().tolist(), 100)
+    assert small.shape == (44, 34) and small[43, 16] == small.max() == np.float32(0.9) and small.min() == 0
+    same = shrink_map([0.25, 0.5, 0.75, 1.0], 2)
+    assert same.tolist() == [[0.25, 0.5], [0.75, 1.0]]

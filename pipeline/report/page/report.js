@@ -36,7 +36,7 @@
     const bytes = atob(exhibit.grid), gw = exhibit.grid_width, gh = bytes.length / 2 / gw;
     const at = (y, x) => {
       const i = 2 * (Math.min(Math.max(y, 0), gh - 1) * gw + Math.min(Math.max(x, 0), gw - 1));
-      return (bytes.charCodeAt(i) + 256 * bytes.charCodeAt(i + 1)) / 65535;
+      return (bytes.charCodeAt(i) + 256 * bytes.charCodeAt(i + 1)) / 65535 * exhibit.grid_scale;
     };
     const scale = CANVAS / Math.max(exhibit.width, exhibit.height);
     const width = Math.max(1, Math.round(exhibit.width * scale)), height = Math.max(1, Math.round(exhibit.height * scale));
