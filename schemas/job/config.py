@@ -1,31 +1,22 @@
-"""What a job is: frozen models, read from YAML, overrides and flags; every error names the key and what is allowed."""
+"""What a job is: frozen models, and what identifies a run of it."""
 
 from __future__ import annotations
 
 import datetime
-import difflib
 import hashlib
 import json
 import re
-import types
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from schemas.text import one_line
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EMBEDDED_MODEL = "alfa-tiny"
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-
-
-class JobError(ValueError):
-    """A job that cannot be understood; the message names each key at fault and what is allowed there."""
 
 
 class Part(BaseModel):
@@ -306,117 +297,3 @@ class JobConfig(Part):
 
 def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def parse_job(
-    document: Mapping[str, Any] | None = None,
-    overrides: Sequence[str] = (),
-    flags: Mapping[str, Any] | None = None,
-) -> JobConfig:
-    """A job from a YAML document, then `key.path=value` overrides, then flags (dotted keys), the later ones winning.
-
-    Raises JobError with one line per fault; each names the key, what is wrong and what is allowed.
-    """
-    try:
-        merged: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise JobError(f"the job is no plain document of keys and values: {one_line(str(error))}") from None
-    assignments = [_parse_override(item) for item in overrides]
-    assignments += [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
-    for path, value in assignments:
-        _assign(merged, path, value)
-    try:
-        return JobConfig.model_validate(merged)
-    except ValidationError as error:
-        lines = dict.fromkeys(one_line(_explain(fault)) for fault in error.errors())
-        raise JobError("\n".join(lines)) from None
-
-
-def read_job_yaml(text: str) -> dict[str, Any]:
-    """The mapping in a YAML text. Raises JobError where it is no YAML or no mapping."""
-    try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
-        raise JobError(f"the job file is not valid YAML: {one_line(str(error))}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise JobError(f"the job file must hold keys and values, not a {type(document).__name__}")
-    return document
-
-
-def dump_job_yaml(job: JobConfig) -> str:
-    """The resolved job as YAML, each key spelled out; it parses back to the same job."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def _parse_override(item: str) -> tuple[list[str], Any]:
-    key, separator, value = item.partition("=")
-    if not separator or not key.strip():
-        raise JobError(f"--set {one_line(item)}: write it as key=value, such as --set model.name=ViT-B-16")
-    try:
-        return key.strip().split("."), yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return key.strip().split("."), value
-
-
-def _assign(target: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for name in path[:-1]:
-        child = target[name] = {} if target.get(name) is None else target[name]
-        if not isinstance(child, dict):
-            raise JobError(one_line(f"{'.'.join(path)}: {name} holds a value, not keys"))
-        target = child
-    target[path[-1]] = value
-
-
-def _explain(fault: Any) -> str:
-    location = _path_of(fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}? " if near else ""
-        return f"{'.'.join(location)}: no such key; {hint}allowed here: {', '.join(known)}"
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if fault["type"] == "missing":
-        return f"{'.'.join(location)}: required, but not given{_purpose(location)}"
-    where = ".".join(location) or "job"
-    given = fault.get("input")
-    secret = fault["type"] == "value_error"
-    shown = f" (given: {str(given)[:80]!r})" if isinstance(given, (str, int, float, bool)) and not secret else ""
-    return f"{where}: {message}{shown}"
-
-
-def _path_of(location: Sequence[int | str]) -> list[str]:
-    """The key of a fault, without the branch names that pydantic adds inside a union."""
-    steps = [str(step) for step in location]
-    for end, name in enumerate(steps):
-        field = _model_at(steps[:end]).model_fields.get(name)
-        if field is not None and _submodel(field.annotation) is None:
-            return steps[: end + 1]
-    return steps
-
-
-def _model_at(path: Sequence[str]) -> type[BaseModel]:
-    model: type[BaseModel] = JobConfig
-    for name in path:
-        field = model.model_fields.get(name)
-        found = None if field is None else _submodel(field.annotation)
-        if found is None:
-            return model
-        model = found
-    return model
-
-
-def _submodel(annotation: Any) -> type[BaseModel] | None:
-    options = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    return next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), None)
-
-
-def _keys_at(path: Sequence[str]) -> list[str]:
-    return list(_model_at(path).model_fields)
-
-
-def _purpose(path: Sequence[str]) -> str:
-    field = _model_at(path[:-1]).model_fields.get(path[-1]) if path else None
-    return f": {field.description}" if field is not None and field.description else ""

@@ -1,0 +1,30 @@
+"""What a job is: frozen models, read from YAML, overrides and flags."""
+
+from schemas.job.config import (
+    EMBEDDED_MODEL,
+    Dataset,
+    JobConfig,
+    Method,
+    Model,
+    Prompts,
+    References,
+    Storage,
+    without_credentials,
+)
+from schemas.job.parsing import JobError, dump_job_yaml, parse_job, read_job_yaml
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "Dataset",
+    "JobConfig",
+    "JobError",
+    "Method",
+    "Model",
+    "Prompts",
+    "References",
+    "Storage",
+    "dump_job_yaml",
+    "parse_job",
+    "read_job_yaml",
+    "without_credentials",
+]
