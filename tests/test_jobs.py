@@ -58,6 +58,7 @@ def test_the_same_night_again_is_done_without_scoring(night: tuple[Path, Path]) 
     assert {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")} == before
 
 
+@pytest.mark.slow
 def test_a_lost_shard_alone_is_scored_again_and_published(night: tuple[Path, Path], tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(night[1], output)
@@ -77,6 +78,7 @@ def test_past_the_error_budget_the_exit_code_is_1_and_rows_are_there(night: tupl
     assert over.returncode == 1 and "max_error_rate" in over.stderr
 
 
+@pytest.mark.slow
 def test_quantile_thresholds_mark_the_share_asked_for(night: tuple[Path, Path], tmp_path: Path) -> None:
     done = score(night[0], tmp_path, "threshold.policy=quantile", "threshold.quantile=0.5", "engine.max_error_rate=0.5")
     assert done.returncode == 0, done.stderr
