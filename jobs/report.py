@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipeline import lake
+from pipeline.nights import published_nights
 from pipeline.publish import read_commit
 from pipeline.redaction import redact
 from pipeline.report import ReportError, write_report
@@ -53,7 +54,7 @@ def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str
 
 
 def _last_night(output: Store) -> str:
-    keys = [info.key for info in output.list("commits") if info.key.endswith(".json")]
-    if not keys:
+    nights = published_nights(output)
+    if not nights:
         raise ReportError(f"no night is published at {output.uri('')}")
-    return max(keys).rpartition("/")[2].removesuffix(".json")
+    return nights[-1]

@@ -246,9 +246,8 @@ def versions() -> dict[str, str]:
     """What this driver runs on."""
     found = {"python": platform.python_version()}
     for name in ("alfa-pipeline", "open_clip_torch", "ray", "torch"):
-        with contextlib.suppress(
-            metadata.PackageNotFoundError
-        ):  # a working directory sent to a cluster is not installed
+        # Code that was sent to a cluster is not installed there.
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
