@@ -20,15 +20,14 @@ _WINDOWS = (2, 3)
 
 def align(features: ImageFeatures, encoder: Encoder, aligner: str, ridge_lambda: float) -> Tensor:
     """Local embeddings [L, B, P, D] of the chosen levels, normalised, float32."""
-    if aligner == "value":
-        if features.values is None:
-            raise ValueError("aligner value needs features with the value path")
-        return encoder.project(features.values)
-    if aligner == "raw":
-        return encoder.project(features.tokens)
+    tokens = features.values if aligner == "value" else features.tokens
+    if tokens is None:
+        raise ValueError(f"features were made for another aligner than {aligner}")
+    if aligner != "ridge":
+        return encoder.project(tokens)
     windows = window_patches(encoder.grid)
     targets = torch.cat([features.embedding[:, None], _window_embeddings(features.embedded, windows, encoder)], dim=1)
-    return torch.stack([ridge(tokens, windows, targets, ridge_lambda) for tokens in features.tokens])
+    return torch.stack([ridge(level, windows, targets, ridge_lambda) for level in tokens])
 
 
 def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: float) -> Tensor:

@@ -125,7 +125,7 @@ class Detector:
 
     def _reference_tokens(self, views: Tensor, at_once: int) -> Iterator[Tensor]:
         for some in views.split(at_once):
-            features = self.encoder.encode_images(some, self._levels, None, self._reference_levels)
+            features = self.encoder.encode_images(some, reference_levels=self._reference_levels)
             yield features.reference_tokens.flatten(1, 2)
 
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
@@ -164,7 +164,7 @@ class Detector:
 
         Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
         """
-        leaning = self._lean(self.encoder.encode_images(whole[None], self._levels).embedding, [prompts])
+        leaning = self._lean(self.encoder.encode_images(whole[None]).embedding, [prompts])
         window = _window(tiling.tile).to(self.encoder.device)
         blended = torch.zeros(2 + len(prompts.defects), *tiling.grid, device=window.device)
         weight = torch.zeros(tiling.grid, device=window.device)

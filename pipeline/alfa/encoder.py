@@ -56,14 +56,14 @@ class ImageFeatures:
 
     embedding: class embedding [B, D], normalised, float32.
     embedded: tokens that enter the first block [B, 1 + P, W].
-    tokens: patch tokens after each wanted block [L, B, P, W], float32.
+    tokens: patch tokens after each wanted block [L, B, P, W], float32; None where the value path was asked for.
     values: the value path after each wanted block [L, B, P, W]; None where it was not asked for.
     reference_tokens: patch tokens after each block wanted for references [R, B, P, W], float32; R may be 0.
     """
 
     embedding: Tensor
     embedded: Tensor
-    tokens: Tensor
+    tokens: Tensor | None
     values: Tensor | None
     reference_tokens: Tensor
 
@@ -151,6 +151,8 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 class Encoder:
     """Images and texts to embeddings, in inference mode. All results are float32, whatever the precision inside.
 
+    clip is taken over: the products of its image tower are done in `dtype` from now on.
+
     grid: rows and columns of patches; blocks: depth of the ViT; logit_scale: 1 / tau; embedding_dim: D.
     """
 
@@ -160,7 +162,6 @@ class Encoder:
         self._clip = clip
         self._visual = clip.visual
         self._tokenizer = tokenizer
-        self._dtype = dtype
         self.preprocess = preprocess
         self.device = device
         self.grid: tuple[int, int] = tuple(clip.visual.grid_size)
@@ -169,6 +170,10 @@ class Encoder:
         self.embedding_dim: int = clip.visual.output_dim
         self._mean = torch.tensor(preprocess.mean, device=device).view(1, 3, 1, 1) * 255
         self._std = torch.tensor(preprocess.std, device=device).view(1, 3, 1, 1) * 255
+        self._visual.conv1.to(dtype)
+        for block in self._visual.transformer.resblocks:
+            block.attn.to(dtype)
+            block.mlp.to(dtype)
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
@@ -189,7 +194,7 @@ class Encoder:
     def encode_images(
         self,
         pixels: Tensor,
-        levels: Sequence[int],
+        levels: Sequence[int] = (),
         value_depth: int | None = None,
         reference_levels: Sequence[int] = (),
     ) -> ImageFeatures:
@@ -201,32 +206,32 @@ class Encoder:
         Raises ValueError for pixels of another type or size.
         """
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (3, *self.preprocess.size):
-            wanted = ["B", 3, *self.preprocess.size]
-            raise ValueError(f"pixels must be torch.uint8 {wanted}, not {pixels.dtype} {list(pixels.shape)}")
+            shape = ["B", 3, *self.preprocess.size]
+            raise ValueError(f"pixels must be torch.uint8 {shape}, not {pixels.dtype} {list(pixels.shape)}")
         images = (pixels.to(self.device, non_blocking=True).float() - self._mean) / self._std
-        first = self.blocks - value_depth if value_depth else self.blocks
-        tokens: list[Tensor] = []
-        values: list[Tensor] = []
+        first, last = self.blocks - (value_depth or 0), self.blocks - 1
+        patches_leave = last in reference_levels or (not value_depth and last in levels)
+        wanted: list[Tensor] = []
         compared: list[Tensor] = []
-        with self._cast():
-            x = embedded = self._embed(images)
-            y: Tensor | None = None
-            for number, block in enumerate(self._visual.transformer.resblocks):
-                if number >= first:
-                    y = (x if y is None else y) + value_attention(block, x)
-                x = block(x)
-                if number in levels:
-                    tokens.append(x[:, 1:])
-                    if y is not None:
-                        values.append(y[:, 1:])
-                if number in reference_levels:
-                    compared.append(x[:, 1:])
+        x = embedded = self._embed(images)
+        y: Tensor | None = None
+        for number, block in enumerate(self._visual.transformer.resblocks):
+            class_only = number == last and not patches_leave
+            output, update = run_block(block, x, with_values=number >= first, class_only=class_only)
+            if update is not None:
+                y = (x if y is None else y) + update
+            x = output
+            if number in levels:
+                wanted.append((x if y is None else y)[:, 1:])
+            if number in reference_levels:
+                compared.append(x[:, 1:])
+        stacked = torch.stack(wanted) if wanted else None
         return ImageFeatures(
             self.project(x[:, 0]),
             embedded,
-            torch.stack(tokens),
-            torch.stack(values) if value_depth else None,
-            torch.stack(compared) if compared else x.new_empty(0, *x[:, 1:].shape),
+            None if value_depth else stacked,
+            stacked if value_depth else None,
+            torch.stack(compared) if compared else x.new_empty(0, *embedded[:, 1:].shape),
         )
 
     @torch.inference_mode()
@@ -237,33 +242,47 @@ class Encoder:
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
         """Normalised class embeddings [N, D], float32, of sequences [N, T, W] of embedded tokens, class token first."""
-        with self._cast():
-            for block in self._visual.transformer.resblocks:
-                tokens = block(tokens)
+        *blocks, last = self._visual.transformer.resblocks
+        for block in blocks:
+            tokens, _ = run_block(block, tokens)
+        tokens, _ = run_block(last, tokens, class_only=True)
         return self.project(tokens[:, 0])
 
     def _embed(self, images: Tensor) -> Tensor:
         visual = self._visual
-        patches = visual.conv1(images).flatten(2).transpose(1, 2).float()
+        patches = visual.conv1(images.to(visual.conv1.weight.dtype)).flatten(2).transpose(1, 2).float()
         classes = visual.class_embedding.expand(len(patches), 1, -1)
         tokens: Tensor = visual.ln_pre(torch.cat([classes, patches], dim=1) + visual.positional_embedding)
-        # The residual stream stays float32: the cosines of normal and anomalous prompts differ in the third digit.
-        return tokens.float()
-
-    def _cast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._dtype == torch.bfloat16)
+        return tokens
 
 
-def value_attention(block: nn.Module, x: Tensor) -> Tensor:
-    """W_o softmax(v v^T / sqrt(d_head)) v of a block on its own input x [B, T, W] (fine-grained aligner, `value`)."""
-    attention: Any = block.attn
-    _, _, weight = attention.in_proj_weight.chunk(3)
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)[2]
-    v = F.linear(block.ln_1(x), weight, bias)  # type: ignore[operator]
-    v = v.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(v, v, v).transpose(1, 2).flatten(2)
-    result: Tensor = block.ls_1(attention.out_proj(mixed))  # type: ignore[operator]
-    return result
+def run_block(
+    block: nn.Module, x: Tensor, *, with_values: bool = False, class_only: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """A residual block of CLIP on x [B, T, W], float32: its output, and with_values its step of the value path,
+    W_o softmax(v v^T / sqrt(d_head)) v [B, T, W] (fine-grained aligner, `value`), else None.
+
+    class_only: the output is that of the class token alone, [B, 1, W]. Both attentions share v, so the value path costs
+    one attention and one product with W_o.
+    """
+    parts: Any = block
+    attention = parts.attn
+    # Products in the precision of their weights; the residual stream stays float32: the cosines of normal and anomalous
+    # prompts differ in the third digit.
+    dtype = attention.in_proj_weight.dtype
+    projected = F.linear(parts.ln_1(x).to(dtype), attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1))
+    if class_only:
+        x, q = x[:, :1], q[:, :, :1]
+
+    def attend(queries: Tensor, keys: Tensor) -> Tensor:
+        mixed = F.scaled_dot_product_attention(queries, keys, v).transpose(1, 2).flatten(2)
+        result: Tensor = parts.ls_1(attention.out_proj(mixed))
+        return result
+
+    values = attend(v, v) if with_values else None
+    x = x + attend(q, k)
+    return x + parts.ls_2(parts.mlp(parts.ln_2(x).to(dtype))), values
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -27,16 +27,39 @@ def open_clip_images(model: Model, pixels: torch.Tensor, **options: Any) -> torc
         return clip.encode_image((pixels.float() / 255 - mean) / std, normalize=True)
 
 
+@pytest.mark.parametrize("value_depth", [None, 3])
 @pytest.mark.parametrize("kind", ["square", "scaled", "wide"])
-def test_class_embedding_is_open_clips(kind: str, request: pytest.FixtureRequest, load: Any) -> None:
+def test_class_embedding_is_open_clips(
+    kind: str, value_depth: int | None, request: pytest.FixtureRequest, load: Any
+) -> None:
     model = request.getfixturevalue(kind)
     encoder = load(model)
     pixels = random_pixels(3, encoder.preprocess.size)
-    features = encoder.encode_images(pixels, (0, 3), 3)
+    features = encoder.encode_images(pixels, (0, 3) if value_depth is None else (1, 3), value_depth)
     torch.testing.assert_close(features.embedding, open_clip_images(model, pixels), atol=1e-5, rtol=0)
-    patches = encoder.grid[0] * encoder.grid[1]
-    assert features.tokens.shape == (2, 3, patches, 32)
+    torch.testing.assert_close(encoder.encode_images(pixels).embedding, features.embedding, atol=1e-5, rtol=0)
+    found, other = features.tokens, features.values
+    if value_depth is not None:
+        found, other = other, found
+    assert found is not None and found.shape == (2, 3, encoder.grid[0] * encoder.grid[1], 32) and other is None
     assert encoder.embedding_dim == 24 and features.embedding.shape == (3, 24)
+
+
+@pytest.mark.parametrize("kind", ["square", "scaled", "wide"])
+def test_tokens_are_those_of_open_clips_blocks(kind: str, request: pytest.FixtureRequest, load: Any) -> None:
+    encoder = load(request.getfixturevalue(kind))
+    pixels = random_pixels(2, encoder.preprocess.size)
+    plain = encoder.encode_images(pixels, (0, 3), None, (1, 3))
+    x, expected = plain.embedded, []
+    with torch.no_grad():
+        for block in encoder._visual.transformer.resblocks:
+            x = block(x)
+            expected.append(x[:, 1:])
+    tokens, compared = torch.stack([expected[0], expected[3]]), torch.stack([expected[1], expected[3]])
+    torch.testing.assert_close(plain.tokens, tokens, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.reference_tokens, compared, atol=1e-5, rtol=1e-5)
+    beside_values = encoder.encode_images(pixels, (3,), 3, (1, 3))
+    torch.testing.assert_close(beside_values.reference_tokens, compared, atol=1e-5, rtol=1e-5)
 
 
 def test_text_embeddings_are_open_clips_whatever_the_batch(square: Model, encoder: Encoder) -> None:
@@ -82,9 +105,9 @@ def test_image_size_must_be_a_multiple_of_the_patch(square: Model, load: Any) ->
 def test_bf16_stays_inside(square: Model, load: Any, encoder: Encoder) -> None:
     half = load(square.model_copy(update={"precision": "bf16"}))
     pixels = random_pixels(2, (64, 64))
-    features = half.encode_images(pixels, (3,), 3)
-    parts = (features.embedding, features.embedded, features.tokens, features.values, half.encode_texts(["a nut"]))
-    assert {part.dtype for part in parts} == {torch.float32}
+    raw, features = half.encode_images(pixels, (3,)), half.encode_images(pixels, (3,), 3, (1,))
+    parts = (features.embedding, features.embedded, features.values, features.reference_tokens, raw.tokens)
+    assert {part.dtype for part in (*parts, half.encode_texts(["a nut"]))} == {torch.float32}
     assert F.cosine_similarity(features.embedding, encoder.encode_images(pixels, (3,)).embedding).min() > 0.99
 
 
