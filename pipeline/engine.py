@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +33,8 @@ logger = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
 
-_CALLS_AHEAD = 2
-"""Calls that wait at each actor, so that it never waits for the driver."""
+_CALLS_AT_ONCE = 2
+"""Calls that each actor works on: while one shard has the model, the other reads ahead or writes its last masks."""
 
 _PATIENCE_S = 60.0
 """After so long without any event, the driver looks whether there is anyone to wait for."""
@@ -75,7 +76,7 @@ class PromptActor:
 
 
 class ScoringActor:
-    """One model on one GPU (or on some CPU cores). It scores one shard at a time; threads inside it do the I/O."""
+    """One model on one GPU (or on some CPU cores). Shards have it in turns; threads do the I/O around it."""
 
     def __init__(self, job: JobConfig, weights_sha256: str, source_uri: str, cpus: int) -> None:
         self._job = job
@@ -85,6 +86,7 @@ class ScoringActor:
         self._source = open_store(source_uri, job.storage)
         self._output = open_store(job.output.uri, job.storage)
         self._prompts: dict[str, PromptEmbeddings] = {}
+        self._turn = threading.Lock()
         # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
         self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
         self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
@@ -105,10 +107,11 @@ class ScoringActor:
     def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
         """The prompts of a class as embeddings, with the memory of its reference images (manifest rows), if it has any;
         done once a run, for all actors."""
-        embeddings = self._detector.embed(ensemble)
-        if not references:
-            return embeddings
-        return build_memory(run_id, embeddings, references, self._detector, self._job, self._output)
+        with self._turn:
+            embeddings = self._detector.embed(ensemble)
+            if not references:
+                return embeddings
+            return build_memory(run_id, embeddings, references, self._detector, self._job, self._output)
 
     def score(
         self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
@@ -119,7 +122,15 @@ class ScoringActor:
                 self._prompts[class_name] = ray.get(reference)
         started = time.monotonic()
         stats = score_shard(
-            shard, run, self._detector, self._prompts, self._source, self._output, self._threads, isolate=isolate
+            shard,
+            run,
+            self._detector,
+            self._prompts,
+            self._source,
+            self._output,
+            self._threads,
+            turn=self._turn,
+            isolate=isolate,
         )
         self._seconds.observe(time.monotonic() - started)
         for outcome, count in {**stats.errors, "ok": stats.images - sum(stats.errors.values())}.items():
@@ -286,7 +297,7 @@ class ScoringPool:
         return self._each(shard_ids, submit)
 
     def _each(self, items: Iterator[_Item], submit: Callable[[Any, _Item, int], Any]) -> Iterator[Any]:
-        """The results of submit(actor, item, deaths) for all items, as they come; at most two wait at each actor.
+        """The results of submit(actor, item, deaths) for all items, as they come; each actor has two at most.
 
         deaths: how many workers have died over the item.
         """
@@ -327,10 +338,11 @@ class ScoringPool:
     def _least_loaded(self) -> _Worker | None:
         """A worker with room for another call."""
         worker = min(self._workers, key=lambda one: one.load, default=None)
-        return worker if worker is not None and worker.load < _CALLS_AHEAD else None
+        return worker if worker is not None and worker.load < _CALLS_AT_ONCE else None
 
     def _start(self) -> None:
-        remote = ray.remote(ScoringActor).options(num_cpus=self.plan.cpus, num_gpus=self.plan.gpus, max_restarts=0)
+        options = {"num_cpus": self.plan.cpus, "num_gpus": self.plan.gpus, "max_restarts": 0}
+        remote = ray.remote(ScoringActor).options(**options, max_concurrency=_CALLS_AT_ONCE)
         worker = _Worker(remote.remote(*self._arguments))
         self._starting[worker.actor.load.remote()] = worker
 

@@ -1,18 +1,20 @@
 """score_shard: read, decode, detect, write masks, write the shard's Parquet, which is its commit record.
 
-Threads read and decode ahead of the model and write masks behind it, so that the model does not wait.
+Threads read and decode ahead of the model and write masks behind it, so that the model, which has a thread of its own,
+does not wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,7 +40,11 @@ _READERS = 16
 """Finished shards that are read at once: object stores answer late, but many at a time."""
 
 Row = dict[str, Any]
+_Batch = list[tuple[Row, Decoded | ImageError]]
 _T = TypeVar("_T")
+
+_Turn = contextlib.AbstractContextManager[Any]
+_ALONE = contextlib.nullcontext()
 
 _MOST_BYTES_A_PIXEL = 8
 """RGBA of 16 bits, not compressed."""
@@ -119,14 +125,16 @@ def score_shard(
     output: Store,
     threads: int,
     *,
+    turn: _Turn = _ALONE,
     isolate: bool = False,
 ) -> ShardStats:
     """Scores every image of a shard; a bad image becomes a row with status error.
 
-    prompts: for each class of the shard. isolate: decode each image in a process of its own, after a worker has died
-    over this shard: an image that kills its decoder then costs its own row alone. Where the thresholds follow from the
-    run's scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where
-    a store is out of use.
+    prompts: for each class of the shard. turn: a lock of the model, held from the first batch to the last: of shards
+    that are scored side by side one has the model, while another reads ahead or writes its last masks. isolate: decode
+    each image in a process of its own, after a worker has died over this shard: an image that kills its decoder then
+    costs its own row alone. Where the thresholds follow from the run's scores, masks are left to mask_shard. Raises
+    OSError where the output cannot be written, or StoreError where a store is out of use.
     """
     job, decode = run.job, image_decoder(run.job, detector, isolate=isolate)
     thresholds = fixed_thresholds(job)
@@ -140,6 +148,11 @@ def score_shard(
         with FILE_BYTES.hold(size):
             return image, read_image(image["uri"], source, decode)
 
+    def detect_batch(batch: _Batch) -> tuple[_Batch, list[Detection]]:
+        good = [(image["class_name"], item) for image, item in batch if isinstance(item, Decoded)]
+        known = [prompts[class_name] for class_name, _ in good]
+        return batch, list(detect(detector, [item for _, item in good], known, job)) if good else []
+
     def finish(row: Row) -> Row:
         return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
 
@@ -147,17 +160,21 @@ def score_shard(
         return write_mask(row, thresholds, run.version, run, output)
 
     images = (row for batch in shard.images.to_batches(max_chunksize=job.model.batch_size) for row in batch.to_pylist())
-    rows: list[Row] = []
     read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
-    with ThreadPoolExecutor(read_threads, "read") as readers, ThreadPoolExecutor(threads, "write") as writers:
-        size = batch_size(job)
-        decoded = map_ahead(readers, read, images, ahead=2 * size)
-        scored = (
-            row
-            for batch in batches(decoded, size)
-            for row in _score_batch(batch, shard.shard_id, run, detector, prompts)
-        )
-        rows.extend(map_ahead(writers, finish, scored, ahead=2 * size))
+    size = batch_size(job)
+    with (
+        ThreadPoolExecutor(read_threads, "read") as readers,
+        ThreadPoolExecutor(1, "model") as model,
+        ThreadPoolExecutor(threads, "write") as writers,
+    ):
+        decoded = batches(map_ahead(readers, read, images, ahead=2 * size), size)
+        with contextlib.closing(_take_turn(turn, model, detect_batch, decoded)) as detected:
+            scored = (
+                row
+                for batch, detections in detected
+                for row in _new_rows(batch, detections, shard.shard_id, run, prompts)
+            )
+            rows = list(map_ahead(writers, finish, scored, ahead=2 * size))
     return _commit(rows, run.shards, shard.shard_id, output)
 
 
@@ -233,7 +250,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
             area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
             if run.job.output.maps:
                 map_png = encode_map(anomaly_map)
-            regions = [asdict(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
+            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
             del anomaly_map, mask
         else:  # between patches the map is never above them
             area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
@@ -275,24 +292,29 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> D
         return error
 
 
-def _score_batch(
-    batch: list[tuple[Row, Decoded | ImageError]],
-    shard_id: str,
-    run: Run,
-    detector: Detector,
-    prompts: Mapping[str, PromptEmbeddings],
+def _take_turn(
+    turn: _Turn,
+    model: ThreadPoolExecutor,
+    detect_batch: Callable[[_Batch], _T],
+    decoded: Iterator[_Batch],
+) -> Generator[_T, None, None]:
+    """detect_batch of all batches; the first is decoded, and others on their way, before it is our turn."""
+    first = list(itertools.islice(decoded, 1))
+    with turn:
+        yield from map_ahead(model, detect_batch, itertools.chain(first, decoded), ahead=2)
+
+
+def _new_rows(
+    batch: _Batch, detections: Sequence[Detection], shard_id: str, run: Run, prompts: Mapping[str, PromptEmbeddings]
 ) -> Iterator[Row]:
-    good = [(image, item) for image, item in batch if isinstance(item, Decoded)]
-    detections: Iterator[Detection] = iter(())
-    if good:
-        found = [item for _, item in good]
-        detections = detect(detector, found, [prompts[image["class_name"]] for image, _ in good], run.job)
+    """detections: of the batch's images that could be decoded, in their order."""
+    waiting = iter(detections)
     for image, item in batch:
         row = _new_row(image, shard_id, run, prompts[image["class_name"]])
         if isinstance(item, ImageError):
             yield {**row, **_failure(item)}
             continue
-        detection = next(detections)
+        detection = next(waiting)
         row |= {"width": item.source_width, "height": item.source_height}
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
             message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
@@ -349,7 +371,7 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
         "score_reference": detection.score_reference,
         "shots": detection.shots,
         "map_peak": detection.grid.max(),
-        "explanation": [asdict(evidence) for evidence in detection.explanation],
+        "explanation": [vars(evidence) for evidence in detection.explanation],
         "prompts_kept_normal": detection.kept_normal,
         "prompts_kept_anomalous": detection.kept_anomalous,
         "prompts_kept": detection.kept,
@@ -374,5 +396,5 @@ def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> Shard
 
 
 def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
-    while batch := list(islice(items, size)):
+    while batch := list(itertools.islice(items, size)):
         yield batch

@@ -1,4 +1,6 @@
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +109,47 @@ def test_every_image_has_a_row_and_every_good_one_a_mask_of_its_size(detector: D
         else:
             assert row["error_message"] and row["score"] is None and row["mask_uri"] is None
     assert len({row["mask_uri"] for row in rows if row["status"] == "ok"}) == 3
+
+
+class WatchedStore(Store):
+    """Tells when it has been read so many times."""
+
+    def __init__(self, root: str, wanted: int) -> None:
+        super().__init__(root)
+        self._waiting = threading.Semaphore(0)
+        self._wanted = wanted
+
+    def read_uri(self, uri: str) -> bytes:
+        data = super().read_uri(uri)
+        self._waiting.release()
+        return data
+
+    def was_read(self) -> bool:
+        return all(self._waiting.acquire(timeout=30) for _ in range(self._wanted))
+
+
+def test_a_shard_reads_ahead_while_another_has_the_model(detector: Detector, tmp_path: Path) -> None:
+    job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
+    run, output, turn = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri), threading.Lock()
+    prompts, source = embed(detector, job, "hazelnut"), WatchedStore(job.dataset.images, wanted=4)
+    (shard,) = shards_of(job)
+    with ThreadPoolExecutor(1) as pool:
+        with turn:
+            scored = pool.submit(score_shard, shard, run, detector, prompts, source, output, 2, turn=turn)
+            assert source.was_read()
+            assert not list(output.list("masks")) and not scored.done()
+        assert scored.result().images == 12
+    assert len(list(output.list("masks"))) == 12 and not turn.locked()
+
+
+def test_a_shard_that_fails_leaves_the_model_to_others(detector: Detector, tmp_path: Path) -> None:
+    job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
+    (tmp_path / "masks").touch()
+    run, turn = Run("run", job, "alfa-tiny", "0" * 64), threading.Lock()
+    prompts, (shard,) = embed(detector, job, "hazelnut"), shards_of(job)
+    with pytest.raises(OSError, match="masks") as failure:
+        score_shard(shard, run, detector, prompts, Store(str(DEMO)), Store(job.output.uri), 2, turn=turn)
+    assert not turn.locked(), failure
 
 
 def test_a_large_jpeg_decoded_small_has_the_score_of_all_its_pixels(detector: Detector, tmp_path: Path) -> None:

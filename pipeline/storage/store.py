@@ -12,9 +12,9 @@ import os
 import posixpath
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
@@ -24,6 +24,8 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.storage.faults import LOST, StoreError, advice_on, code_of, is_transient, patiently
 from pipeline.storage.listing import STAGING, ObjectInfo, describe, walk_local
 from schemas.job import Storage
+
+_T = TypeVar("_T")
 
 _CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".png": "image/png"}
 
@@ -220,12 +222,9 @@ class Store:
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
 
     def _write_local(self, key: str, data: bytes | Path, *, replace: bool) -> bool:
-        target = Path(self._path(key))
-        staged = Path(self.path) / STAGING / uuid.uuid4().hex
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target, staged = self._path(key), posixpath.join(self.path, STAGING, uuid.uuid4().hex)
         try:
-            with staged.open("xb") as file:
+            with _in_folder(staged, lambda: open(staged, "xb")) as file:
                 if isinstance(data, Path):
                     with data.open("rb") as source:
                         shutil.copyfileobj(source, file)
@@ -234,15 +233,17 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             if replace:
-                staged.replace(target)
+                _in_folder(target, lambda: os.replace(staged, target))
                 return True
-            # A hard link fails where the target exists, and shows the whole file at once: rename would overwrite.
-            os.link(staged, target)
-        except FileExistsError:
-            return False
+            try:
+                # A hard link fails where the target exists, and shows the whole file at once: rename would overwrite.
+                _in_folder(target, lambda: os.link(staged, target))
+            except FileExistsError:
+                return False
+            return True
         finally:
-            staged.unlink(missing_ok=True)
-        return True
+            with contextlib.suppress(FileNotFoundError):  # rename has taken it away
+                os.unlink(staged)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -315,6 +316,15 @@ def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
 
 def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _in_folder(path: str, act: Callable[[], _T]) -> _T:
+    """Makes the folder of path where that is what act lacks: nearly always it is there."""
+    try:
+        return act()
+    except FileNotFoundError:
+        os.makedirs(posixpath.dirname(path), exist_ok=True)
+        return act()
 
 
 def _local_version(path: Path) -> str | None:
