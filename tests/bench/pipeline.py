@@ -1,0 +1,135 @@
+"""What files, masks and rows cost beside the model: shards end to end, as an actor does them, against the model alone.
+
+Three runs take turns on the same images: a bare open_clip encode_image loop and the detector, both on decoded pixels in
+memory, and all of score_shard, from JPEG files to masks, rows and Parquet, two shards sharing the model. Imports no
+Ray. The model has random weights: only its speed is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.alfa import Detector
+from pipeline.images import list_images, open_dataset
+from pipeline.memory import give_back_freed_memory
+from pipeline.prompts.compose import compose_ensemble
+from pipeline.scoring import Run, image_decoder, score_shard, to_tensor
+from pipeline.shards import cut_shards
+from pipeline.storage import Store
+from schemas.job import JobConfig, parse_job
+from schemas.prompts import PromptSet
+from tests.bench.decoding import make_jpeg
+from tests.bench.detector import build
+from tests.bench.measuring import measure, print_table, write_results
+
+SIDES = (240, 512, 768, 1024)
+"""Pixels of a side of the photos, which take turns."""
+
+ANOMALOUS = 0.05
+"""Share of the photos whose masks show something."""
+
+
+def write_photos(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    photos = [make_jpeg(side, side, progressive=False) for side in SIDES]
+    for number in range(count):
+        (folder / f"{number:05}.jpg").write_bytes(photos[number % len(SIDES)])
+
+
+def describe_job(folder: str, batch: int, mask_threshold: float) -> JobConfig:
+    return parse_job(
+        {
+            "dataset": {"images": f"{folder}/in"},
+            "output": {"uri": f"{folder}/out"},
+            "run_date": "2026-01-02",
+            "model": {"batch_size": batch},
+            "threshold": {"policy": "fixed", "mask_value": mask_threshold},
+            "engine": {"shard_size": 2 * batch},
+        }
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--model", default="ViT-B-16-plus-240" if on_gpu else "ViT-B-16")
+    parser.add_argument("--batch", type=int, default=64 if on_gpu else 16)
+    parser.add_argument("--images", type=int, default=4096 if on_gpu else 96)
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="cores of the actor")
+    parser.add_argument("--repetitions", type=int, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.cpus)
+    give_back_freed_memory()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    clip, encoder = build(options.model, device, dtype)
+    now = datetime.now(timezone.utc)
+    prompt_set = PromptSet(class_name="part", source="base", recipe="bench", created_at=now)
+    job = describe_job("memory://bench", options.batch, 1.0)
+    detector = Detector(encoder, job.method, "value")
+    prompts = {"part": detector.embed(compose_ensemble(prompt_set, lambda _: True))}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        write_photos(Path(scratch) / "in" / "part", options.images)
+        decode = image_decoder(job, detector)
+        paths = sorted((Path(scratch) / "in" / "part").iterdir())
+        pixels = to_tensor([decode(path.read_bytes()).pixels for path in paths])
+
+        def batches() -> Iterator[torch.Tensor]:
+            yield from pixels.split(options.batch)
+
+        def run_bare() -> None:
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
+                for batch in batches():
+                    clip.encode_image((batch.to(device).float() - 127.5) / 127.5)
+
+        def run_detector() -> list[float]:
+            return [
+                float(detection.grid.max())
+                for batch in batches()
+                for detection in detector.detect(batch, [prompts["part"]] * len(batch))
+            ]
+
+        job = describe_job(scratch, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
+        run, source, output = Run("bench", job, "bench", "0" * 64), Store(job.dataset.images), Store(job.output.uri)
+        shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
+        turn, threads = threading.Lock(), max(4, 2 * options.cpus)
+
+        def run_shards() -> None:
+            with ThreadPoolExecutor(2) as pool:
+                for scored in [
+                    pool.submit(score_shard, shard, run, detector, prompts, source, output, threads, turn=turn)
+                    for shard in shards
+                ]:
+                    scored.result()
+
+        runs: dict[str, Callable[[], object]] = {
+            "bare encode_image": run_bare,
+            "detector, value": run_detector,
+            "score_shard, from files to Parquet": run_shards,
+        }
+        seconds = measure(runs, options.repetitions, torch.cuda.synchronize if on_gpu else None)
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    rows = [
+        (name, f"{options.images / value:.2f}", f"{seconds['bare encode_image'] / value:.3f}")
+        for name, value in seconds.items()
+    ]
+    what = f"{options.model}, {options.images} JPEGs of {SIDES[0]} to {SIDES[-1]} px, batch {options.batch}"
+    title = f"{what}, {where}, {options.cpus} cores"
+    print_table(title, ("run", "images/s", "rate / bare"), rows)
+    facts = {"machine": where, **vars(options), "seconds": seconds}
+    write_results(f"pipeline-{device.type}", facts)
+
+
+if __name__ == "__main__":
+    main()
