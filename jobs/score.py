@@ -8,7 +8,7 @@ import logging
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,7 @@ from pipeline.prompts import compose_ensemble, find, obtain, record_prompts
 from pipeline.publish import publish_night, read_commit
 from pipeline.references import choose_references, describe_choice
 from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shards
-from pipeline.shards import Manifest, Shard, cut_shards, write_manifest
+from pipeline.shards import HASHED, Manifest, cut_shards, identify_shards, write_manifest
 from pipeline.storage import Store, open_store
 from pipeline.thresholds import ThresholdError, parse_table, reference_thresholds, require_two, select_thresholds
 from schemas.job import JobConfig, dump_job_yaml
@@ -207,12 +207,13 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
     if plan.table:
         output.write(lake.run_key(run.run_id, "thresholds.json"), plan.table)
     output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
-    shard_ids = [shard.shard_id for shard in _shards(plan)]
+    size = job.engine.shard_size
+    shard_ids = list(identify_shards(manifest.batches(HASHED), size))
     finished = lake.finished_shards(output, run.shards) & set(shard_ids)
     if finished:
         logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
-    waiting = (shard for shard in _shards(plan) if shard.shard_id not in finished)
-    left = max(0, manifest.images - len(finished) * job.engine.shard_size)
+    waiting = (shard for shard in cut_shards(manifest.batches(), size) if shard.shard_id not in finished)
+    left = max(0, manifest.images - len(finished) * size)
     facts = {
         "run_id": run.run_id,
         "run_date": str(job.run_date),
@@ -250,10 +251,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def _shards(plan: Plan) -> Iterator[Shard]:
-    return cut_shards(plan.manifest.batches(), plan.run.job.engine.shard_size)
 
 
 def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, claim: claims.Claim) -> str:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.tables import MANIFEST
+
+HASHED = ("image_id", "class_name")
+"""Columns of the manifest that ids of shards are made of."""
+
+_REPEATED = ["class_name", "label"]
+"""Columns that gain from a dictionary; in the others every row has a value of its own."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,10 @@ class Manifest:
         """Number of rows."""
         return sum(self.classes.values())
 
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """The rows, streamed from disk in their order."""
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, or some of their columns, streamed from disk in their order."""
         with pq.ParquetFile(self.path) as file:
-            yield from file.iter_batches()
+            yield from file.iter_batches(columns=columns)
 
 
 @dataclass(frozen=True)
@@ -53,30 +60,26 @@ def write_manifest(batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
     classes: Counter[str] = Counter()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".parquet", delete=False) as file:
         path = Path(file.name)
-    with pq.ParquetWriter(path, MANIFEST, compression="zstd") as writer:
+    with pq.ParquetWriter(path, MANIFEST, compression="zstd", use_dictionary=_REPEATED) as writer:
         for batch in batches:
             writer.write_batch(batch)
-            _update(digest, batch)
+            digest.update(_hashed(batch)[0])
             for entry in pc.value_counts(batch.column("class_name")).to_pylist():
                 classes[entry["values"]] += entry["counts"]
     return Manifest(path, digest.hexdigest(), dict(sorted(classes.items())))
 
 
+def identify_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[str]:
+    """The ids of the shards that cut_shards makes of the same rows; of their columns, HASHED will do."""
+    return (shard_id for shard_id, _ in _cut(batches, size))
+
+
 def cut_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Shard]:
     """Consecutive shards of `size` images; the last may be smaller. The same images give the same ids."""
-    waiting: list[pa.RecordBatch] = []
-    count = 0
-    for batch in batches:
-        while batch.num_rows:
-            piece = batch.slice(0, size - count)
-            batch = batch.slice(piece.num_rows)
-            waiting.append(piece)
-            count += piece.num_rows
-            if count == size:
-                yield _shard(waiting)
-                waiting, count = [], 0
-    if waiting:
-        yield _shard(waiting)
+    for shard_id, pieces in _cut(batches, size):
+        table = pa.Table.from_batches(pieces)
+        # take copies: a slice would travel to the actor with its whole parent batch.
+        yield Shard(shard_id, table.take(np.arange(table.num_rows)))
 
 
 def count_shards(images: int, size: int) -> int:
@@ -84,18 +87,31 @@ def count_shards(images: int, size: int) -> int:
     return -(-images // size)
 
 
-def _shard(batches: list[pa.RecordBatch]) -> Shard:
-    digest = hashlib.blake2b(digest_size=8)
+def _cut(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[str, list[pa.RecordBatch]]]:
+    """Each shard's id, and the slices of batches that it consists of."""
+    digest, pieces, left = hashlib.blake2b(digest_size=8), [], size
     for batch in batches:
-        _update(digest, batch)
-    table = pa.Table.from_batches(batches)
-    # take copies: a slice would travel to the actor with its whole parent batch.
-    return Shard(digest.hexdigest(), table.take(np.arange(table.num_rows)))
+        data, offsets = _hashed(batch)
+        first = 0
+        while first < batch.num_rows:
+            last = min(first + left, batch.num_rows)
+            digest.update(data[offsets[first] : offsets[last]])
+            pieces.append(batch.slice(first, last - first))
+            left -= last - first
+            first = last
+            if not left:
+                yield digest.hexdigest(), pieces
+                digest, pieces, left = hashlib.blake2b(digest_size=8), [], size
+    if pieces:
+        yield digest.hexdigest(), pieces
 
 
-def _update(digest: hashlib.blake2b, batch: pa.RecordBatch) -> None:
-    """Feeds ids and classes to a hash; every row ends in a byte that UTF-8 never contains."""
-    ids, names = (batch.column(name).cast(pa.binary()) for name in ("image_id", "class_name"))
+def _hashed(batch: pa.RecordBatch) -> tuple[memoryview, npt.NDArray[np.int32]]:
+    """What is hashed of a batch, and where each row begins in it, the end included.
+
+    A row is id and class, and ends in a byte that UTF-8 never contains.
+    """
+    ids, names = (batch.column(name).cast(pa.binary()) for name in HASHED)
     rows = pc.binary_join_element_wise(ids, b"\0", names, b"\xff", b"")  # the last is the separator
-    if rows:
-        digest.update(rows.buffers()[2])
+    _, offsets, data = rows.buffers()
+    return memoryview(data or b""), np.frombuffer(offsets or b"", np.int32)

@@ -1,3 +1,4 @@
+import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,27 @@ def test_write_replaces_and_a_listing_sees_each_key_once_in_order(store: Store) 
     assert [(info.key, info.size) for info in store.list()] == [("a/1", 3), ("a/2", 3), ("b", 1)]
     assert [info.key for info in store.list("a")] == ["a/1", "a/2"]
     assert list(store.list("missing")) == []
+
+
+def test_a_local_listing_of_many_files_tells_their_versions_and_skips_what_is_no_file(tmp_path: Path) -> None:
+    names = sorted([f"a/{number}" for number in range(9000)] + ["a/linked", "b/c/d", "b/e", "z"])
+    for name in ("b/c/d", "b/e", "z"):
+        Store(str(tmp_path)).write(name, name.encode())
+    (tmp_path / "a").mkdir()
+    for number in range(9000):
+        (tmp_path / "a" / str(number)).touch()
+    for number, time in enumerate((0, -1, -(10**9) - 5, 1_700_000_000_123_456_789)):
+        os.utime(tmp_path / "a" / str(number), ns=(time, time))
+    (tmp_path / "a" / "linked").symlink_to("../z")
+    (tmp_path / "a" / "nowhere").symlink_to("gone")
+    (tmp_path / "a" / "ring").symlink_to("..")
+    os.mkfifo(tmp_path / "a" / "pipe")
+    infos = list(Store(str(tmp_path)).list())
+    assert [info.key for info in infos] == names
+    for info in infos:  # ids of images, and so finished nights, hang on this very text
+        status = (tmp_path / info.key).stat()
+        assert (info.size, info.etag) == (status.st_size, f"{status.st_mtime_ns:x}-{status.st_size:x}")
+        assert info.modified == pytest.approx(status.st_mtime, abs=1e-6)
 
 
 def test_etag_changes_with_content(store: Store) -> None:

@@ -11,7 +11,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice, repeat
+from itertools import chain, groupby, islice, repeat
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -62,7 +62,7 @@ class ImageSource:
 
 
 def open_dataset(dataset: Dataset, storage: Storage) -> ImageSource:
-    """Finds the root and the layout of the images. Raises DatasetError where there is nothing to score.
+    """Finds the root and the layout of the images. Raises DatasetError where none can be told.
 
     With dataset.class_name and another layout than flat, only that class is listed.
     """
@@ -76,22 +76,29 @@ def open_dataset(dataset: Dataset, storage: Storage) -> ImageSource:
     layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name)
     if layout == "table":
         raise DatasetError(f"layout table wants a .parquet or .csv file, not {dataset.images}")
-    source = ImageSource(store, layout, dataset.class_name, None)
-    if next(_list_rows(source), None) is None:
-        wanted = f" of class {dataset.class_name!r}" if dataset.class_name else ""
-        raise DatasetError(f"no images{wanted} at {store.uri('')} in layout {layout}; {_LAYOUTS_HELP}")
-    return source
+    return ImageSource(store, layout, dataset.class_name, None)
 
 
 def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
-    """Manifest rows in batches, in a steady order; each image once. Raises DatasetError for a faulty table."""
+    """Manifest rows in batches, in a steady order; each image once.
+
+    Raises DatasetError for a faulty table, and where folders hold nothing to score.
+    """
     rows = _unique(_list_rows(source)) if source.layout == "table" else _list_rows(source)
-    while chunk := list(islice(rows, _BATCH)):
+    empty = source.layout != "table"
+    while True:
         try:
-            yield _to_batch(chunk)
+            batch = _to_batch(islice(rows, _BATCH))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             place = source.store.uri(source.table_key or "")
             raise DatasetError(f"{place}: a column has the wrong type: {one_line(str(error))[:300]}") from None
+        if not batch.num_rows:
+            break
+        yield batch
+        empty = False
+    if empty:
+        wanted = f" of class {source.class_name!r}" if source.class_name else ""
+        raise DatasetError(f"no images{wanted} at {source.store.uri('')} in layout {source.layout}; {_LAYOUTS_HELP}")
 
 
 def list_references(
@@ -332,12 +339,15 @@ def _unique(rows: Iterator[_Row]) -> Iterator[_Row]:
 def _row(
     store: Store, info: ObjectInfo, class_name: str, label: str | None = None, mask_uri: str | None = None
 ) -> _Row:
-    return _Row(store.prefix + info.key, info.key, class_name, info.size, info.etag, label, mask_uri)
+    key, size, etag, _ = info
+    return _Row._make((store.prefix + key, key, class_name, size, etag, label, mask_uri))
 
 
-def _to_batch(rows: list[_Row]) -> pa.RecordBatch:
-    columns: dict[str, Iterable[object]] = dict(zip(_Row._fields, zip(*rows, strict=True), strict=True))
-    columns["image_id"] = [_identify(row.uri, row.etag) for row in rows]
+def _to_batch(rows: Iterable[_Row]) -> pa.RecordBatch:
+    # One list of values: of thousands of tuples that live on, Python's garbage collector would visit each, repeatedly.
+    values = list(chain.from_iterable(rows))
+    columns: dict[str, list[Any]] = {name: values[i :: len(_Row._fields)] for i, name in enumerate(_Row._fields)}
+    columns["image_id"] = list(map(_identify, columns["uri"], columns["etag"]))
     return pa.RecordBatch.from_arrays([pa.array(columns[item.name], item.type) for item in MANIFEST], schema=MANIFEST)
 
 

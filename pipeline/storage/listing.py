@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
+from itertools import islice
 from typing import Any, NamedTuple
+
+from pyarrow.fs import FileInfo, FileType, LocalFileSystem
 
 STAGING = ".staging"
 """Folder below a local store's root that holds objects until they are whole; nothing reads it."""
+
+_CHUNK = 4096
+"""Files that are asked for at once: enough that a thread seldom waits for Python's lock."""
+
+_THREADS = 2
 
 
 class ObjectInfo(NamedTuple):
@@ -47,8 +56,19 @@ def _modified(info: dict[str, Any]) -> float | None:
 def walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
     """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
 
-    prefix: what keys begin with in this folder. Holds the names of a folder, and nothing else of its files.
+    prefix: what keys begin with in this folder. Holds the names of a folder, and what it asks of some thousand files.
     """
+    names = _walk_names(folder, "")
+    for chunk, infos in _stat_ahead(folder, iter(lambda: list(islice(names, _CHUNK)), [])):
+        for name, info in zip(chunk, infos, strict=True):
+            if info.type is FileType.File:  # else vanished since listing, or a link that leads elsewhere
+                size = info.size
+                modified = -1 if info.mtime_ns is None else info.mtime_ns  # Arrow takes this one for unknown
+                yield ObjectInfo._make((prefix + name, size, f"{modified:x}-{size:x}", modified / 1e9))
+
+
+def _walk_names(folder: str, prefix: str) -> Iterator[str]:
+    """All that lies below a folder and is none itself, from there, in the order of walk_local."""
     names, folders = [], set()
     try:
         with os.scandir(folder) as entries:
@@ -60,14 +80,30 @@ def walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
         return
     names.sort()
     for name in names:
-        if name in folders:
-            if name != STAGING:
-                yield from walk_local(f"{folder}/{name}", f"{prefix}{name}/")
-            continue
-        try:
-            status = os.stat(f"{folder}/{name}")
-        except FileNotFoundError:  # vanished since listing, or a link that leads nowhere
-            continue
-        if stat.S_ISREG(status.st_mode):
-            size = status.st_size
-            yield ObjectInfo(prefix + name, size, f"{status.st_mtime_ns:x}-{size:x}", status.st_mtime)
+        if name not in folders:
+            yield prefix + name
+        elif name != STAGING:
+            yield from _walk_names(f"{folder}/{name}", f"{prefix}{name}/")
+
+
+def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list[str], list[FileInfo]]]:
+    """Chunks of names with what the file system says of them, asked by threads while the consumer works.
+
+    Arrow asks for a whole chunk without Python's lock; of os.stat, threads would only get in each other's way.
+    """
+    local = LocalFileSystem()
+
+    def stat(chunk: list[str]) -> list[FileInfo]:
+        return list(local.get_file_info([os.fsencode(f"{folder}/{name}") for name in chunk]))
+
+    first = next(chunks, [])
+    yield first, stat(first)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: deque[tuple[list[str], Future[list[FileInfo]]]] = deque()
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(stat, chunk)))
+            if len(waiting) > _THREADS:
+                done, infos = waiting.popleft()
+                yield done, infos.result()
+        for done, infos in waiting:
+            yield done, infos.result()
