@@ -47,7 +47,10 @@ def run_check(job: JobConfig, console: Console) -> int:
 
 def _check_images(job: JobConfig) -> str:
     source = open_dataset(job.dataset, job.storage)
-    first = next(list_images(source)).slice(0, 1).to_pylist()[0]
+    batch = next(list_images(source), None)
+    if batch is None:
+        raise CheckError(f"the table {job.dataset.images} has no rows")
+    first = batch.slice(0, 1).to_pylist()[0]
     size = len(source.store.read_uri(first["uri"]))
     return f"layout {source.layout}; read {first['uri']} ({size} bytes)"
 
