@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
@@ -247,9 +248,12 @@ class ScoringPool:
     new one may find no place: the others do its work.
     """
 
-    def __init__(self, run: Run, weights_sha256: str, source_uri: str) -> None:
+    def __init__(
+        self, run: Run, weights_sha256: str, source_uri: str, actor_class: type[ScoringActor] = ScoringActor
+    ) -> None:
         self.plan = plan_actors(run.job, node_resources())
         self._run = run
+        self._actor_class = actor_class
         self._arguments = (run.job, weights_sha256, source_uri, self.plan.cpus)
         self._prompts: dict[str, ray.ObjectRef[PromptEmbeddings]] = {}
         self._workers: list[_Worker] = []
@@ -297,27 +301,21 @@ class ScoringPool:
         return self._each(shard_ids, submit)
 
     def _each(self, items: Iterator[_Item], submit: Callable[[Any, _Item, int], Any]) -> Iterator[Any]:
-        """The results of submit(actor, item, deaths) for all items, as they come; each actor has two at most.
+        """The results of submit(actor, item, deaths) for all items, as they come; see _takes_another for who gets them.
 
         deaths: how many workers have died over the item.
         """
-        again: deque[tuple[_Item, int]] = deque()
+        waiting: deque[tuple[_Item, int]] = deque()
         under_way: dict[Any, tuple[_Worker, _Item, int]] = {}
         while True:
-            if not under_way and not again:
-                first = next(items, None)
-                if first is None:
-                    return
-                again.append((first, 0))
-            while worker := self._least_loaded():
-                if again:
-                    item, deaths = again.popleft()
-                elif (fresh := next(items, None)) is not None:
-                    item, deaths = fresh, 0
-                else:
-                    break
+            waiting.extend((item, 0) for item in islice(items, max(0, self.plan.count - len(waiting))))
+            if waiting and (worker := self._find_worker(len(waiting))):
+                item, deaths = waiting.popleft()
                 worker.load += 1
                 under_way[submit(worker.actor, item, deaths)] = worker, item, deaths
+                continue
+            if not waiting and not under_way:
+                return
             for reference in self._wait([*under_way, *self._starting]):
                 if reference in self._starting:
                     self._receive(reference)
@@ -330,19 +328,19 @@ class ScoringPool:
                     raise _cause(error) from None
                 except ray.exceptions.RayError as error:
                     self._replace(worker, error, deaths + 1)
-                    again.append((item, deaths + 1))
+                    waiting.appendleft((item, deaths + 1))
                 else:
                     self._deaths = 0
                     yield result
 
-    def _least_loaded(self) -> _Worker | None:
-        """A worker with room for another call."""
+    def _find_worker(self, waiting: int) -> _Worker | None:
+        """The worker that takes one of the items that wait; None: they are to go on waiting."""
         worker = min(self._workers, key=lambda one: one.load, default=None)
-        return worker if worker is not None and worker.load < _CALLS_AT_ONCE else None
+        return worker if worker is not None and _takes_another(worker.load, waiting, self.plan.count) else None
 
     def _start(self) -> None:
         options = {"num_cpus": self.plan.cpus, "num_gpus": self.plan.gpus, "max_restarts": 0}
-        remote = ray.remote(ScoringActor).options(**options, max_concurrency=_CALLS_AT_ONCE)
+        remote = ray.remote(self._actor_class).options(**options, max_concurrency=_CALLS_AT_ONCE)
         worker = _Worker(remote.remote(*self._arguments))
         self._starting[worker.actor.load.remote()] = worker
 
@@ -386,6 +384,15 @@ class ScoringPool:
                     self.plan.cpus,
                     self.plan.gpus,
                 )
+
+
+def _takes_another(load: int, waiting: int, actors: int) -> bool:
+    """Whether a worker with `load` calls takes one of the items that wait; actors: as many as are planned.
+
+    A second one only while every other actor, those that still start too, can have one: the last items wait for
+    whoever is free, not behind a busy model while another has nothing to do.
+    """
+    return load == 0 or (load < _CALLS_AT_ONCE and waiting >= actors)
 
 
 def _cause(error: ray.exceptions.RayTaskError) -> Exception:

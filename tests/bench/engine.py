@@ -1,0 +1,255 @@
+"""What Ray costs, and how far its actors scale on one machine.
+
+One actor through Ray takes turns with the same score_shard in a process without Ray: the same threads, as many shards
+at once, the same images, each with an output of its own. Then 1 to 8 actors wait on devices that take a fixed time an
+image: all else of them is real, so that what is lost is what the pool, Ray and the host's cores lose. The start of Ray
+and of actors is paid once a night and not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import ray
+import torch
+from PIL import Image
+
+from jobs.score import Plan, plan_run
+from pipeline.alfa import Detection, PromptEmbeddings
+from pipeline.alfa.encoder import Preprocess
+from pipeline.alfa.explain import explain
+from pipeline.engine import _CALLS_AT_ONCE, ScoringActor, ScoringPool, connect
+from pipeline.scoring import Run, ShardStats, score_shard
+from pipeline.shards import Shard, cut_shards
+from pipeline.storage import open_store
+from schemas.job import JobConfig, parse_job
+from schemas.prompts import PromptEnsemble
+from tests.bench.measuring import print_table, write_results
+
+CLASSES = ("bolt", "nut", "pcb", "ring")
+CORES = os.cpu_count() or 1
+ACTORS = (1, 2, 4, 8)
+DEVICE_S = 0.1
+"""What the fake device takes for an image: so long that eight actors leave two cores half idle."""
+DEVICE_SHARD, DEVICE_BATCH = 10, 5
+PATCHES = 15
+
+
+def write_images(root: Path, count: int) -> None:
+    """JPEGs of 256 to 512 pixels a side in the folders of the classes: a texture and some noise, as photos have."""
+    random = np.random.default_rng(0)
+    for name in CLASSES:
+        (root / name).mkdir(parents=True)
+    for number in range(count):
+        width, height = (int(side) for side in random.integers(256, 513, 2))
+        texture = Image.fromarray(random.integers(64, 192, (16, 16, 3), dtype=np.uint8)).resize((width, height))
+        pixels = np.asarray(texture) + random.integers(0, 16, (height, width, 1), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / CLASSES[number % len(CLASSES)] / f"{number:05}.jpg", quality=90)
+
+
+def make_job(images: Path, output: Path, engine: dict[str, int], batch_size: int = 32) -> JobConfig:
+    return parse_job(
+        {
+            "dataset": {"images": str(images), "layout": "folders"},
+            "output": {"uri": str(output)},
+            "run_date": "2026-01-02",
+            "model": {"device": "cpu", "batch_size": batch_size},
+            "engine": engine,
+        }
+    )
+
+
+def plan(job: JobConfig, scratch: str) -> Plan:
+    return plan_run(job, Path(scratch), open_store(job.output.uri, job.storage))
+
+
+def shards_of(night: Plan) -> Iterator[Shard]:
+    return cut_shards(night.manifest.batches(), night.run.job.engine.shard_size)
+
+
+class LoneActor(ScoringActor):
+    """A scoring actor as Ray would start it, without Ray."""
+
+    def score_all(self, shards: Iterable[Shard], run: Run, prompts: Mapping[str, PromptEmbeddings]) -> None:
+        def score(shard: Shard) -> ShardStats:
+            where = self._source, self._output, self._threads
+            return score_shard(shard, run, self._detector, prompts, *where, turn=self._turn)
+
+        with ThreadPoolExecutor(_CALLS_AT_ONCE) as calls:
+            for _ in calls.map(score, shards):
+                pass
+
+
+def score_in_process(job: JobConfig, scratch: str) -> float:
+    """Seconds for all images, after a shard to warm up."""
+    night = plan(job, scratch)
+    actor = LoneActor(job, night.weights.sha256, night.source.store.uri(""), CORES)
+    actor.load()
+    prompts = {item.class_name: actor.embed(item, (), night.run.run_id) for item in night.prompts.ensembles}
+    actor.score_all(islice(shards_of(night), 1), night.run, prompts)
+    started = time.perf_counter()
+    actor.score_all(shards_of(night), night.run, prompts)
+    return time.perf_counter() - started
+
+
+def score_through_ray(job: JobConfig, scratch: str) -> tuple[float, float]:
+    """The same by a pool of one actor; and the seconds until it was ready, from the start of Ray."""
+    night = plan(job, scratch)
+    asked = time.perf_counter()
+    with connect(job):
+        pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""))
+        try:
+            pool.embed(night.prompts.ensembles, {})
+            ready = time.perf_counter()
+            score_all(pool, islice(shards_of(night), 1))
+            started = time.perf_counter()
+            score_all(pool, shards_of(night))
+            return time.perf_counter() - started, ready - asked
+        finally:
+            pool.close()
+
+
+def score_all(pool: ScoringPool, shards: Iterator[Shard]) -> int:
+    """Scores shards; the number of their images."""
+    return sum(stats.images for stats in pool.score(shards))
+
+
+def measure_overhead(images: Path, outputs: Path, repetitions: int, shard_size: int) -> dict[str, float]:
+    """Median seconds of both ways, each time in fresh processes, and of the start. In process, no Ray runs at all: its
+    own processes are part of what it costs."""
+    engine = {"actors": 1, "cpus_per_actor": CORES, "shard_size": shard_size}
+    alone, by_ray = (make_job(images, outputs / name, engine) for name in ("in-process", "ray"))
+    seconds: dict[str, list[float]] = {"in process": [], "through Ray": [], "until ready": []}
+    for _ in range(repetitions):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            seconds["in process"].append(process.submit(score_in_process, alone, str(outputs)).result())
+        scored, ready = score_through_ray(by_ray, str(outputs))
+        seconds["through Ray"].append(scored)
+        seconds["until ready"].append(ready)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+class FixedTimeDetector:
+    """A detector whose device takes DEVICE_S for an image, and always finds the same defect."""
+
+    encoder = SimpleNamespace(preprocess=Preprocess((240, 240), (0.5,) * 3, (0.5,) * 3, "bicubic"))
+
+    def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
+        prompts = ensemble.prompts
+        anomalous = torch.tensor([prompt.side == "anomalous" for prompt in prompts])
+        return PromptEmbeddings(ensemble, torch.zeros(len(prompts), 1), anomalous, (), torch.zeros(0, 1))
+
+    def detect(self, pixels: torch.Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+        time.sleep(DEVICE_S * len(pixels))
+        return [self._find(item) for item in prompts]
+
+    def _find(self, known: PromptEmbeddings) -> Detection:
+        grid = np.full((PATCHES, PATCHES), 0.2, dtype=np.float32)
+        grid[6:9, 6:9] = 0.9
+        ones = np.ones(len(known.ensemble.prompts), dtype=np.float32)
+        sides = int((~known.is_anomalous).sum()), int(known.is_anomalous.sum())
+        return Detection(
+            score=0.8,
+            score_global=0.7,
+            score_local=0.9,
+            score_reference=None,
+            shots=0,
+            grid=grid,
+            defect_grid=np.zeros((0, PATCHES, PATCHES), dtype=np.float32),
+            kept=ones > 0,
+            kept_normal=sides[0],
+            kept_anomalous=sides[1],
+            explanation=explain(known.ensemble.prompts, ones, ones),
+        )
+
+
+class FixedTimeActor(ScoringActor):
+    """A scoring actor on a device that does nothing but take its time."""
+
+    def load(self) -> None:
+        self._detector = FixedTimeDetector()  # type: ignore[assignment]
+
+
+def measure_scaling(images: Path, outputs: Path, actors: int, shards_an_actor: int) -> dict[str, float]:
+    """Images a second of so many actors, once all are loaded and warm, and the share of the cores that is busy."""
+    engine = {"actors": actors, "cpus_per_actor": 1, "shard_size": DEVICE_SHARD}
+    night = plan(make_job(images, outputs / f"actors-{actors}", engine, DEVICE_BATCH), str(outputs))
+    pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""), FixedTimeActor)
+    try:
+        ray.wait([*pool._starting], num_returns=actors)
+        pool.embed(night.prompts.ensembles, {})
+        score_all(pool, islice(shards_of(night), actors))
+        busy, started = busy_seconds(), time.perf_counter()
+        scored = score_all(pool, islice(shards_of(night), actors * shards_an_actor))
+        seconds = time.perf_counter() - started
+        return {"rate": scored / seconds, "busy": (busy_seconds() - busy) / seconds / CORES}
+    finally:
+        pool.close()
+
+
+def busy_seconds() -> float:
+    """Seconds for which this machine's cores have been busy since it started; not a number where it is not Linux."""
+    known = Path("/proc/stat")
+    if not known.exists():
+        return math.nan
+    user, nice, system, _idle, _waiting, *others = map(int, known.read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1000, help="at least, so that there are shards enough")
+    parser.add_argument("--shard-size", type=int, default=256, help="of the run through Ray")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--shards-an-actor", type=int, default=12, help=f"of {DEVICE_SHARD} images, on the fake device")
+    options = parser.parse_args()
+    count = max(options.images, max(ACTORS) * options.shards_an_actor * DEVICE_SHARD)
+    with tempfile.TemporaryDirectory(prefix="alfa-bench-") as folder:
+        images, outputs = Path(folder) / "images", Path(folder) / "outputs"
+        outputs.mkdir()
+        write_images(images, count)
+        seconds = measure_overhead(images, outputs, options.repetitions, options.shard_size)
+        ray.init(num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
+        try:
+            scaling = {n: measure_scaling(images, outputs, n, options.shards_an_actor) for n in ACTORS}
+        finally:
+            ray.shutdown()
+    ways = [
+        (way, f"{count / seconds[way]:.1f}", f"{seconds['in process'] / seconds[way]:.3f}")
+        for way in ("in process", "through Ray")
+    ]
+    title = f"one actor, {count} images, {CORES} cores"
+    print_table(title, ("way", "images/s", "rate / in process"), ways)
+    print(f"once a night, and not counted: {seconds['until ready']:.1f} s until Ray and the actor are ready")
+    one = scaling[1]["rate"]
+    rows = [
+        (
+            str(n),
+            f"{found['rate']:.1f}",
+            f"{found['rate'] / one:.2f}",
+            f"{found['rate'] / one / n:.3f}",
+            f"{found['busy']:.0%}",
+        )
+        for n, found in scaling.items()
+    ]
+    title = f"devices of {DEVICE_S * 1e3:g} ms an image, {CORES} cores"
+    print_table(title, ("actors", "images/s", "speed-up", "speed-up / N", "cores busy"), rows)
+    facts = {"images": count, "shard_size": options.shard_size, "seconds": seconds}
+    write_results("engine", {**facts, "device_seconds": DEVICE_S, "scaling": scaling})
+
+
+if __name__ == "__main__":
+    main()
