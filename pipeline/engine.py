@@ -47,11 +47,11 @@ class EngineError(RuntimeError):
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """How many scoring actors, and what each holds."""
+    """How many scoring actors, and what each holds; actors that share a GPU hold a part of it."""
 
     count: int
     cpus: int
-    gpus: int
+    gpus: float
 
 
 class PromptActor:
@@ -193,7 +193,8 @@ def node_resources() -> list[dict[str, float]]:
 def plan_actors(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
     """What to start on a cluster; nodes: the resources (CPU, GPU) of each one alive.
 
-    auto: one actor a GPU; without GPUs one a node, with all its cores. Raises EngineError where none would fit.
+    auto: engine.actors_per_gpu to each GPU; without GPUs one a node, with all its cores. Raises EngineError where none
+    would fit.
     """
     gpus = 0 if job.model.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
     if job.model.device == "cuda" and not gpus:
@@ -201,19 +202,20 @@ def plan_actors(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPl
     hosts = [node for node in nodes if (node.get("GPU", 0) if gpus else node.get("CPU", 0)) >= 1]
     if not hosts:
         raise EngineError("the cluster has no node with a free CPU core to score on")
-    wanted = job.engine.actors if job.engine.actors != "auto" else gpus or len(hosts)
+    share = job.engine.actors_per_gpu
+    wanted = job.engine.actors if job.engine.actors != "auto" else gpus * share or len(hosts)
     if job.engine.cpus_per_actor != "auto":
         cpus = job.engine.cpus_per_actor
     elif gpus:
-        cpus = max(1, min(int(node["CPU"] // node["GPU"]) for node in hosts))
+        cpus = max(1, min(int(node["CPU"] // (node["GPU"] * share)) for node in hosts))
     else:
         cpus = max(1, min(int(node["CPU"]) for node in hosts) // -(-wanted // len(hosts)))
-    room = sum(int(min(node["CPU"] // cpus, node["GPU"] if gpus else node["CPU"])) for node in hosts)
+    room = sum(int(min(node["CPU"] // cpus, node["GPU"] * share if gpus else node["CPU"])) for node in hosts)
     if not room:
         raise EngineError(f"no node has the {cpus} CPU cores that engine.cpus_per_actor asks for")
     if room < wanted:
         logger.warning("the cluster has room for %d scoring actors, not for %d", room, wanted)
-    return ActorPlan(min(wanted, room), cpus, 1 if gpus else 0)
+    return ActorPlan(min(wanted, room), cpus, 1 / share if gpus else 0)
 
 
 def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[PromptSet]:
@@ -380,7 +382,7 @@ class ScoringPool:
                 return list(done)
             if not self._workers:
                 logger.warning(
-                    "no scoring actor has started; waiting for nodes that have %d CPU cores and %d GPUs for one",
+                    "no scoring actor has started; waiting for nodes that have %d CPU cores and %g GPUs for one",
                     self.plan.cpus,
                     self.plan.gpus,
                 )

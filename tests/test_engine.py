@@ -21,7 +21,11 @@ GPU_NODES = [{"CPU": 4.0}, {"CPU": 32.0, "GPU": 4.0}, {"CPU": 32.0, "GPU": 4.0}]
         ([{"CPU": 8.0}, {"CPU": 4.0}], [], ActorPlan(2, 4, 0)),
         (GPU_NODES, [], ActorPlan(8, 8, 1)),
         (GPU_NODES, ["engine.actors=3"], ActorPlan(3, 8, 1)),
+        (GPU_NODES, ["engine.actors_per_gpu=4"], ActorPlan(32, 2, 0.25)),
+        (GPU_NODES, ["engine.actors_per_gpu=4", "engine.cpus_per_actor=4"], ActorPlan(16, 4, 0.25)),
+        (GPU_NODES, ["engine.actors_per_gpu=4", "engine.actors=6"], ActorPlan(6, 2, 0.25)),
         (GPU_NODES, ["model.device=cpu"], ActorPlan(3, 4, 0)),
+        (LAPTOP, ["engine.actors_per_gpu=4"], ActorPlan(1, 8, 0)),
     ],
 )
 def test_actors_are_planned_from_the_nodes(

@@ -204,7 +204,10 @@ class Engine(Part):
 
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local one is started")
     actors: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="auto: one a GPU; else one a node"
+        "auto", description="auto: actors_per_gpu to each GPU; else one a node"
+    )
+    actors_per_gpu: PositiveInt = Field(
+        1, description="processes that share a GPU; more where one alone cannot read and decode as fast as it scores"
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     shard_size: PositiveInt = 256
