@@ -16,11 +16,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import numpy as np
 import ray
@@ -38,6 +39,8 @@ from pipeline.storage import open_store
 from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import print_table, write_results
+
+_T = TypeVar("_T")
 
 CLASSES = ("bolt", "nut", "pcb", "ring")
 CORES = os.cpu_count() or 1
@@ -127,6 +130,12 @@ def score_all(pool: ScoringPool, shards: Iterator[Shard]) -> int:
     return sum(stats.images for stats in pool.score(shards))
 
 
+def call_afresh(function: Callable[[JobConfig, str], _T], job: JobConfig, scratch: str) -> _T:
+    """What the function returns in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, job, scratch).result()
+
+
 def measure_overhead(images: Path, outputs: Path, repetitions: int, shard_size: int) -> dict[str, float]:
     """Median seconds of both ways, each time in fresh processes, and of the start. In process, no Ray runs at all: its
     own processes are part of what it costs."""
@@ -134,9 +143,8 @@ def measure_overhead(images: Path, outputs: Path, repetitions: int, shard_size: 
     alone, by_ray = (make_job(images, outputs / name, engine) for name in ("in-process", "ray"))
     seconds: dict[str, list[float]] = {"in process": [], "through Ray": [], "until ready": []}
     for _ in range(repetitions):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            seconds["in process"].append(process.submit(score_in_process, alone, str(outputs)).result())
-        scored, ready = score_through_ray(by_ray, str(outputs))
+        seconds["in process"].append(call_afresh(score_in_process, alone, str(outputs)))
+        scored, ready = call_afresh(score_through_ray, by_ray, str(outputs))
         seconds["through Ray"].append(scored)
         seconds["until ready"].append(ready)
     return {name: statistics.median(values) for name, values in seconds.items()}
