@@ -9,6 +9,7 @@ and of actors is paid once a night and not counted.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import multiprocessing
@@ -16,12 +17,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypeVar
 
 import numpy as np
 import ray
@@ -40,11 +41,10 @@ from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import print_table, write_results
 
-_T = TypeVar("_T")
-
 CLASSES = ("bolt", "nut", "pcb", "ring")
 CORES = os.cpu_count() or 1
 ACTORS = (1, 2, 4, 8)
+IDLE_S = 5.0
 DEVICE_S = 0.1
 """What the fake device takes for an image: so long that eight actors leave two cores half idle."""
 DEVICE_SHARD, DEVICE_BATCH = 10, 5
@@ -96,33 +96,22 @@ class LoneActor(ScoringActor):
                 pass
 
 
-def score_in_process(job: JobConfig, scratch: str) -> float:
-    """Seconds for all images, after a shard to warm up."""
+@functools.cache
+def load_lone_actor(job: JobConfig, scratch: str) -> tuple[Plan, LoneActor, dict[str, PromptEmbeddings]]:
+    """Once in a process."""
     night = plan(job, scratch)
     actor = LoneActor(job, night.weights.sha256, night.source.store.uri(""), CORES)
     actor.load()
     prompts = {item.class_name: actor.embed(item, (), night.run.run_id) for item in night.prompts.ensembles}
-    actor.score_all(islice(shards_of(night), 1), night.run, prompts)
+    return night, actor, prompts
+
+
+def score_in_process(job: JobConfig, scratch: str) -> float:
+    """Seconds for all images."""
+    night, actor, prompts = load_lone_actor(job, scratch)
     started = time.perf_counter()
     actor.score_all(shards_of(night), night.run, prompts)
     return time.perf_counter() - started
-
-
-def score_through_ray(job: JobConfig, scratch: str) -> tuple[float, float]:
-    """The same by a pool of one actor; and the seconds until it was ready, from the start of Ray."""
-    night = plan(job, scratch)
-    asked = time.perf_counter()
-    with connect(job):
-        pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""))
-        try:
-            pool.embed(night.prompts.ensembles, {})
-            ready = time.perf_counter()
-            score_all(pool, islice(shards_of(night), 1))
-            started = time.perf_counter()
-            score_all(pool, shards_of(night))
-            return time.perf_counter() - started, ready - asked
-        finally:
-            pool.close()
 
 
 def score_all(pool: ScoringPool, shards: Iterator[Shard]) -> int:
@@ -130,24 +119,40 @@ def score_all(pool: ScoringPool, shards: Iterator[Shard]) -> int:
     return sum(stats.images for stats in pool.score(shards))
 
 
-def call_afresh(function: Callable[[JobConfig, str], _T], job: JobConfig, scratch: str) -> _T:
-    """What the function returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, job, scratch).result()
+@dataclass(frozen=True)
+class Overhead:
+    """Seconds of both ways by round; until Ray and the actor were ready; share of the cores that an idle Ray takes."""
+
+    alone_s: list[float]
+    by_ray_s: list[float]
+    ready_s: float
+    idle: float
 
 
-def measure_overhead(images: Path, outputs: Path, repetitions: int, shard_size: int) -> dict[str, float]:
-    """Median seconds of both ways, each time in fresh processes, and of the start. In process, no Ray runs at all: its
-    own processes are part of what it costs."""
+def measure_overhead(images: Path, outputs: Path, rounds: int, shard_size: int) -> Overhead:
+    """Both ways in turns, each in a process that lives through all rounds: processes differ by more than Ray costs."""
     engine = {"actors": 1, "cpus_per_actor": CORES, "shard_size": shard_size}
     alone, by_ray = (make_job(images, outputs / name, engine) for name in ("in-process", "ray"))
-    seconds: dict[str, list[float]] = {"in process": [], "through Ray": [], "until ready": []}
-    for _ in range(repetitions):
-        seconds["in process"].append(call_afresh(score_in_process, alone, str(outputs)))
-        scored, ready = call_afresh(score_through_ray, by_ray, str(outputs))
-        seconds["through Ray"].append(scored)
-        seconds["until ready"].append(ready)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    night = plan(by_ray, str(outputs))
+    alone_s, by_ray_s = [], []
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(score_in_process, alone, str(outputs)).result()
+        asked = time.perf_counter()
+        with connect(by_ray):
+            pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""))
+            pool.embed(night.prompts.ensembles, {})
+            ready_s = time.perf_counter() - asked
+            score_all(pool, shards_of(night))
+            busy = busy_seconds()
+            time.sleep(IDLE_S)
+            idle = (busy_seconds() - busy) / IDLE_S / CORES
+            for _ in range(rounds):
+                alone_s.append(process.submit(score_in_process, alone, str(outputs)).result())
+                started = time.perf_counter()
+                score_all(pool, shards_of(night))
+                by_ray_s.append(time.perf_counter() - started)
+            pool.close()
+    return Overhead(alone_s, by_ray_s, ready_s, idle)
 
 
 class FixedTimeDetector:
@@ -221,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="at least, so that there are shards enough")
     parser.add_argument("--shard-size", type=int, default=256, help="of the run through Ray")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shards-an-actor", type=int, default=12, help=f"of {DEVICE_SHARD} images, on the fake device")
     options = parser.parse_args()
     count = max(options.images, max(ACTORS) * options.shards_an_actor * DEVICE_SHARD)
@@ -229,19 +234,23 @@ def main() -> None:
         images, outputs = Path(folder) / "images", Path(folder) / "outputs"
         outputs.mkdir()
         write_images(images, count)
-        seconds = measure_overhead(images, outputs, options.repetitions, options.shard_size)
+        overhead = measure_overhead(images, outputs, options.rounds, options.shard_size)
         ray.init(num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
         try:
             scaling = {n: measure_scaling(images, outputs, n, options.shards_an_actor) for n in ACTORS}
         finally:
             ray.shutdown()
     ways = [
-        (way, f"{count / seconds[way]:.1f}", f"{seconds['in process'] / seconds[way]:.3f}")
-        for way in ("in process", "through Ray")
+        (name, f"{count / statistics.median(seconds):.1f}")
+        for name, seconds in (("in process", overhead.alone_s), ("through Ray", overhead.by_ray_s))
     ]
-    title = f"one actor, {count} images, {CORES} cores"
-    print_table(title, ("way", "images/s", "rate / in process"), ways)
-    print(f"once a night, and not counted: {seconds['until ready']:.1f} s until Ray and the actor are ready")
+    print_table(f"one actor, {count} images, {CORES} cores", ("way", "images/s"), ways)
+    ratios = [alone / by_ray for alone, by_ray in zip(overhead.alone_s, overhead.by_ray_s, strict=True)]
+    print(
+        f"rate through Ray / in process, by round: {', '.join(f'{ratio:.3f}' for ratio in ratios)}; "
+        f"median {statistics.median(ratios):.3f}. An idle Ray takes {overhead.idle:.1%} of the cores in both, and once "
+        f"a night {overhead.ready_s:.1f} s to be ready."
+    )
     one = scaling[1]["rate"]
     rows = [
         (
@@ -255,7 +264,7 @@ def main() -> None:
     ]
     title = f"devices of {DEVICE_S * 1e3:g} ms an image, {CORES} cores"
     print_table(title, ("actors", "images/s", "speed-up", "speed-up / N", "cores busy"), rows)
-    facts = {"images": count, "shard_size": options.shard_size, "seconds": seconds}
+    facts = {"images": count, "shard_size": options.shard_size, **asdict(overhead)}
     write_results("engine", {**facts, "device_seconds": DEVICE_S, "scaling": scaling})
 
 
