@@ -32,9 +32,13 @@ lint: $(READY)
 # prints ratios measured side by side in one run
 bench: $(READY)
 	$(BIN)/python -m tests.bench.detector
-	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.winclip
+	$(BIN)/python -m tests.bench.pipeline
 	$(BIN)/python -m tests.bench.decoding
 	$(BIN)/python -m tests.bench.masks
+	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.engine
 
 clean:
 	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

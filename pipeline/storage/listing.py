@@ -8,10 +8,10 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
-from itertools import islice
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
-from pyarrow.fs import FileInfo, FileType, LocalFileSystem
+from pyarrow.fs import FileInfo, LocalFileSystem
 
 STAGING = ".staging"
 """Folder below a local store's root that holds objects until they are whole; nothing reads it."""
@@ -58,17 +58,17 @@ def walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
 
     prefix: what keys begin with in this folder. Holds the names of a folder, and what it asks of some thousand files.
     """
-    names = _walk_names(folder, "")
+    names = chain.from_iterable(_walk_names(folder, ""))
     for chunk, infos in _stat_ahead(folder, iter(lambda: list(islice(names, _CHUNK)), [])):
         for name, info in zip(chunk, infos, strict=True):
-            if info.type is FileType.File:  # else vanished since listing, or a link that leads elsewhere
-                size = info.size
+            size = info.size
+            if size is not None:  # a file: else vanished since listing, or a link that leads elsewhere, or a pipe
                 modified = -1 if info.mtime_ns is None else info.mtime_ns  # Arrow takes this one for unknown
                 yield ObjectInfo._make((prefix + name, size, f"{modified:x}-{size:x}", modified / 1e9))
 
 
-def _walk_names(folder: str, prefix: str) -> Iterator[str]:
-    """All that lies below a folder and is none itself, from there, in the order of walk_local."""
+def _walk_names(folder: str, prefix: str) -> Iterator[list[str]]:
+    """All that lies below a folder and is none itself, from there, in the order of walk_local; some at a time."""
     names, folders = [], set()
     try:
         with os.scandir(folder) as entries:
@@ -79,11 +79,13 @@ def _walk_names(folder: str, prefix: str) -> Iterator[str]:
     except FileNotFoundError:
         return
     names.sort()
-    for name in names:
-        if name not in folders:
-            yield prefix + name
-        elif name != STAGING:
-            yield from _walk_names(f"{folder}/{name}", f"{prefix}{name}/")
+    for is_folder, some in groupby(names, folders.__contains__):
+        if not is_folder:
+            yield [prefix + name for name in some]
+            continue
+        for name in some:
+            if name != STAGING:
+                yield from _walk_names(f"{folder}/{name}", f"{prefix}{name}/")
 
 
 def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list[str], list[FileInfo]]]:
@@ -94,7 +96,11 @@ def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list
     local = LocalFileSystem()
 
     def stat(chunk: list[str]) -> list[FileInfo]:
-        return list(local.get_file_info([os.fsencode(f"{folder}/{name}") for name in chunk]))
+        paths = [f"{folder}/{name}" for name in chunk]
+        try:
+            return list(local.get_file_info(paths))
+        except UnicodeEncodeError:  # a name that is no UTF-8
+            return list(local.get_file_info([os.fsencode(path) for path in paths]))
 
     first = next(chunks, [])
     yield first, stat(first)

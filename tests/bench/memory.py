@@ -3,8 +3,8 @@
 Each kind of file is scored in a process of its own that is set up as an actor is, once with as many threads as go with
 2 cores and once with those of 8. Every photo gets a mask; the files of a kind are links to one. The model has random
 weights, and batches are full. Linux alone. The figure: the peak of resident memory while the shard is scored, less
-what was resident when the model was loaded. Two batches a kind: decoding then goes on beside the model, and the model
-beside the masks.
+what was resident when the model was loaded. Two shards of a batch a kind share the model: one is decoded beside it, and
+the masks of the other are written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,8 +34,8 @@ from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.memory import give_back_freed_memory
 from pipeline.prompts.compose import compose_ensemble
-from pipeline.scoring import Run, score_shard
-from pipeline.shards import cut_shards
+from pipeline.scoring import Run, ShardStats, score_shard
+from pipeline.shards import Shard, cut_shards
 from pipeline.storage import Store
 from schemas.job import parse_job
 from schemas.prompts import PromptSet
@@ -94,7 +96,7 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     }
     job = parse_job(document)
     source, store = open_dataset(job.dataset, job.storage), Store(job.output.uri)
-    (shard,) = cut_shards(list_images(source), sys.maxsize)
+    shards = cut_shards(list_images(source), batch)
     torch.set_num_threads(cpus)
     give_back_freed_memory()
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
@@ -103,9 +105,16 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     loaded = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run = Run("bench", job, model, "0" * 64)
-    stats = score_shard(shard, run, detector, prompts, source.store, store, max(4, 2 * cpus))
-    assert not stats.errors and stats.anomalies[CLASS] == stats.images, "every image is to have a mask"
-    return {"images": stats.images, "loaded": loaded, "peak": resident_bytes("VmHWM")}
+    turn, threads = threading.Lock(), max(4, 2 * cpus)
+
+    def score_one(shard: Shard) -> ShardStats:
+        return score_shard(shard, run, detector, prompts, source.store, store, threads, turn=turn)
+
+    with ThreadPoolExecutor(2) as calls:
+        scored = list(calls.map(score_one, shards))
+    for stats in scored:
+        assert not stats.errors and stats.anomalies[CLASS] == stats.images, "every image is to have a mask"
+    return {"images": sum(stats.images for stats in scored), "loaded": loaded, "peak": resident_bytes("VmHWM")}
 
 
 def main() -> None:
