@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 from pyarrow.fs import FileInfo, LocalFileSystem
+
+from pipeline.ahead import map_ahead
 
 STAGING = ".staging"
 """Folder below a local store's root that holds objects until they are whole; nothing reads it."""
@@ -95,21 +96,13 @@ def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list
     """
     local = LocalFileSystem()
 
-    def stat(chunk: list[str]) -> list[FileInfo]:
+    def stat(chunk: list[str]) -> tuple[list[str], list[FileInfo]]:
         paths = [f"{folder}/{name}" for name in chunk]
         try:
-            return list(local.get_file_info(paths))
+            return chunk, list(local.get_file_info(paths))
         except UnicodeEncodeError:  # a name that is no UTF-8
-            return list(local.get_file_info([os.fsencode(path) for path in paths]))
+            return chunk, list(local.get_file_info([os.fsencode(path) for path in paths]))
 
-    first = next(chunks, [])
-    yield first, stat(first)
+    yield stat(next(chunks, []))
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting: deque[tuple[list[str], Future[list[FileInfo]]]] = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(stat, chunk)))
-            if len(waiting) > _THREADS:
-                done, infos = waiting.popleft()
-                yield done, infos.result()
-        for done, infos in waiting:
-            yield done, infos.result()
+        yield from map_ahead(pool, stat, chunks, ahead=_THREADS + 1)
