@@ -17,8 +17,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,13 +33,13 @@ from jobs.score import Plan, plan_run
 from pipeline.alfa import Detection, PromptEmbeddings
 from pipeline.alfa.encoder import Preprocess
 from pipeline.alfa.explain import explain
-from pipeline.engine import _CALLS_AT_ONCE, ScoringActor, ScoringPool, connect
-from pipeline.scoring import Run, ShardStats, score_shard
+from pipeline.engine import ScoringActor, ScoringPool, connect
 from pipeline.shards import Shard, cut_shards
 from pipeline.storage import open_store
 from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import print_table, write_results
+from tests.bench.models import score_shards
 
 CLASSES = ("bolt", "nut", "pcb", "ring")
 CORES = os.cpu_count() or 1
@@ -83,24 +83,11 @@ def shards_of(night: Plan) -> Iterator[Shard]:
     return cut_shards(night.manifest.batches(), night.run.job.engine.shard_size)
 
 
-class LoneActor(ScoringActor):
-    """A scoring actor as Ray would start it, without Ray."""
-
-    def score_all(self, shards: Iterable[Shard], run: Run, prompts: Mapping[str, PromptEmbeddings]) -> None:
-        def score(shard: Shard) -> ShardStats:
-            where = self._source, self._output, self._threads
-            return score_shard(shard, run, self._detector, prompts, *where, turn=self._turn)
-
-        with ThreadPoolExecutor(_CALLS_AT_ONCE) as calls:
-            for _ in calls.map(score, shards):
-                pass
-
-
 @functools.cache
-def load_lone_actor(job: JobConfig, scratch: str) -> tuple[Plan, LoneActor, dict[str, PromptEmbeddings]]:
-    """Once in a process."""
+def load_lone_actor(job: JobConfig, scratch: str) -> tuple[Plan, ScoringActor, dict[str, PromptEmbeddings]]:
+    """A scoring actor as Ray would start it, without Ray; once in a process."""
     night = plan(job, scratch)
-    actor = LoneActor(job, night.weights.sha256, night.source.store.uri(""), CORES)
+    actor = ScoringActor(job, night.weights.sha256, night.source.store.uri(""), CORES)
     actor.load()
     prompts = {item.class_name: actor.embed(item, (), night.run.run_id) for item in night.prompts.ensembles}
     return night, actor, prompts
@@ -110,7 +97,7 @@ def score_in_process(job: JobConfig, scratch: str) -> float:
     """Seconds for all images."""
     night, actor, prompts = load_lone_actor(job, scratch)
     started = time.perf_counter()
-    actor.score_all(shards_of(night), night.run, prompts)
+    score_shards(shards_of(night), night.run, actor._detector, prompts, actor._source, actor._output, CORES)
     return time.perf_counter() - started
 
 

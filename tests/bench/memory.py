@@ -18,10 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +30,13 @@ from safetensors.torch import save_file
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.memory import give_back_freed_memory
-from pipeline.prompts.compose import compose_ensemble
-from pipeline.scoring import Run, ShardStats, score_shard
-from pipeline.shards import Shard, cut_shards
+from pipeline.scoring import Run
+from pipeline.shards import cut_shards
 from pipeline.storage import Store
 from schemas.job import parse_job
-from schemas.prompts import PromptSet
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import print_table, write_results
+from tests.bench.models import compose_base, score_shards
 
 SIZE = (4000, 3000)
 CLASS = "part"
@@ -100,18 +96,11 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     torch.set_num_threads(cpus)
     give_back_freed_memory()
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
-    prompt_set = PromptSet(class_name=CLASS, source="base", recipe="bench", created_at=datetime.now(timezone.utc))
-    prompts = {CLASS: detector.embed(compose_ensemble(prompt_set, lambda _: True))}
+    prompts = {CLASS: detector.embed(compose_base(CLASS))}
     loaded = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     run = Run("bench", job, model, "0" * 64)
-    turn, threads = threading.Lock(), max(4, 2 * cpus)
-
-    def score_one(shard: Shard) -> ShardStats:
-        return score_shard(shard, run, detector, prompts, source.store, store, threads, turn=turn)
-
-    with ThreadPoolExecutor(2) as calls:
-        scored = list(calls.map(score_one, shards))
+    scored = score_shards(shards, run, detector, prompts, source.store, store, cpus)
     for stats in scored:
         assert not stats.errors and stats.anomalies[CLASS] == stats.images, "every image is to have a mask"
     return {"images": sum(stats.images for stats in scored), "loaded": loaded, "peak": resident_bytes("VmHWM")}

@@ -12,11 +12,8 @@ import argparse
 import functools
 import os
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +23,13 @@ from pipeline.alfa import Detector, Encoder
 from pipeline.alfa.detector import Features
 from pipeline.images import list_images, open_dataset
 from pipeline.memory import give_back_freed_memory
-from pipeline.prompts.compose import compose_ensemble
-from pipeline.scoring import Run, image_decoder, score_shard, to_tensor
+from pipeline.scoring import Run, image_decoder, to_tensor
 from pipeline.shards import cut_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig, Method, parse_job
-from schemas.prompts import PromptSet
 from tests.bench.decoding import make_jpeg
-from tests.bench.detector import build
 from tests.bench.measuring import measure, print_table, write_results
+from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device, score_shards
 
 SIDES = (240, 512, 768, 1024)
 """Pixels of a side of the photos, which take turns."""
@@ -78,7 +73,7 @@ def describe_job(folder: str, batch: int, mask_threshold: float) -> JobConfig:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    on_gpu = torch.cuda.is_available()
+    on_gpu = DEVICE.type == "cuda"
     parser.add_argument("--model", default="ViT-B-16-plus-240" if on_gpu else "ViT-B-16")
     parser.add_argument("--batch", type=int, default=64 if on_gpu else 16)
     parser.add_argument("--images", type=int, default=4096 if on_gpu else 96)
@@ -87,14 +82,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.cpus)
     give_back_freed_memory()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    clip, encoder = build(options.model, device, dtype)
-    now = datetime.now(timezone.utc)
-    prompt_set = PromptSet(class_name="part", source="base", recipe="bench", created_at=now)
+    clip, encoder = build(options.model)
     job = describe_job("memory://bench", options.batch, 1.0)
     detector = Detector(encoder, job.method, "value")
-    prompts = {"part": detector.embed(compose_ensemble(prompt_set, lambda _: True))}
+    prompts = {"part": detector.embed(compose_base("part"))}
 
     with tempfile.TemporaryDirectory() as scratch:
         write_photos(Path(scratch) / "in" / "part", options.images)
@@ -102,33 +93,23 @@ def main() -> None:
         paths = sorted((Path(scratch) / "in" / "part").iterdir())
         pixels = to_tensor([decode(path.read_bytes()).pixels for path in paths])
 
-        def batches() -> Iterator[torch.Tensor]:
-            yield from pixels.split(options.batch)
-
         def run_bare() -> None:
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=on_gpu):
-                for batch in batches():
-                    clip.encode_image((batch.to(device).float() - 127.5) / 127.5)
+            for batch in pixels.split(options.batch):
+                encode_bare(clip, (batch.to(DEVICE).float() - 127.5) / 127.5)
 
         def run_detector() -> list[float]:
             return [
                 float(detection.grid.max())
-                for batch in batches()
+                for batch in pixels.split(options.batch)
                 for detection in detector.detect(batch, [prompts["part"]] * len(batch))
             ]
 
         job = describe_job(scratch, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
         run, source, output = Run("bench", job, "bench", "0" * 64), Store(job.dataset.images), Store(job.output.uri)
         shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
-        turn, threads = threading.Lock(), max(4, 2 * options.cpus)
 
         def run_shards(scorer: Detector) -> None:
-            with ThreadPoolExecutor(2) as pool:
-                for scored in [
-                    pool.submit(score_shard, shard, run, scorer, prompts, source, output, threads, turn=turn)
-                    for shard in shards
-                ]:
-                    scored.result()
+            score_shards(shards, run, scorer, prompts, source, output, options.cpus)
 
         timeless = TimelessDetector(encoder, job.method)
         runs: dict[str, Callable[[], object]] = {
@@ -137,11 +118,11 @@ def main() -> None:
             "score_shard, from files to Parquet": functools.partial(run_shards, detector),
             "the same, the model for nothing": functools.partial(run_shards, timeless),
         }
-        seconds = measure(runs, options.repetitions, torch.cuda.synchronize if on_gpu else None)
+        seconds = measure(runs, options.repetitions, SETTLE)
         before = time.process_time()
         run_shards(timeless)
         host_s = (time.process_time() - before) / options.images
-    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    where = name_device()
     rows = [
         (name, f"{options.images / value:.2f}", f"{seconds['bare encode_image'] / value:.3f}")
         for name, value in seconds.items()
@@ -151,7 +132,7 @@ def main() -> None:
     print_table(title, ("run", "images/s", "rate / bare"), rows)
     print(f"beside the model, an image takes {host_s * 1e3:.1f} ms of a core")
     facts = {"machine": where, **vars(options), "seconds": seconds, "host_core_seconds_an_image": host_s}
-    write_results(f"pipeline-{device.type}", facts)
+    write_results(f"pipeline-{DEVICE.type}", facts)
 
 
 if __name__ == "__main__":

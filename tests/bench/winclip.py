@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime, timezone
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +21,9 @@ from torch import Tensor
 
 from pipeline.alfa import Detector, Encoder, PromptEmbeddings
 from pipeline.alfa.aligner import window_patches
-from pipeline.prompts.compose import compose_ensemble
 from schemas.job import Method
-from schemas.prompts import PromptSet
-from tests.bench.detector import build
 from tests.bench.measuring import measure, print_table, write_results
+from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,26 +87,18 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=2048, help="windows in a forward pass of WinCLIP")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    clip, encoder = build(options.model, device, dtype)
+    clip, encoder = build(options.model)
     pixels = torch.randint(0, 256, (options.batch, 3, *encoder.preprocess.size), dtype=torch.uint8)
-    ready = pixels.to(device).float()
-    prompt_set = PromptSet(class_name="part", source="base", recipe="bench", created_at=datetime.now(timezone.utc))
+    ready = pixels.to(DEVICE).float()
     detector = Detector(encoder, Method(), "value")
-    prompts = detector.embed(compose_ensemble(prompt_set, lambda _: True))
-
-    def bare() -> object:
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            return clip.encode_image(ready)
-
+    prompts = detector.embed(compose_base("part"))
     runs: dict[str, Callable[[], object]] = {
-        "bare encode_image": bare,
+        "bare encode_image": lambda: encode_bare(clip, ready),
         "detector, value": lambda: detector.detect(pixels, [prompts] * options.batch),
         "WinCLIP": lambda: detect(pixels, prompts, encoder, options.at_once),
     }
-    seconds = measure(runs, options.repetitions, torch.cuda.synchronize if device.type == "cuda" else None)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    seconds = measure(runs, options.repetitions, SETTLE)
+    where = name_device()
     rows = [
         (
             name,
@@ -123,7 +112,7 @@ def main() -> None:
     title = f"{options.model}, {windows} windows an image, batch {options.batch}, {where}"
     print_table(title, ("run", "images/s", "time / bare", "times as fast as WinCLIP"), rows)
     facts = {"model": options.model, "windows": windows, "batch": options.batch, "at_once": options.at_once}
-    write_results(f"winclip-{device.type}", {**facts, "machine": where, "seconds": seconds})
+    write_results(f"winclip-{DEVICE.type}", {**facts, "machine": where, "seconds": seconds})
 
 
 if __name__ == "__main__":
