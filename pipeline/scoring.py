@@ -26,7 +26,7 @@ import torch
 
 from pipeline import lake
 from pipeline.ahead import map_ahead
-from pipeline.alfa import Detection, Detector, PromptEmbeddings
+from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
 from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
 from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regions, upsample
 from pipeline.memory import FILE_BYTES, PIXELS
@@ -148,10 +148,10 @@ def score_shard(
         with FILE_BYTES.hold(size):
             return image, read_image(image["uri"], source, decode)
 
-    def detect_batch(batch: _Batch) -> tuple[_Batch, list[Detection]]:
+    def start_batch(batch: _Batch) -> tuple[_Batch, Pending]:
         good = [(image["class_name"], item) for image, item in batch if isinstance(item, Decoded)]
         known = [prompts[class_name] for class_name, _ in good]
-        return batch, list(detect(detector, [item for _, item in good], known, job)) if good else []
+        return batch, start(detector, [item for _, item in good], known, job)
 
     def finish(row: Row) -> Row:
         return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
@@ -168,11 +168,11 @@ def score_shard(
         ThreadPoolExecutor(threads, "write") as writers,
     ):
         decoded = batches(map_ahead(readers, read, images, ahead=2 * size), size)
-        with contextlib.closing(_take_turn(turn, model, detect_batch, decoded)) as detected:
+        with contextlib.closing(_take_turn(turn, model, start_batch, decoded)) as started:
             scored = (
                 row
-                for batch, detections in detected
-                for row in _new_rows(batch, detections, shard.shard_id, run, prompts)
+                for batch, detections in started
+                for row in _new_rows(batch, detections(), shard.shard_id, run, prompts)
             )
             rows = list(map_ahead(writers, finish, scored, ahead=2 * size))
     return _commit(rows, run.shards, shard.shard_id, output)
@@ -295,13 +295,13 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> D
 def _take_turn(
     turn: _Turn,
     model: ThreadPoolExecutor,
-    detect_batch: Callable[[_Batch], _T],
+    start_batch: Callable[[_Batch], _T],
     decoded: Iterator[_Batch],
 ) -> Generator[_T, None, None]:
-    """detect_batch of all batches; the first is decoded, and others on their way, before it is our turn."""
+    """start_batch of all batches; the first is decoded, and others on their way, before it is our turn."""
     first = list(itertools.islice(decoded, 1))
     with turn:
-        yield from map_ahead(model, detect_batch, itertools.chain(first, decoded), ahead=2)
+        yield from map_ahead(model, start_batch, itertools.chain(first, decoded), ahead=2)
 
 
 def _new_rows(
@@ -325,15 +325,25 @@ def _new_rows(
 
 def detect(
     detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
-) -> Iterator[Detection]:
+) -> list[Detection]:
     """Detections of decoded images: of all in one pass, or of one after the other where they are cut in tiles."""
+    return start(detector, images, prompts, job)()
+
+
+def start(
+    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
+) -> Pending:
+    """As detect, but does not wait for the device."""
+    if not images:
+        return list
     if job.method.tile is None:
-        yield from detector.detect(to_tensor([image.pixels for image in images]), prompts)
-        return
+        return detector.start(to_tensor([image.pixels for image in images]), prompts)
+    waiting = []
     for image, known in zip(images, prompts, strict=True):
         assert image.tiles is not None and image.tiling is not None
         views = to_tensor([image.pixels, *image.tiles])
-        yield detector.detect_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size)
+        waiting.append(detector.start_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size))
+    return lambda: [detection for pending in waiting for detection in pending()]
 
 
 def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:

@@ -1,5 +1,6 @@
 import io
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from pipeline import lake
-from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
 from pipeline.publish import publish_night, read_commit
@@ -140,6 +141,34 @@ def test_a_shard_reads_ahead_while_another_has_the_model(detector: Detector, tmp
             assert not list(output.list("masks")) and not scored.done()
         assert scored.result().images == 12
     assert len(list(output.list("masks"))) == 12 and not turn.locked()
+
+
+class AsynchronousDetector(Detector):
+    """Its device is done with a batch only when it has been given the one after it."""
+
+    def __init__(self, detector: Detector, job: JobConfig, batches: int) -> None:
+        super().__init__(detector.encoder, job.method, job.aligner)
+        self._last = batches - 1
+        self._given = [threading.Event() for _ in range(batches)]
+        self._numbers = iter(range(batches))
+
+    def start(self, pixels: torch.Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
+        number, pending = next(self._numbers), super().start(pixels, prompts)
+        self._given[number].set()
+
+        def wait() -> list[Detection]:
+            assert self._given[min(number + 1, self._last)].wait(timeout=30)
+            return pending()
+
+        return wait
+
+
+def test_the_device_has_the_next_batch_before_it_is_done_with_one(detector: Detector, tmp_path: Path) -> None:
+    job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
+    prompts, (shard,) = embed(detector, job, "hazelnut"), shards_of(job)
+    run, output = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri)
+    stats = score_shard(shard, run, AsynchronousDetector(detector, job, 6), prompts, Store(str(DEMO)), output, 2)
+    assert (stats.images, stats.errors) == (12, {})
 
 
 def test_a_shard_that_fails_leaves_the_model_to_others(detector: Detector, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The method: ALFA (arXiv 2404.09654), reconstructed from its abstract. Pure torch, no I/O but loading weights."""
 
-from pipeline.alfa.detector import Detection, Detector, Features, PromptEmbeddings
+from pipeline.alfa.detector import Detection, Detector, Features, Pending, PromptEmbeddings
 from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
 from pipeline.alfa.explain import Evidence
 from pipeline.alfa.references import ReferenceMemory
@@ -12,6 +12,7 @@ __all__ = [
     "Evidence",
     "Features",
     "ModelError",
+    "Pending",
     "Preprocess",
     "PromptEmbeddings",
     "ReferenceMemory",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.alfa.device import to_device
 from pipeline.alfa.encoder import Encoder, ImageFeatures
 
 _SEQUENCES_AT_ONCE = 2048
@@ -25,7 +26,7 @@ def align(features: ImageFeatures, encoder: Encoder, aligner: str, ridge_lambda:
         raise ValueError(f"features were made for another aligner than {aligner}")
     if aligner != "ridge":
         return encoder.project(tokens)
-    windows = window_patches(encoder.grid)
+    windows = [to_device(window, encoder.device) for window in window_patches(encoder.grid)]
     targets = torch.cat([features.embedding[:, None], _window_embeddings(features.embedded, windows, encoder)], dim=1)
     return torch.stack([ridge(level, windows, targets, ridge_lambda) for level in tokens])
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from pipeline.alfa.adaptation import PromptBatch, adapt, prototypes
 from pipeline.alfa.aligner import align
+from pipeline.alfa.device import to_device, to_host
 from pipeline.alfa.encoder import Encoder, ImageFeatures, ModelError
 from pipeline.alfa.explain import Evidence, explain
 from pipeline.alfa.references import ReferenceMemory, reference_distance, remember
@@ -71,6 +74,10 @@ class Detection:
     kept_normal: int
     kept_anomalous: int
     explanation: tuple[Evidence, ...]
+
+
+Pending = Callable[[], list[Detection]]
+"""Detections that the device still works on: the call waits for them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +140,13 @@ class Detector:
 
         Raises ValueError where pixels have another size, or prompts another number.
         """
+        return self.start(pixels, prompts)()
+
+    def start(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
+        """As detect, but returns as soon as the device knows what to do, so that the next batch can follow at once."""
         if len(prompts) != len(pixels):
             raise ValueError(f"{len(pixels)} images came with {len(prompts)} sets of prompts; one an image is needed")
-        return self.judge(self.features(pixels), prompts)
+        return self._start_judging(self.features(pixels), prompts)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Features:
@@ -143,7 +154,6 @@ class Detector:
         image = self.encoder.encode_images(pixels, self._levels, self._value_depth, self._reference_levels)
         return Features(image, align(image, self.encoder, self._aligner, self._method.ridge_lambda))
 
-    @torch.inference_mode()
     def judge(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
         """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
 
@@ -151,11 +161,14 @@ class Detector:
         local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner"). Where a class has
         references: map + R, (score + max R) / 2 ("Few-shot").
         """
+        return self._start_judging(features, prompts)()
+
+    @torch.inference_mode()
+    def _start_judging(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> Pending:
         leaning = self._lean(features.image.embedding, prompts)
         patches = self._look(features, leaning.sides, prompts)
         return self._conclude(leaning, patches.unflatten(2, self.encoder.grid), prompts)
 
-    @torch.inference_mode()
     def detect_tiled(
         self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
     ) -> Detection:
@@ -164,8 +177,15 @@ class Detector:
 
         Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
         """
+        return self.start_tiled(whole, tiles, tiling, prompts, at_once)()[0]
+
+    @torch.inference_mode()
+    def start_tiled(
+        self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
+    ) -> Pending:
+        """As detect_tiled, but does not wait for the device."""
         leaning = self._lean(self.encoder.encode_images(whole[None]).embedding, [prompts])
-        window = _window(tiling.tile).to(self.encoder.device)
+        window = to_device(_window(tiling.tile), self.encoder.device)
         blended = torch.zeros(2 + len(prompts.defects), *tiling.grid, device=window.device)
         weight = torch.zeros(tiling.grid, device=window.device)
         places = iter(tiling.places)
@@ -176,7 +196,7 @@ class Detector:
                 here = (slice(top, top + tiling.tile[0]), slice(left, left + tiling.tile[1]))
                 blended[(slice(None), *here)] += part * window
                 weight[here] += window
-        return self._conclude(leaning, (blended / weight)[None], [prompts])[0]
+        return self._conclude(leaning, (blended / weight)[None], [prompts])
 
     def _lean(self, embedding: Tensor, prompts: Sequence[PromptEmbeddings]) -> _Leaning:
         """What follows from the class embeddings [B, D]."""
@@ -193,11 +213,11 @@ class Detector:
         local = features.local
         shares = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
         distances = _reference_distances(features.image.reference_tokens, prompts)
-        defects = _pad([item.defect_embeddings for item in prompts]).to(self.encoder.device)
+        defects = to_device(_pad([item.defect_embeddings for item in prompts]), self.encoder.device)
         cosines = defects @ F.normalize(local.mean(0), dim=-1).transpose(1, 2)
         return torch.cat([shares[:, None], distances[:, None], cosines], dim=1)
 
-    def _conclude(self, leaning: _Leaning, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+    def _conclude(self, leaning: _Leaning, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
         """Detections of patches [B, 2 + K, gh, gw], in the order of _look."""
         w, score_global = self._method.local_weight, leaning.score_global
         grid = _mean_filter(patches[:, :1])[:, 0]
@@ -206,38 +226,45 @@ class Detector:
         score = (1 - w) * score_global + w * score_local
         distances = patches[:, 1]
         score_reference = distances.flatten(1).amax(1)
-        referenced = torch.tensor([item.memory is not None for item in prompts], device=score.device)
+        referenced = to_device(torch.tensor([item.memory is not None for item in prompts]), score.device)
         score = torch.where(referenced, (score + score_reference) / 2, score)
         defect_grid = patches[:, 2:]
         if max(defect_grid.shape[2:]) > _MOST_DEFECT_PATCHES:
             rows, columns = (min(side, _MOST_DEFECT_PATCHES) for side in defect_grid.shape[2:])
             defect_grid = F.adaptive_avg_pool2d(defect_grid, (rows, columns))
-        kept = leaning.kept.tolist()
-        scores = torch.stack([score, score_global, score_local, score_reference], dim=1).tolist()
-        grids, defect_grids, all_weights, all_similarities = (
-            part.cpu().numpy() for part in (grid + distances, defect_grid, leaning.weights, leaning.similarities)
-        )
-        return [
-            Detection(
-                score=scores[i][0],
-                score_global=scores[i][1],
-                score_local=scores[i][2],
-                score_reference=None if item.memory is None else scores[i][3],
-                shots=0 if item.memory is None else item.memory.shots,
-                grid=grids[i],
-                defect_grid=defect_grids[i, : len(item.defects)],
-                kept=all_weights[i, : len(item.ensemble.prompts)] > 0,
-                kept_normal=kept[i][0],
-                kept_anomalous=kept[i][1],
-                explanation=explain(item.ensemble.prompts, all_weights[i], all_similarities[i]),
-            )
-            for i, item in enumerate(prompts)
-        ]
+        scores = torch.stack([score, score_global, score_local, score_reference], dim=1)
+        found = to_host([scores, leaning.kept, leaning.weights, leaning.similarities, grid + distances, defect_grid])
+        return partial(_read_detections, found, prompts)
 
     def _anomalous_share(self, embeddings: Tensor, sides: Tensor) -> Tensor:
         """softmax(<x, t_N> / tau, <x, t_A> / tau)[anomalous] of embeddings [B, P, D] and sides [B, 2, D]: [B, P]."""
         logits = self.encoder.logit_scale * embeddings @ sides.transpose(1, 2)
         return logits.softmax(-1)[..., 1]
+
+
+def _read_detections(
+    found: Callable[[], Sequence[NDArray[Any]]], prompts: Sequence[PromptEmbeddings]
+) -> list[Detection]:
+    """found: scores [B, 4], prompts kept a side [B, 2], weights and similarities [B, P], grids [B, gh, gw] and, of the
+    defects, [B, K, gh, gw]."""
+    scores, kept, weights, similarities, grids, defect_grids = found()
+    numbers, counts = scores.tolist(), kept.tolist()
+    return [
+        Detection(
+            score=numbers[i][0],
+            score_global=numbers[i][1],
+            score_local=numbers[i][2],
+            score_reference=None if item.memory is None else numbers[i][3],
+            shots=0 if item.memory is None else item.memory.shots,
+            grid=grids[i],
+            defect_grid=defect_grids[i, : len(item.defects)],
+            kept=weights[i, : len(item.ensemble.prompts)] > 0,
+            kept_normal=counts[i][0],
+            kept_anomalous=counts[i][1],
+            explanation=explain(item.ensemble.prompts, weights[i], similarities[i]),
+        )
+        for i, item in enumerate(prompts)
+    ]
 
 
 def _value_depth(blocks: int, method: Method) -> int:
@@ -270,7 +297,9 @@ def _reference_distances(tokens: Tensor, prompts: Sequence[PromptEmbeddings]) ->
     """R of each image to its class's memory: [B, P]; 0 where it has none. tokens: [L, B, P, W]."""
     distances = torch.zeros(tokens.shape[1:3], device=tokens.device)
     for memory in dict.fromkeys(item.memory for item in prompts if item.memory is not None):
-        images = [number for number, item in enumerate(prompts) if item.memory is memory]
+        images = to_device(
+            torch.tensor([number for number, item in enumerate(prompts) if item.memory is memory]), tokens.device
+        )
         distances[images] = reference_distance(tokens[:, images], memory)
     return distances
 
@@ -283,8 +312,8 @@ def _gather(prompts: Sequence[PromptEmbeddings], device: torch.device) -> Prompt
     embeddings = _pad([item.embeddings for item in distinct.values()])
     anomalous = _pad([item.is_anomalous for item in distinct.values()])
     valid = _pad([torch.ones_like(item.is_anomalous) for item in distinct.values()])
-    embeddings, anomalous, valid = (part.to(device)[rows.to(device)] for part in (embeddings, anomalous, valid))
-    return PromptBatch(embeddings, anomalous, valid)
+    rows, embeddings, anomalous, valid = (to_device(part, device) for part in (rows, embeddings, anomalous, valid))
+    return PromptBatch(embeddings[rows], anomalous[rows], valid[rows])
 
 
 def _pad(parts: Sequence[Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from open_clip.model import CLIPVisionCfg
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.alfa.device import to_device
 from schemas.job import EMBEDDED_MODEL, Model
 
 _EMBEDDED = Path(__file__).parent / "models" / EMBEDDED_MODEL
@@ -208,7 +209,7 @@ class Encoder:
         if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (3, *self.preprocess.size):
             shape = ["B", 3, *self.preprocess.size]
             raise ValueError(f"pixels must be torch.uint8 {shape}, not {pixels.dtype} {list(pixels.shape)}")
-        images = (pixels.to(self.device, non_blocking=True).float() - self._mean) / self._std
+        images = (to_device(pixels, self.device).float() - self._mean) / self._std
         first, last = self.blocks - (value_depth or 0), self.blocks - 1
         patches_leave = last in reference_levels or (not value_depth and last in levels)
         wanted: list[Tensor] = []

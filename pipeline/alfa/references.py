@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.alfa.device import to_device
+
 _COSINES_AT_ONCE = 1 << 24
 """Cosines that are held at a time, 64 MiB of float32."""
 
@@ -61,7 +63,7 @@ def reference_distance(tokens: Tensor, memory: ReferenceMemory) -> Tensor:
         patches = _round(level.flatten(0, 1))
         highest = torch.full(patches.shape[:1], -torch.inf, device=tokens.device)
         for some in known.split(max(1, _COSINES_AT_ONCE // len(patches))):
-            cosines = patches @ F.normalize(some.to(tokens.device).float(), dim=-1).T
+            cosines = patches @ F.normalize(to_device(some, tokens.device).float(), dim=-1).T
             highest = torch.maximum(highest, cosines.amax(1))
         distances += ((1 - highest) / 2).clamp(min=0).view_as(distances)
     return distances / len(tokens)

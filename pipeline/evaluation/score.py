@@ -155,7 +155,7 @@ def _score_batch(
         prompts = [judge.prompts[images[number].class_name] for number, _ in good]
         detections: Iterator[Detection] = iter(())
         if judge.job.method.tile is not None:
-            detections = detect(judge.detector, [item for _, item in good], prompts, judge.job)
+            detections = iter(detect(judge.detector, [item for _, item in good], prompts, judge.job))
         elif pixels is not None:
             key = judge.detector.features_key
             if key not in seen:

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from jobs.score import Plan, plan_run
-from pipeline.alfa import Detection, PromptEmbeddings
+from pipeline.alfa import Detection, Pending, PromptEmbeddings
 from pipeline.alfa.encoder import Preprocess
 from pipeline.alfa.explain import explain
 from pipeline.engine import ScoringActor, ScoringPool, connect
@@ -152,9 +152,9 @@ class FixedTimeDetector:
         anomalous = torch.tensor([prompt.side == "anomalous" for prompt in prompts])
         return PromptEmbeddings(ensemble, torch.zeros(len(prompts), 1), anomalous, (), torch.zeros(0, 1))
 
-    def detect(self, pixels: torch.Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+    def start(self, pixels: torch.Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
         time.sleep(DEVICE_S * len(pixels))
-        return [self._find(item) for item in prompts]
+        return lambda: [self._find(item) for item in prompts]
 
     def _find(self, known: PromptEmbeddings) -> Detection:
         grid = np.full((PATCHES, PATCHES), 0.2, dtype=np.float32)
