@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.storage import ObjectInfo, Store, open_store
+from pipeline.storage import ObjectInfo, Page, Store, open_store
 from schemas.job import Dataset, References, Storage, without_credentials
 from schemas.tables import MANIFEST
 from schemas.text import one_line
@@ -150,18 +150,26 @@ def _recognise(store: Store, class_name: str | None) -> str:
 
 
 def _list_keys(store: Store) -> Iterator[ObjectInfo]:
+    return chain.from_iterable(page.objects() for page in _list_pages(store))
+
+
+def _list_pages(store: Store) -> Iterator[Page]:
     """Images by their suffix; hidden files and folders are left out."""
-    for info in store.list():
-        if info.key.lower().endswith(SUFFIXES) and not info.key.startswith(".") and "/." not in info.key:
-            yield info if info.key.isascii() else _in_unicode(info)
+    for page in store.pages():
+        images = page.where([_is_image(key) for key in page.keys])
+        yield images._replace(keys=[key if key.isascii() else _in_unicode(key) for key in images.keys])
 
 
-def _in_unicode(info: ObjectInfo) -> ObjectInfo:
+def _is_image(key: str) -> bool:
+    return key.lower().endswith(SUFFIXES) and not key.startswith(".") and "/." not in key
+
+
+def _in_unicode(key: str) -> str:
     """A local file whose name is no UTF-8 fits in no table: under a readable name it gets its row, as an error."""
-    readable = os.fsencode(info.key).decode("utf-8", "backslashreplace")
-    if readable != info.key:
+    readable = os.fsencode(key).decode("utf-8", "backslashreplace")
+    if readable != key:
         logger.warning("%s: the name of this file is not UTF-8, so it cannot be scored; rename it", readable)
-    return info._replace(key=readable)
+    return readable
 
 
 def _list_rows(source: ImageSource, *, train: bool = False) -> Iterator[_Row]:
@@ -185,14 +193,19 @@ def _say_faults(rows: Iterator[_Row], source: ImageSource) -> Iterator[_Row]:
 
 
 def _list_flat(source: ImageSource) -> Iterator[_Row]:
-    return (_row(source.store, info, str(source.class_name)) for info in _list_keys(source.store))
+    return _list_classes(source.store, lambda key: str(source.class_name))
 
 
 def _list_folders(source: ImageSource) -> Iterator[_Row]:
     """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
-    for info in _list_keys(source.store):
-        class_name, separator, _ = info.key.partition("/")
-        yield _row(source.store, info, class_name if separator else "unsorted")
+    return _list_classes(source.store, lambda key: key.partition("/")[0] if "/" in key else "unsorted")
+
+
+def _list_classes(store: Store, name_class: Callable[[str], str]) -> Iterator[_Row]:
+    """Rows of all images, by the page: these layouts have no other rows, and may have many millions of them."""
+    for keys, sizes, etags, _ in _list_pages(store):
+        uris, classes = (store.prefix + key for key in keys), map(name_class, keys)
+        yield from map(_Row._make, zip(uris, keys, classes, sizes, etags, repeat(None), repeat(None)))
 
 
 def _list_mvtec(source: ImageSource) -> Iterator[_Row]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from itertools import chain, groupby, islice
+from itertools import chain, compress, groupby, islice
 from typing import Any, NamedTuple
 
 from pyarrow.fs import FileInfo, LocalFileSystem
@@ -33,6 +33,26 @@ class ObjectInfo(NamedTuple):
     modified: float | None = None
 
 
+class Page(NamedTuple):
+    """Some objects of a listing, by column: of the millions of a listing, most are looked at no other way."""
+
+    keys: list[str]
+    sizes: list[int | None]
+    etags: list[str | None]
+    modified: list[float | None]
+
+    @classmethod
+    def of(cls, objects: Sequence[ObjectInfo]) -> Page:
+        return cls._make([item[number] for item in objects] for number in range(len(cls._fields)))
+
+    def objects(self) -> Iterator[ObjectInfo]:
+        return map(ObjectInfo._make, zip(*self, strict=True))
+
+    def where(self, wanted: Sequence[bool]) -> Page:
+        """The objects for which it is true."""
+        return self if all(wanted) else Page._make(list(compress(column, wanted)) for column in self)
+
+
 def describe(key: str, info: dict[str, Any]) -> ObjectInfo:
     """An object as fsspec tells of it."""
     version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or info.get("created")
@@ -54,18 +74,21 @@ def _modified(info: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def walk_local(folder: str, prefix: str) -> Iterator[ObjectInfo]:
+def walk_local(folder: str, prefix: str) -> Iterator[Page]:
     """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
 
     prefix: what keys begin with in this folder. Holds the names of a folder, and what it asks of some thousand files.
     """
     names = chain.from_iterable(_walk_names(folder, ""))
     for chunk, infos in _stat_ahead(folder, iter(lambda: list(islice(names, _CHUNK)), [])):
-        for name, info in zip(chunk, infos, strict=True):
-            size = info.size
-            if size is not None:  # a file: else vanished since listing, or a link that leads elsewhere, or a pipe
-                modified = -1 if info.mtime_ns is None else info.mtime_ns  # Arrow takes this one for unknown
-                yield ObjectInfo._make((prefix + name, size, f"{modified:x}-{size:x}", modified / 1e9))
+        sizes = [info.size for info in infos]
+        times = [-1 if info.mtime_ns is None else info.mtime_ns for info in infos]  # Arrow takes -1 for unknown
+        yield Page(
+            [prefix + name for name in chunk],
+            sizes,
+            [None if size is None else f"{time:x}-{size:x}" for time, size in zip(times, sizes, strict=True)],
+            [time / 1e9 for time in times],
+        ).where([size is not None for size in sizes])  # else vanished, a link that leads elsewhere, or a pipe
 
 
 def _walk_names(folder: str, prefix: str) -> Iterator[list[str]]:

@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.storage.faults import LOST, StoreError, advice_on, code_of, is_transient, patiently
-from pipeline.storage.listing import STAGING, ObjectInfo, describe, walk_local
+from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, walk_local
 from schemas.job import Storage
 
 _T = TypeVar("_T")
@@ -175,6 +175,11 @@ class Store:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Every object below a folder, streamed in a steady order, sub-folders included; none where it is missing."""
+        for page in self.pages(prefix):
+            yield from page.objects()
+
+    def pages(self, prefix: str = "") -> Iterator[Page]:
+        """What list gives, some thousand objects at a time, for who lists millions."""
         with _as_store_error(self, prefix):
             top = self._path(prefix) if prefix else self.path
             if self.is_local:
@@ -184,13 +189,14 @@ class Store:
             else:
                 self.fs.invalidate_cache()
                 root = self.path.rstrip("/") + "/"
-                for path, info in sorted(self.fs.find(top, detail=True).items()):
-                    yield describe(str(path)[len(root) :], info)
+                found = sorted(self.fs.find(top, detail=True).items())
+                yield Page.of([describe(str(path)[len(root) :], info) for path, info in found])
 
     def leftovers(self) -> Iterator[ObjectInfo]:
         """What writers that died have left of unfinished objects: local disks alone have such files."""
         if self.is_local:
-            yield from walk_local(f"{self.path}/{STAGING}", f"{STAGING}/")
+            for page in walk_local(f"{self.path}/{STAGING}", f"{STAGING}/"):
+                yield from page.objects()
 
     def probe(self) -> None:
         """Raises StoreError where the store as a whole does not answer, rather than one object."""
@@ -273,7 +279,7 @@ class Store:
             return False
         return True
 
-    def _list_s3(self, top: str) -> Iterator[ObjectInfo]:
+    def _list_s3(self, top: str) -> Iterator[Page]:
         # s3fs.find holds every key in Python objects; pages do not.
         bucket, _, prefix = top.partition("/")
         base = self.path.partition("/")[2]
@@ -284,11 +290,15 @@ class Store:
             if page:
                 arguments["ContinuationToken"] = page["NextContinuationToken"]
             page = patiently(self.fs.call_s3)("list_objects_v2", **arguments)
-            for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):
-                    yield ObjectInfo(
+            yield Page.of(
+                [
+                    ObjectInfo(
                         item["Key"][skip:], item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp()
                     )
+                    for item in page.get("Contents", ())
+                    if not item["Key"].endswith("/")
+                ]
+            )
             if not page.get("IsTruncated"):
                 return
 
