@@ -28,7 +28,8 @@ def name_device() -> str:
 
 
 def build(name: str) -> tuple[open_clip.CLIP, Encoder]:
-    """A model with random weights, bare and as alfa's encoder."""
+    """A model with random weights, always the same, bare and as alfa's encoder."""
+    torch.manual_seed(0)
     clip = open_clip.create_model(name, device=DEVICE).eval().requires_grad_(False)
     preprocess = Preprocess(
         clip.visual.image_size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic"

@@ -2,29 +2,36 @@
 
 Four runs take turns on the same images: a bare open_clip encode_image loop and the detector, both on decoded pixels in
 memory; all of score_shard, from JPEG files to masks, rows and Parquet, two shards sharing the model; and the same with
-a model that takes no time, which is what an actor can feed to a faster device. Imports no Ray. The model has random
-weights: only its speed is looked at.
+a model that takes no time, which is what an actor can feed to a faster device. With --actors N, a fifth: N processes
+that share the device and divide the cores, as engine.actors_per_gpu does. Imports no Ray. The model has random weights:
+only its speed is looked at.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import os
+import statistics
+import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.alfa import Detector, Encoder
-from pipeline.alfa.detector import Features
+from pipeline.ahead import map_ahead
+from pipeline.alfa import Detector, Encoder, Features, PromptEmbeddings
+from pipeline.alfa.device import to_device
 from pipeline.images import list_images, open_dataset
 from pipeline.memory import give_back_freed_memory
 from pipeline.scoring import Run, image_decoder, to_tensor
-from pipeline.shards import cut_shards
+from pipeline.shards import Shard, cut_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig, Method, parse_job
 from tests.bench.decoding import make_jpeg
@@ -71,56 +78,125 @@ def describe_job(folder: str, batch: int, mask_threshold: float) -> JobConfig:
     )
 
 
+@dataclass(frozen=True)
+class Actor:
+    """All that score_shard wants but shards, as a scoring actor has it. cpus: its cores."""
+
+    run: Run
+    detector: Detector
+    prompts: Mapping[str, PromptEmbeddings]
+    source: Store
+    output: Store
+    cpus: int
+
+    def score(self, shards: Sequence[Shard], detector: Detector | None = None) -> None:
+        scorer = self.detector if detector is None else detector
+        score_shards(shards, self.run, scorer, self.prompts, self.source, self.output, self.cpus)
+
+
+def build_actor(encoder: Encoder, job: JobConfig, cpus: int) -> Actor:
+    detector = Detector(encoder, job.method, "value")
+    prompts = {"part": detector.embed(compose_base("part"))}
+    run = Run("bench", job, "bench", "0" * 64)
+    return Actor(run, detector, prompts, Store(job.dataset.images), Store(job.output.uri), cpus)
+
+
+_actors: list[Actor] = []
+"""The one of this process, where it is one of several that share the device."""
+
+
+def start_process(model: str, job: JobConfig, cpus: int) -> None:
+    torch.set_num_threads(cpus)
+    give_back_freed_memory()
+    _actors.append(build_actor(build(model)[1], job, cpus))
+
+
+def score_in_process(shards: Sequence[Shard]) -> None:
+    _actors[0].score(shards)
+
+
+class Processes:
+    """Actors in processes of their own, all loaded, that share one device."""
+
+    def __init__(self, count: int, model: str, job: JobConfig, cpus: int) -> None:
+        self._pools = [
+            ProcessPoolExecutor(1, get_context("spawn"), start_process, (model, job, max(1, cpus // count)))
+            for _ in range(count)
+        ]
+        self.score([])
+
+    def score(self, shards: Sequence[Shard]) -> None:
+        parts = [shards[number :: len(self._pools)] for number in range(len(self._pools))]
+        for scored in [pool.submit(score_in_process, part) for pool, part in zip(self._pools, parts, strict=True)]:
+            scored.result()
+
+    def close(self) -> None:
+        for pool in self._pools:
+            pool.shutdown()
+
+
+def measure_busy(run: Callable[[], object]) -> float:
+    """Share of the time of a run in which the GPU did anything, as nvidia-smi samples it."""
+    command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampling:
+        run()
+        sampling.terminate()
+        samples, _ = sampling.communicate()
+    return statistics.mean(float(line) for line in samples.split()) / 100
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = DEVICE.type == "cuda"
     parser.add_argument("--model", default="ViT-B-16-plus-240" if on_gpu else "ViT-B-16")
     parser.add_argument("--batch", type=int, default=64 if on_gpu else 16)
     parser.add_argument("--images", type=int, default=4096 if on_gpu else 96)
-    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="cores of the actor")
+    parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="cores of the actor, or of all")
+    parser.add_argument("--actors", type=int, default=4 if on_gpu else 1)
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.cpus)
     give_back_freed_memory()
     clip, encoder = build(options.model)
-    job = describe_job("memory://bench", options.batch, 1.0)
-    detector = Detector(encoder, job.method, "value")
-    prompts = {"part": detector.embed(compose_base("part"))}
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
         write_photos(Path(scratch) / "in" / "part", options.images)
-        decode = image_decoder(job, detector)
+        job = describe_job(scratch, options.batch, 1.0)
+        actor = build_actor(encoder, job, options.cpus)
+        decode = image_decoder(job, actor.detector)
         paths = sorted((Path(scratch) / "in" / "part").iterdir())
-        pixels = to_tensor([decode(path.read_bytes()).pixels for path in paths])
+        batches = to_tensor([decode(path.read_bytes()).pixels for path in paths]).split(options.batch)
+        prompts = [actor.prompts["part"]] * options.batch
 
         def run_bare() -> None:
-            for batch in pixels.split(options.batch):
-                encode_bare(clip, (batch.to(DEVICE).float() - 127.5) / 127.5)
+            for batch in batches:
+                encode_bare(clip, (to_device(batch, DEVICE).float() - 127.5) / 127.5)
 
         def run_detector() -> list[float]:
-            return [
-                float(detection.grid.max())
-                for batch in pixels.split(options.batch)
-                for detection in detector.detect(batch, [prompts["part"]] * len(batch))
-            ]
+            with ThreadPoolExecutor(1) as model:
+                started = map_ahead(
+                    model, lambda batch: actor.detector.start(batch, prompts[: len(batch)]), batches, ahead=2
+                )
+                return [float(detection.grid.max()) for pending in started for detection in pending()]
 
         job = describe_job(scratch, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
-        run, source, output = Run("bench", job, "bench", "0" * 64), Store(job.dataset.images), Store(job.output.uri)
+        actor = build_actor(encoder, job, options.cpus)
         shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
-
-        def run_shards(scorer: Detector) -> None:
-            score_shards(shards, run, scorer, prompts, source, output, options.cpus)
-
         timeless = TimelessDetector(encoder, job.method)
         runs: dict[str, Callable[[], object]] = {
             "bare encode_image": run_bare,
             "detector, value": run_detector,
-            "score_shard, from files to Parquet": functools.partial(run_shards, detector),
-            "the same, the model for nothing": functools.partial(run_shards, timeless),
+            "score_shard, from files to Parquet": lambda: actor.score(shards),
+            "the same, the model for nothing": lambda: actor.score(shards, timeless),
         }
+        if options.actors > 1:
+            processes = Processes(options.actors, options.model, job, options.cpus)
+            stack.callback(processes.close)
+            runs[f"score_shard in {options.actors} processes"] = lambda: processes.score(shards)
         seconds = measure(runs, options.repetitions, SETTLE)
+        busy = {name: measure_busy(run) for name, run in runs.items()} if on_gpu else {}
         before = time.process_time()
-        run_shards(timeless)
+        actor.score(shards, timeless)
         host_s = (time.process_time() - before) / options.images
     where = name_device()
     rows = [
@@ -130,8 +206,10 @@ def main() -> None:
     what = f"{options.model}, {options.images} JPEGs of {SIDES[0]} to {SIDES[-1]} px, batch {options.batch}"
     title = f"{what}, {where}, {options.cpus} cores"
     print_table(title, ("run", "images/s", "rate / bare"), rows)
+    for name, share in busy.items():
+        print(f"{name}: the GPU is busy {share:.0%} of the time")
     print(f"beside the model, an image takes {host_s * 1e3:.1f} ms of a core")
-    facts = {"machine": where, **vars(options), "seconds": seconds, "host_core_seconds_an_image": host_s}
+    facts = {"machine": where, **vars(options), "seconds": seconds, "busy": busy, "host_core_seconds_an_image": host_s}
     write_results(f"pipeline-{DEVICE.type}", facts)
 
 

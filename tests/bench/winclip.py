@@ -83,7 +83,7 @@ def harmonic_mean(values: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-16-plus-240")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16 if DEVICE.type == "cuda" else 2)
     parser.add_argument("--at-once", type=int, default=2048, help="windows in a forward pass of WinCLIP")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
