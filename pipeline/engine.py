@@ -22,6 +22,7 @@ from ray.util.metrics import Counter, Histogram
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.images import HangGuard
 from pipeline.memory import give_back_freed_memory
 from pipeline.references import build_memory
 from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, score_shard
@@ -88,6 +89,7 @@ class ScoringActor:
         self._output = open_store(job.output.uri, job.storage)
         self._prompts: dict[str, PromptEmbeddings] = {}
         self._turn = threading.Lock()
+        self._guard = HangGuard()
         # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
         self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
         self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
@@ -131,6 +133,7 @@ class ScoringActor:
             self._output,
             self._threads,
             turn=self._turn,
+            guard=self._guard,
             isolate=isolate,
         )
         self._seconds.observe(time.monotonic() - started)

@@ -43,7 +43,7 @@ Row = dict[str, Any]
 _Batch = list[tuple[Row, Decoded | ImageError]]
 _T = TypeVar("_T")
 
-_Turn = contextlib.AbstractContextManager[Any]
+_Context = contextlib.AbstractContextManager[Any]
 _ALONE = contextlib.nullcontext()
 
 _MOST_BYTES_A_PIXEL = 8
@@ -125,20 +125,26 @@ def score_shard(
     output: Store,
     threads: int,
     *,
-    turn: _Turn = _ALONE,
+    turn: _Context = _ALONE,
+    guard: _Context = _ALONE,
     isolate: bool = False,
 ) -> ShardStats:
     """Scores every image of a shard; a bad image becomes a row with status error.
 
     prompts: for each class of the shard. turn: a lock of the model, held from the first batch to the last: of shards
-    that are scored side by side one has the model, while another reads ahead or writes its last masks. isolate: decode
-    each image in a process of its own, after a worker has died over this shard: an image that kills its decoder then
-    costs its own row alone. Where the thresholds follow from the run's scores, masks are left to mask_shard. Raises
-    OSError where the output cannot be written, or StoreError where a store is out of use.
+    that are scored side by side one has the model, while another reads ahead or writes its last masks. guard: entered
+    around each decoding. isolate: decode each image in a process of its own instead, after a worker has died over this
+    shard: an image that kills its decoder then costs its own row alone. Where the thresholds follow from the run's
+    scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where a store
+    is out of use.
     """
-    job, decode = run.job, image_decoder(run.job, detector, isolate=isolate)
+    job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
     thresholds = fixed_thresholds(job)
     largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
+
+    def decode(data: bytes) -> Decoded:
+        with _ALONE if isolate else guard:
+            return decoder(data)
 
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
         size = image["size"] or 0
@@ -293,7 +299,7 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> D
 
 
 def _take_turn(
-    turn: _Turn,
+    turn: _Context,
     model: ThreadPoolExecutor,
     start_batch: Callable[[_Batch], _T],
     decoded: Iterator[_Batch],

@@ -15,11 +15,9 @@ from dataclasses import asdict
 import numpy as np
 
 from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image
+from pipeline.images.hanging import LIMIT_S
 from pipeline.tiling import plan_tiling
 from schemas.tables import ErrorType
-
-LIMIT_S = 300.0
-"""Seconds after which a decoder counts as hung."""
 
 
 def decode_isolated(

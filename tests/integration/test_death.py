@@ -171,23 +171,43 @@ from PIL import BmpImagePlugin
 BmpImagePlugin.BmpImageFile._open = lambda self: os.kill(os.getpid(), signal.SIGSEGV)
 """
 
+_BMP_HANGS = """
+import ctypes, faulthandler, subprocess
+from PIL import BmpImagePlugin
+BmpImagePlugin.BmpImageFile._open = lambda self: ctypes.PyDLL(None).sleep(1000)  # PyDLL: with the interpreter's lock
+wait, run = faulthandler.dump_traceback_later, subprocess.run
+faulthandler.dump_traceback_later = lambda limit, exit: wait(limit / 20, exit=exit)
+subprocess.run = lambda *a, timeout=None, **k: run(*a, timeout=timeout and timeout / 20, **k)
+"""
+
 
 @pytest.mark.slow
-def test_an_image_that_kills_its_decoder_costs_its_own_row_alone(
-    images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("deed", "killers", "word"),
+    [
+        (_BMP_KILLS, ["hazelnut/a"], "SIGSEGV"),
+        (_BMP_KILLS, ["capsules/a", "capsules/n", "hazelnut/a", "hazelnut/n", "hazelnut/z"], "SIGSEGV"),
+        (_BMP_HANGS, ["hazelnut/a"], "did not end"),
+    ],
+    ids=["killer", "killers", "hangs"],
+)
+def test_images_that_kill_their_decoder_cost_their_own_rows_alone(
+    deed: str, killers: list[str], word: str, images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The decoder of BMP is broken in all processes, as a bug in a codec would: it ends them by a signal."""
+    """The decoder of BMP is broken in all processes, as by a bug in a codec: it ends them, or never ends."""
     poisoned, output = tmp_path / "in", tmp_path / "out"
     shutil.copytree(images, poisoned)
-    Image.new("RGB", (40, 30)).save(poisoned / "hazelnut" / "a-killer.bmp")
+    for killer in killers:
+        Image.new("RGB", (40, 30)).save(poisoned / f"{killer}.bmp")
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(_BMP_KILLS)
+    (tmp_path / "site" / "sitecustomize.py").write_text(deed)
     done = alfa(*arguments(poisoned, output), PYTHONPATH=f"{tmp_path / 'site'}:{Path.cwd()}")
     assert done.returncode == 0, done.stderr
     rows = published(output)
-    (killer,) = (row for row in rows if row["image_uri"].endswith(".bmp"))
-    assert killer["error_type"] == "crashed" and "SIGSEGV" in killer["error_message"]
-    others = [(Path(row["image_uri"]).name, row["status"], row["error_type"]) for row in rows if row is not killer]
+    dead = [row for row in rows if row["image_uri"].endswith(".bmp")]
+    assert [row["error_type"] for row in dead] == ["crashed"] * len(killers)
+    assert all(word in row["error_message"] for row in dead)
+    others = [(Path(row["image_uri"]).name, row["status"], row["error_type"]) for row in rows if row not in dead]
     assert others == [(Path(row["image_uri"]).name, row["status"], row["error_type"]) for row in undisturbed]
 
 
