@@ -99,7 +99,17 @@ def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source:
         return score_variants(images, variants, source, _THREADS, advance)
 
 
-def read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobConfig:
+def run_evaluate_run(output_uri: str, run_id: str, overrides: Sequence[str], console: Console) -> int:
+    """Holds a finished run in an output against the labels of its manifest.
+
+    overrides: of the run's job, as key=value. Returns the exit code; raises as run_evaluate does.
+    """
+    job = _read_run_job(output_uri, run_id, overrides)
+    output = open_store(job.output.uri, job.storage)
+    return _finish(run_id, {BASE: job}, "", None, read_run(output, run_id, BASE), output, console)
+
+
+def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobConfig:
     """The job of a finished run, in the output as it is addressed now. Raises JobError where there is no such run."""
     here = {"output.uri": output_uri}
     storage = parse_job({"dataset": {"images": "unread"}}, overrides, here).storage
@@ -111,12 +121,6 @@ def read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobC
             f"there is no run {run_id} at {output.uri('')}; alfa status {output_uri} lists the runs"
         ) from None
     return parse_job(read_job_yaml(text), overrides, here)
-
-
-def run_evaluate_run(job: JobConfig, run_id: str, console: Console) -> int:
-    """Holds a finished run against the labels of its manifest. Returns the exit code; raises as run_evaluate does."""
-    output = open_store(job.output.uri, job.storage)
-    return _finish(run_id, {BASE: job}, "", None, read_run(output, run_id, BASE), output, console)
 
 
 def _plan(

@@ -24,6 +24,9 @@ class LogFormat(str, Enum):
     JSON = "json"
 
 
+_format = LogFormat.TEXT
+
+
 class RedactingFilter(logging.Filter):
     """Blanks secrets in every record, traceback included; it refuses none."""
 
@@ -62,11 +65,18 @@ def bind(**facts: Any) -> None:
 
 def configure(log_format: LogFormat) -> None:
     """Sets up logging of this process to stderr; calling it again replaces what was set up."""
+    global _format
+    _format = log_format
     handler = _handler(log_format)
     handler.addFilter(RedactingFilter())
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
     for name in ("pipeline", "jobs"):
         logging.getLogger(name).setLevel(logging.INFO)
+
+
+def current_format() -> LogFormat:
+    """What configure() was last called with."""
+    return _format
 
 
 def _handler(log_format: LogFormat) -> logging.Handler:

@@ -82,11 +82,6 @@ def cut_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Shard]:
         yield Shard(shard_id, table.take(np.arange(table.num_rows)))
 
 
-def count_shards(images: int, size: int) -> int:
-    """How many shards cut_shards makes."""
-    return -(-images // size)
-
-
 def _cut(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[str, list[pa.RecordBatch]]]:
     """Each shard's id, and the slices of batches that it consists of."""
     digest, pieces, left = hashlib.blake2b(digest_size=8), [], size

@@ -137,9 +137,11 @@ def test_status_shows_runs(night: tuple[Path, Path]) -> None:
 def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path, Path], tmp_path: Path) -> None:
     good = alfa("check", "--images", night[0], "--output", tmp_path)
     assert good.returncode == 0 and good.stdout.count("ok  ") == 6, good.stdout
-    bad = alfa("check", "--images", tmp_path / "none", "--output", "/proc/alfa", "--model", "ViT-B-16/no-such-tag")
+    places = ("--images", tmp_path / "none", "--output", "/proc/alfa")
+    models = ("--model", "ViT-B-16/no-such-tag", "--llm", "openai/gpt-4o")
+    bad = alfa("check", *places, *models, OPENAI_API_KEY="")
     assert bad.returncode == 2
-    for words in ("no images", "output writable", "no-such-tag"):
+    for words in ("no images", "output writable", "no-such-tag", "OPENAI_API_KEY (it is set, but empty)"):
         assert words in bad.stdout
 
 

@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
@@ -71,12 +72,28 @@ def describe_class(
 
 
 def missing_key(config: Prompts) -> str | None:
-    """The environment variables that the model's provider needs and that are not set; None where nothing is missing."""
+    """The environment variables that the model's provider needs and that are not set, or are set to nothing.
+
+    None where nothing is missing.
+    """
     if config.llm is None:
         return None
-    answer = _litellm().validate_environment(model=config.llm, api_base=config.api_base)
+    answer = _validate(config.llm, config.api_base)
     missing: list[str] = answer.get("missing_keys") or []
-    return None if answer.get("keys_in_environment") or not missing else ", ".join(missing)
+    if answer.get("keys_in_environment") or not missing:
+        return None
+    return ", ".join(f"{name} (it is set, but empty)" if name in os.environ else name for name in missing)
+
+
+def _validate(model: str, api_base: str | None) -> dict[str, Any]:
+    """litellm's answer on which variables a model needs; blank ones, which it takes for set, count as not set."""
+    asked = _litellm().validate_environment
+    environ = {name: value for name, value in os.environ.items() if value.strip()}
+    # The real os.environ stays as it is, for other threads read it: litellm's function runs on an `os` with this one.
+    names = {**asked.__globals__, "os": SimpleNamespace(**{**vars(os), "environ": environ})}
+    validate = FunctionType(asked.__code__, names, None, asked.__defaults__, asked.__closure__)
+    answer: dict[str, Any] = validate(model=model, api_base=api_base)
+    return answer
 
 
 def _litellm() -> Any:

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -130,6 +131,20 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert llm.missing_key(Prompts()) is None
     with pytest.raises(LLMError, match="needs OPENAI_API_KEY"):
         llm.describe_class("nut", Prompts(llm="openai/gpt-4o"))
+
+
+@pytest.mark.parametrize("blank", ["", " \t"])
+def test_an_empty_key_is_missing_before_the_first_attempt(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", blank)
+    with pytest.raises(LLMError, match=r"needs OPENAI_API_KEY \(it is set, but empty\) in the environment"):
+        llm.describe_class("nut", Prompts(llm="openai/gpt-4o"), before_attempt=lambda: pytest.fail("it was asked"))
+    assert os.environ["OPENAI_API_KEY"] == blank
+
+
+def test_an_empty_key_beside_another_that_will_do_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMINI_API_KEY", "")
+    monkeypatch.setenv("GOOGLE_API_KEY", "key")
+    assert llm.missing_key(Prompts(llm="gemini/gemini-2.5-flash")) is None
 
 
 def test_a_class_name_is_data() -> None:

@@ -1,0 +1,87 @@
+"""The flags of a job, declared once for all commands that take one, and the job that they and its file make."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.storage import open_store
+from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml
+
+
+@dataclass(frozen=True)
+class JobFlags:
+    """What was given on the command line; None where a flag was not."""
+
+    file: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job file (YAML): a path or a URI.")] = None
+    images: Annotated[str | None, typer.Option(help="Folder, table or URI of the images.")] = None
+    output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None
+    layout: Annotated[str | None, typer.Option(help="auto, folders, flat, mvtec, visa or table.")] = None
+    class_name: Annotated[str | None, typer.Option("--class", help="Class of all images (layout flat).")] = None
+    llm: Annotated[str | None, typer.Option(help="litellm model that describes classes.")] = None
+    model: Annotated[str | None, typer.Option(help="open_clip model, as NAME or NAME/PRETRAINED.")] = None
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the job.")
+    ] = None
+
+    def read_job(self, defaults: Mapping[str, Any] | None = None) -> JobConfig:
+        """The job of the file, --set and the flags, the later ones winning.
+
+        defaults: sections of a job for where its file has none. Raises JobError where the file cannot be read or the
+        job is not valid.
+        """
+        document = read_job_yaml(_read_text(self.file)) if self.file else {}
+        return parse_job({**(defaults or {}), **document}, self.overrides or (), self._keys())
+
+    def _keys(self) -> dict[str, Any]:
+        """The job's keys that flags stand for."""
+        name, _, pretrained = (self.model or "").partition("/")
+        return {
+            "dataset.images": self.images,
+            "dataset.layout": self.layout,
+            "dataset.class_name": self.class_name,
+            "output.uri": self.output,
+            "prompts.llm": self.llm,
+            "model.name": name or None,
+            "model.pretrained": pretrained or None,
+        }
+
+
+@dataclass(frozen=True)
+class NightFlags(JobFlags):
+    """Those of a command whose job is one night's."""
+
+    run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD; default: today, UTC.")] = None
+
+    def _keys(self) -> dict[str, Any]:
+        return {**super()._keys(), "run_date": self.run_date}
+
+
+def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """What typer is to see of a command whose first parameter is JobFlags or NightFlags: each flag as a parameter."""
+    first, *others = inspect.signature(command, eval_str=True).parameters.values()
+    kind = first.annotation
+    flags = inspect.signature(kind, eval_str=True).parameters
+
+    @wraps(command)
+    def spread(**values: Any) -> None:
+        command(kind(**{name: values.pop(name) for name in flags}), **values)
+
+    spread.__signature__ = inspect.Signature([*flags.values(), *others])  # type: ignore[attr-defined]
+    return spread
+
+
+def _read_text(location: str) -> str:
+    try:
+        if "://" in location:
+            folder, _, name = location.rpartition("/")
+            return open_store(folder, Storage()).read(name).decode()
+        return Path(location).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"the job file {location} cannot be read: {error}") from None
