@@ -97,7 +97,7 @@ def _check_llm(job: JobConfig) -> str:
     if not job.prompts.asks_llm:
         return "none configured; bundled prompts where the class is known, else the base ensemble"
     if (missing := missing_key(job.prompts)) is not None:
-        raise CheckError(f"{job.prompts.llm} needs {missing} in the environment of the workers")
+        raise CheckError(f"{job.prompts.llm} needs {missing}, and not empty, in the environment of the workers")
     return f"{job.prompts.llm}, key present"
 
 

@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.console import Console
 from jobs import exits, logs
 from jobs.flags import JobFlags, NightFlags, spread_flags
 from jobs.logs import LogFormat
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 from schemas.job import Storage
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def status(
     """Show the runs of an output: progress, errors, what is published."""
     from jobs.status import print_status
 
-    exits.run(lambda: print_status(open_store(output, Storage(endpoint_url=endpoint)), _console()))
+    exits.run(lambda: print_status(_open(output, endpoint), _console()))
 
 
 @app.command()
@@ -145,7 +145,7 @@ def report(
     """Render the report of a published night anew."""
     from jobs.report import run_report
 
-    exits.run(lambda: run_report(open_store(output, Storage(endpoint_url=endpoint)), run_id, run_date, _console()))
+    exits.run(lambda: run_report(_open(output, endpoint), run_id, run_date, _console()))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def gc(
     """Remove what no commit refers to: superseded versions, masks and shards; those of unfinished runs, too."""
     from jobs.gc import run_gc
 
-    exits.run(lambda: run_gc(open_store(output, Storage(endpoint_url=endpoint)), _console(), older_than, delete))
+    exits.run(lambda: run_gc(_open(output, endpoint), _console(), older_than, delete))
 
 
 @app.command()
@@ -195,7 +195,7 @@ def export(
     if to not in FORMATS:
         exits.refuse(f"--to {to}: allowed are {', '.join(FORMATS)}")
     storage = Storage(endpoint_url=endpoint)
-    exits.run(lambda: run_export(open_store(output, storage), run, to, target, storage, _console()))
+    exits.run(lambda: run_export(_open(output, endpoint), run, to, target, storage, _console()))
 
 
 @app.command()
@@ -211,10 +211,8 @@ def diff(
     """Compare two nights: what is newly anomalous, whether scores drift, how runs go."""
     from jobs.diff import run_diff
 
-    store = open_store(output, Storage(endpoint_url=endpoint))
-    exits.run(
-        lambda: run_diff(store, before, after, _console(), psi=psi, fail_on_drift=fail_on_drift, json_file=json_file)
-    )
+    options: dict[str, Any] = {"psi": psi, "fail_on_drift": fail_on_drift, "json_file": json_file}
+    exits.run(lambda: run_diff(_open(output, endpoint), before, after, _console(), **options))
 
 
 @app.command()
@@ -229,9 +227,8 @@ def calibrate(
     """Set thresholds by the scores of finished runs, for jobs to name."""
     from jobs.calibrate import run_calibrate
 
-    storage = Storage(endpoint_url=endpoint)
-    store = open_store(output, storage)
-    exits.run(lambda: run_calibrate(store, run_ids, table, by, all_good=all_good, storage=storage, console=_console()))
+    options: dict[str, Any] = {"all_good": all_good, "storage": Storage(endpoint_url=endpoint), "console": _console()}
+    exits.run(lambda: run_calibrate(_open(output, endpoint), run_ids, table, by, **options))
 
 
 @app.command()
@@ -253,6 +250,10 @@ def main() -> None:
     except Exception:
         logger.critical("a fault in alfa itself; please report it with what follows", exc_info=True)
         sys.exit(exits.ERRORS)
+
+
+def _open(output: str, endpoint: str | None) -> Store:
+    return open_store(output, Storage(endpoint_url=endpoint))
 
 
 def _console() -> Console:

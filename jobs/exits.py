@@ -30,10 +30,11 @@ def run(job: Callable[[], int]) -> NoReturn:
     from pipeline.images import DatasetError
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
+    from pipeline.storage import AddressError
     from pipeline.thresholds import ThresholdError
 
     refusals = (
-        *(JobError, DatasetError, ModelError, PromptLibraryError),
+        *(AddressError, JobError, DatasetError, ModelError, PromptLibraryError),
         *(DemoError, ExportError, LakeError, NightError, ReportError, ThresholdError),
     )
     try:

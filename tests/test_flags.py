@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.flags import JobFlags, NightFlags
@@ -49,3 +50,22 @@ def test_a_job_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     file.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(JobError, match=r"job\.yaml cannot be read"):
         JobFlags(str(file)).read_job()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["score", "--images", "s4://photos", "--output", "lake"],
+        ["status", "s4://lake"],
+        ["report", "s4://lake"],
+        ["gc", "s4://lake"],
+        ["export", "s4://lake", "2026-01-02", "--to", "coco"],
+        ["diff", "s4://lake"],
+        ["calibrate", "s4://lake", "run", "--table", "thresholds.json"],
+        ["evaluate", "--output", "s4://lake", "--run", "run"],
+    ],
+)
+def test_a_misspelt_address_is_one_line_and_bad_usage(command: list[str]) -> None:
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "alfa: s4://" in done.stderr and "cannot be opened: Protocol not known: s4" in done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage import Store
+from pipeline.storage import AddressError, Store
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -113,6 +113,12 @@ def test_local_writes_leave_no_temporary_file(tmp_path: Path) -> None:
     store.write("a/b", b"1")
     store.create("a/b", b"2")
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["b"]
+
+
+@pytest.mark.parametrize(("root", "advice"), [("s4://lake/x", "s4"), ("dropbox://x", "dropbox")])
+def test_a_store_of_an_unknown_kind_or_without_its_package_says_so(root: str, advice: str) -> None:
+    with pytest.raises(AddressError, match=f"{root} cannot be opened: .*{advice}"):
+        Store(root)
 
 
 def test_uris_lead_back_to_keys(store: Store) -> None:

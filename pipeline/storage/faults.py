@@ -13,6 +13,10 @@ _PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalR
 """What a server says of a body that the network mangled, or while another writes: s3fs reports it as a bad argument."""
 
 
+class AddressError(ValueError):
+    """No store can be opened at an address; the message says why."""
+
+
 class StoreError(OSError):
     """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
 

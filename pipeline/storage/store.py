@@ -21,7 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from pipeline.storage.faults import LOST, StoreError, advice_on, code_of, is_transient, patiently
+from pipeline.storage.faults import LOST, AddressError, StoreError, advice_on, code_of, is_transient, patiently
 from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, walk_local
 from schemas.job import Storage
 
@@ -38,9 +38,15 @@ class Store:
     """
 
     def __init__(self, root: str, storage: Storage | None = None) -> None:
-        """root: a path or an fsspec URI; storage: how object storage is reached (credentials: the environment)."""
+        """root: a path or an fsspec URI; storage: how object storage is reached (credentials: the environment).
+
+        Raises AddressError where fsspec knows no such kind of store, or wants a package for it that is not installed.
+        """
         self._storage = storage or Storage()
-        fs, path = url_to_fs(root, **_fs_options(root, self._storage))
+        try:
+            fs, path = url_to_fs(root, **_fs_options(root, self._storage))
+        except (ValueError, ImportError) as error:
+            raise AddressError(f"{root} cannot be opened: {error}") from None
         self.fs: fsspec.AbstractFileSystem = fs
         fs.retries = 1  # patiently retries
         self.path: str = path.rstrip("/") or "/"
