@@ -7,7 +7,6 @@ import os
 import random
 import time
 from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from pydantic import ValidationError
@@ -47,8 +46,8 @@ def describe_class(
     """
     if config.api_base is None and (missing := missing_key(config)) is not None:
         raise LLMError(
-            f"{config.llm} needs {missing} in the environment of driver and workers; nothing was asked for class "
-            f"{class_name!r}"
+            f"{config.llm} needs {missing}, and not empty, in the environment of driver and workers; nothing was asked "
+            f"for class {class_name!r}"
         )
     messages = [
         {"role": "system", "content": _INSTRUCTION},
@@ -72,33 +71,21 @@ def describe_class(
 
 
 def missing_key(config: Prompts) -> str | None:
-    """The environment variables that the model's provider needs and that are not set, or are set to nothing.
-
-    None where nothing is missing.
-    """
+    """The environment variables that the model's provider needs and that are not set, or empty; None where nothing is
+    missing."""
     if config.llm is None:
         return None
-    answer = _validate(config.llm, config.api_base)
+    answer = _litellm().validate_environment(model=config.llm, api_base=config.api_base)
     missing: list[str] = answer.get("missing_keys") or []
-    if answer.get("keys_in_environment") or not missing:
-        return None
-    return ", ".join(f"{name} (it is set, but empty)" if name in os.environ else name for name in missing)
-
-
-def _validate(model: str, api_base: str | None) -> dict[str, Any]:
-    """litellm's answer on which variables a model needs; blank ones, which it takes for set, count as not set."""
-    asked = _litellm().validate_environment
-    environ = {name: value for name, value in os.environ.items() if value.strip()}
-    # The real os.environ stays as it is, for other threads read it: litellm's function runs on an `os` with this one.
-    names = {**asked.__globals__, "os": SimpleNamespace(**{**vars(os), "environ": environ})}
-    validate = FunctionType(asked.__code__, names, None, asked.__defaults__, asked.__closure__)
-    answer: dict[str, Any] = validate(model=model, api_base=api_base)
-    return answer
+    return None if answer.get("keys_in_environment") or not missing else ", ".join(missing)
 
 
 def _litellm() -> Any:
     # Before the import: else it fetches a price list from the network.
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    # It takes a key that is set to nothing for a key, and would ask, again and again, with none.
+    for name in [name for name, value in os.environ.items() if name.endswith("_API_KEY") and not value.strip()]:
+        os.environ.pop(name, None)
     import litellm
 
     litellm.suppress_debug_info = True

@@ -1,5 +1,4 @@
 import json
-import os
 
 import pytest
 
@@ -136,9 +135,8 @@ def test_a_missing_key_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("blank", ["", " \t"])
 def test_an_empty_key_is_missing_before_the_first_attempt(blank: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", blank)
-    with pytest.raises(LLMError, match=r"needs OPENAI_API_KEY \(it is set, but empty\) in the environment"):
+    with pytest.raises(LLMError, match="needs OPENAI_API_KEY, and not empty, in the environment"):
         llm.describe_class("nut", Prompts(llm="openai/gpt-4o"), before_attempt=lambda: pytest.fail("it was asked"))
-    assert os.environ["OPENAI_API_KEY"] == blank
 
 
 def test_an_empty_key_beside_another_that_will_do_is_not_missing(monkeypatch: pytest.MonkeyPatch) -> None:
