@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.ahead import map_ahead
 from schemas.tables import MANIFEST
 
 HASHED = ("image_id", "class_name")
@@ -60,12 +62,18 @@ def write_manifest(batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
     classes: Counter[str] = Counter()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".parquet", delete=False) as file:
         path = Path(file.name)
-    with pq.ParquetWriter(path, MANIFEST, compression="zstd", use_dictionary=_REPEATED) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-            digest.update(_hashed(batch)[0])
-            for entry in pc.value_counts(batch.column("class_name")).to_pylist():
-                classes[entry["values"]] += entry["counts"]
+
+    def write(batch: pa.RecordBatch) -> None:
+        writer.write_batch(batch)
+        digest.update(_hashed(batch)[0])
+        for entry in pc.value_counts(batch.column("class_name")).to_pylist():
+            classes[entry["values"]] += entry["counts"]
+
+    with (
+        pq.ParquetWriter(path, MANIFEST, compression="zstd", use_dictionary=_REPEATED) as writer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        deque(map_ahead(pool, write, batches, ahead=2), maxlen=0)
     return Manifest(path, digest.hexdigest(), dict(sorted(classes.items())))
 
 

@@ -22,6 +22,9 @@ _CHUNK = 4096
 
 _THREADS = 2
 
+_AHEAD = 16
+"""Chunks that are asked for ahead: enough to do while the names of the next folder are read."""
+
 
 class ObjectInfo(NamedTuple):
     """An object in a listing: key below the store's root, bytes, what tells versions apart, seconds since the epoch at
@@ -128,4 +131,4 @@ def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list
 
     yield stat(next(chunks, []))
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from map_ahead(pool, stat, chunks, ahead=_THREADS + 1)
+        yield from map_ahead(pool, stat, chunks, ahead=_AHEAD)
