@@ -9,9 +9,10 @@ import io
 import logging
 import os
 import posixpath
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, compress, groupby, islice, repeat
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -45,6 +46,10 @@ class _Row(NamedTuple):
     etag: str | None
     label: str | None = None
     mask_uri: str | None = None
+
+
+_Columns = Mapping[str, Sequence[Any]]
+"""Rows by column, all of one length: what may be millions is made of lists, without a Python call for each row."""
 
 
 class DatasetError(ValueError):
@@ -84,17 +89,14 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
 
     Raises DatasetError for a faulty table, and where folders hold nothing to score.
     """
-    rows = _unique(_list_rows(source)) if source.layout == "table" else _list_rows(source)
+    listed = _list_columns(source)
     empty = source.layout != "table"
-    while True:
+    for columns in _merge(_unique(listed) if source.layout == "table" else listed):
         try:
-            batch = _to_batch(islice(rows, _BATCH))
+            yield _to_batch(columns)
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             place = source.store.uri(source.table_key or "")
             raise DatasetError(f"{place}: a column has the wrong type: {one_line(str(error))[:300]}") from None
-        if not batch.num_rows:
-            break
-        yield batch
         empty = False
     if empty:
         wanted = f" of class {source.class_name!r}" if source.class_name else ""
@@ -117,11 +119,11 @@ def list_references(
         found = source
     else:
         found = open_dataset(Dataset(images=references.images, class_name=dataset.class_name), storage)
-    rows = [row for row in _list_rows(found, train=True) if row.label in (None, GOOD)]
-    if not rows:
+    images = [image for columns in _list_columns(found, train=True) for image in _to_batch(columns).to_pylist()]
+    known_good = [image for image in images if image["label"] in (None, GOOD)]
+    if not known_good:
         raise DatasetError(f"no known-good images at {found.store.uri('')} in layout {found.layout}")
-    images: list[dict[str, Any]] = _to_batch(rows).to_pylist()
-    return images
+    return known_good
 
 
 _LAYOUTS_HELP = (
@@ -172,19 +174,18 @@ def _in_unicode(key: str) -> str:
     return readable
 
 
-def _list_rows(source: ImageSource, *, train: bool = False) -> Iterator[_Row]:
-    """train: the train images instead, where the layout tells them from the others."""
+def _list_columns(source: ImageSource, *, train: bool = False) -> Iterator[_Columns]:
+    """The listed images, some at a time. train: the train images instead, where the layout tells them from the others.
+
+    What a table or split file names may be no address, or lie outside the data set.
+    """
     lister = _TRAIN_LISTERS.get(source.layout) if train else None
-    rows = _say_faults((lister or _LISTERS[source.layout])(source), source)
-    if source.class_name is None or source.layout == "flat":
-        return rows
-    return (row for row in rows if row.class_name == source.class_name)
-
-
-def _say_faults(rows: Iterator[_Row], source: ImageSource) -> Iterator[_Row]:
-    """What a table or split file names may be no address, or lie outside the data set."""
     try:
-        yield from rows
+        for columns in (lister or _LISTERS[source.layout])(source):
+            if source.class_name is None or source.layout == "flat":
+                yield columns
+            else:
+                yield _where(columns, [name == source.class_name for name in columns["class_name"]])
     except DatasetError:
         raise
     except ValueError as error:
@@ -192,22 +193,36 @@ def _say_faults(rows: Iterator[_Row], source: ImageSource) -> Iterator[_Row]:
         raise DatasetError(message) from None
 
 
-def _list_flat(source: ImageSource) -> Iterator[_Row]:
-    return _list_classes(source.store, lambda key: str(source.class_name))
+def _by_column(list_rows: Callable[..., Iterator[_Row]]) -> Callable[..., Iterator[_Columns]]:
+    """For layouts that list row by row."""
+
+    @functools.wraps(list_rows)
+    def list_columns(*arguments: Any) -> Iterator[_Columns]:
+        rows = list_rows(*arguments)
+        while some := list(islice(rows, _BATCH)):
+            yield dict(zip(_Row._fields, zip(*some, strict=True), strict=True))
+
+    return list_columns
 
 
-def _list_folders(source: ImageSource) -> Iterator[_Row]:
+def _list_flat(source: ImageSource) -> Iterator[_Columns]:
+    for page in _list_pages(source.store):
+        yield _describe_page(source.store, page, [str(source.class_name)] * len(page.keys))
+
+
+def _list_folders(source: ImageSource) -> Iterator[_Columns]:
     """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
-    return _list_classes(source.store, lambda key: key.partition("/")[0] if "/" in key else "unsorted")
+    for page in _list_pages(source.store):
+        classes = [key.partition("/")[0] if "/" in key else "unsorted" for key in page.keys]
+        yield _describe_page(source.store, page, classes)
 
 
-def _list_classes(store: Store, name_class: Callable[[str], str]) -> Iterator[_Row]:
-    """Rows of all images, by the page: these layouts have no other rows, and may have many millions of them."""
-    for keys, sizes, etags, _ in _list_pages(store):
-        uris, classes = (store.prefix + key for key in keys), map(name_class, keys)
-        yield from map(_Row._make, zip(uris, keys, classes, sizes, etags, repeat(None), repeat(None)))
+def _describe_page(store: Store, page: Page, classes: Sequence[str]) -> _Columns:
+    uris = [store.prefix + key for key in page.keys]
+    return {"uri": uris, "key": page.keys, "class_name": classes, "size": page.sizes, "etag": page.etags}
 
 
+@_by_column
 def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
     """class/test/kind/image, with the ground truth at class/ground_truth/kind/image_mask.png; train is not scored."""
     for class_name, infos in groupby(_list_keys(source.store), key=lambda info: info.key.partition("/")[0]):
@@ -226,6 +241,7 @@ def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
             yield _row(source.store, info, class_name, kind, mask)
 
 
+@_by_column
 def _list_mvtec_train(source: ImageSource) -> Iterator[_Row]:
     """class/train/good/image."""
     for info in _list_keys(source.store):
@@ -234,6 +250,7 @@ def _list_mvtec_train(source: ImageSource) -> Iterator[_Row]:
             yield _row(source.store, info, parts[0], GOOD)
 
 
+@_by_column
 def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
     """A split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
@@ -251,6 +268,7 @@ def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
             yield _Row(source.store.uri(key), key, class_name, info.size, info.etag, label, mask)
 
 
+@_by_column
 def _list_table(source: ImageSource) -> Iterator[_Row]:
     """Rows of a Parquet or CSV file; an uri is absolute, or relative to the table's folder."""
     name = str(source.table_key)
@@ -268,7 +286,7 @@ def _list_table(source: ImageSource) -> Iterator[_Row]:
             yield _Row(uri, key, str(class_name), size, etag, label, mask)
 
 
-_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
+_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
     "flat": _list_flat,
     "folders": _list_folders,
     "mvtec": _list_mvtec,
@@ -276,9 +294,9 @@ _LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
     "table": _list_table,
 }
 
-_TRAIN_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Row]]] = {
+_TRAIN_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
     "mvtec": _list_mvtec_train,
-    "visa": functools.partial(_list_visa, split="train"),
+    "visa": lambda source: _list_visa(source, "train"),
 }
 
 _STRINGS = pa.csv.ConvertOptions(
@@ -334,19 +352,38 @@ def _locate(store: Store, uri: str) -> tuple[str, str]:
     return store.prefix + key, key
 
 
-def _unique(rows: Iterator[_Row]) -> Iterator[_Row]:
+def _unique(listed: Iterator[_Columns]) -> Iterator[_Columns]:
     """The first row of each uri: an image has exactly one row. Holds a digest of 16 bytes an image."""
     seen: set[bytes] = set()
     repeated = 0
-    for row in rows:
-        digest = hashlib.blake2b(row.uri.encode(), digest_size=16).digest()
-        if digest in seen:
-            repeated += 1
-            continue
-        seen.add(digest)
-        yield row
+    for columns in listed:
+        new = []
+        for uri in columns["uri"]:
+            digest = hashlib.blake2b(uri.encode(), digest_size=16).digest()
+            new.append(digest not in seen)
+            seen.add(digest)
+        repeated += new.count(False)
+        yield _where(columns, new)
     if repeated:
         logger.warning("the table names %d images more than once; the first row of each is used", repeated)
+
+
+def _where(columns: _Columns, wanted: Sequence[bool]) -> _Columns:
+    """The rows for which it is true."""
+    return columns if all(wanted) else {name: list(compress(values, wanted)) for name, values in columns.items()}
+
+
+def _merge(listed: Iterator[_Columns]) -> Iterator[_Columns]:
+    """Fewer and larger ones, and none without rows."""
+    merged: defaultdict[str, list[Any]] = defaultdict(list)
+    for columns in listed:
+        for name, values in columns.items():
+            merged[name].extend(values)
+        if len(merged["uri"]) >= _BATCH:
+            yield merged
+            merged = defaultdict(list)
+    if merged["uri"]:
+        yield merged
 
 
 def _row(
@@ -356,12 +393,11 @@ def _row(
     return _Row._make((store.prefix + key, key, class_name, size, etag, label, mask_uri))
 
 
-def _to_batch(rows: Iterable[_Row]) -> pa.RecordBatch:
-    # One list of values: of thousands of tuples that live on, Python's garbage collector would visit each, repeatedly.
-    values = list(chain.from_iterable(rows))
-    columns: dict[str, list[Any]] = {name: values[i :: len(_Row._fields)] for i, name in enumerate(_Row._fields)}
-    columns["image_id"] = list(map(_identify, columns["uri"], columns["etag"]))
-    return pa.RecordBatch.from_arrays([pa.array(columns[item.name], item.type) for item in MANIFEST], schema=MANIFEST)
+def _to_batch(columns: _Columns) -> pa.RecordBatch:
+    known = {**columns, "image_id": list(map(_identify, columns["uri"], columns["etag"]))}
+    missing = [None] * len(columns["uri"])
+    arrays = [pa.array(known.get(item.name, missing), item.type) for item in MANIFEST]
+    return pa.RecordBatch.from_arrays(arrays, schema=MANIFEST)
 
 
 def _identify(uri: str, etag: str | None) -> str:
