@@ -32,7 +32,7 @@ from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regi
 from pipeline.memory import FILE_BYTES, PIXELS
 from pipeline.redaction import redact
 from pipeline.shards import Shard
-from pipeline.storage import Store, StoreError
+from pipeline.storage import AddressError, Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import SHARD, ErrorType
 
@@ -287,10 +287,12 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> D
         return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
     except IsADirectoryError:
         return ImageError(ErrorType.NOT_AN_IMAGE, f"{uri} is a folder")
+    except AddressError as error:
+        return ImageError(ErrorType.UNREADABLE, str(error))
     except StoreError:
         raise
     except OSError as error:
-        source.probe()  # an outage must not become rows: it would pass, and they would stay
+        source.store_of(uri).probe()  # an outage must not become rows: it would pass, and they would stay
         return ImageError(ErrorType.UNREADABLE, f"{uri} cannot be read, while others can: {error}")
     try:
         return decode(data)

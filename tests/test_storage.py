@@ -121,6 +121,16 @@ def test_a_store_of_an_unknown_kind_or_without_its_package_says_so(root: str, ad
         Store(root)
 
 
+def test_an_address_leads_to_its_own_store_and_none_to_a_disk_from_elsewhere(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert store.store_of(str(tmp_path / "a.jpg")) is store and store.store_of("file:///b.jpg") is store
+    other = store.store_of("s3://photos/line 1/a.jpg")
+    assert (other.uri("x"), other.is_s3) == ("s3://photos/x", True)
+    for uri in ("file:///etc/passwd", "http://127.0.0.1:9/a.jpg", "nonsense://a/b.jpg"):
+        with pytest.raises(AddressError, match=f"{uri} is not read from s3://photos"):
+            other.read_uri(uri)
+
+
 def test_uris_lead_back_to_keys(store: Store) -> None:
     store.write("a b/ü#%2e.png", b"x")
     uri = store.uri("a b/ü#%2e.png")

@@ -13,7 +13,7 @@ _PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalR
 """What a server says of a body that the network mangled, or while another writes: s3fs reports it as a bad argument."""
 
 
-class AddressError(ValueError):
+class AddressError(OSError):
     """No store can be opened at an address; the message says why."""
 
 

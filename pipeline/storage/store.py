@@ -27,6 +27,8 @@ from schemas.job import Storage
 
 _T = TypeVar("_T")
 
+_OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+
 _CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json", ".png": "image/png"}
 
 
@@ -86,8 +88,21 @@ class Store:
         return self._read(self._path(key))
 
     def read_uri(self, uri: str) -> bytes:
-        """The whole object at an address of the same file system, inside or outside this root."""
-        return self._read(self.path_of(uri))
+        """The whole object at an address, inside or outside this root; see store_of."""
+        store = self.store_of(uri)
+        return store._read(store.path_of(uri))
+
+    def store_of(self, uri: str) -> Store:
+        """The store to read an address from: this one for its own file system, else the object store that it names.
+
+        Raises AddressError for other addresses: a table in a bucket has no say in what is read from a machine's disk.
+        """
+        scheme, separator, rest = uri.partition("://")
+        if not separator or scheme in _protocols(self.fs):
+            return self
+        if scheme not in _OBJECT_STORES:
+            raise AddressError(f"{uri} is not read from {self.uri('')}; an image may lie there, or in s3, gs or az")
+        return open_store(f"{scheme}://{rest.partition('/')[0]}", self._storage)
 
     def write(self, key: str, data: bytes) -> None:
         """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole."""

@@ -10,13 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.garbage import collect_garbage
 from pipeline.publish import publish_night
+from pipeline.scoring import Run, read_shard, score_shard
 from pipeline.storage import Store
 from schemas.job import Storage
 from tests.command import alfa
 from tests.seaweed import ObjectStorage
 from tests.test_publish import make_run
+from tests.test_scoring import embed, job_for, shards_of
 
 DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
@@ -66,6 +69,23 @@ def test_wrong_credentials_are_one_clear_error(s3: ObjectStorage, monkeypatch: p
     with pytest.raises(OSError, match="credentials") as caught:
         store.write("a", b"x")
     assert "wrong-secret" not in str(caught.value)
+
+
+def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Path) -> None:
+    photo = (DEMO / "hazelnut/test/colour/00.jpg").read_bytes()
+    Store("s3://lake/listed").write("line 1/a.jpg", photo)
+    (tmp_path / "b.jpg").write_bytes(photo)
+    uris = ["s3://lake/listed/line 1/a.jpg", "b.jpg", "s3://lake/listed/gone.jpg", "nonsense://x/c.jpg"]
+    (tmp_path / "table.csv").write_text("uri,class_name\n" + "".join(f"{uri},hazelnut\n" for uri in uris))
+    job = job_for(tmp_path / "table.csv", tmp_path / "out")
+    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, "raw")
+    (shard,), output = shards_of(job), Store(job.output.uri)
+    run, prompts = Run("run", job, "alfa-tiny", "0" * 64), embed(detector, job, "hazelnut")
+    score_shard(shard, run, detector, prompts, Store(str(tmp_path)), output, 2)
+    rows = read_shard(output, run.shards, shard.shard_id).to_pylist()
+    assert [row["error_type"] for row in rows] == [None, None, "vanished", "unreadable"]
+    assert rows[0]["score"] == rows[1]["score"]
+    assert len({row["mask_uri"] for row in rows[:2]}) == 2 and all(output.read_uri(row["mask_uri"]) for row in rows[:2])
 
 
 def test_a_night_on_s3(s3: ObjectStorage) -> None:
