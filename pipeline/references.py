@@ -13,8 +13,8 @@ import torch
 
 from pipeline import lake
 from pipeline.alfa import Detector, PromptEmbeddings, ReferenceMemory
+from pipeline.batches import detect, image_decoder, read_image
 from pipeline.images import Decoded
-from pipeline.scoring import detect, image_decoder, read_image
 from pipeline.storage import Store, open_store
 from schemas.job import JobConfig
 

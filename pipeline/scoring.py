@@ -7,7 +7,6 @@ does not wait.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 from collections import Counter
@@ -22,17 +21,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from pipeline import lake
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
-from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
+from pipeline.batches import batch_size, batches, image_decoder, read_image, start
+from pipeline.images import Decoded, ImageError
 from pipeline.masks import encode_empty_mask, encode_map, encode_mask, find_regions, upsample
 from pipeline.memory import FILE_BYTES, PIXELS
 from pipeline.redaction import redact
 from pipeline.shards import Shard
-from pipeline.storage import AddressError, Store, StoreError
+from pipeline.storage import Store
 from schemas.job import JobConfig
 from schemas.tables import SHARD, ErrorType
 
@@ -184,25 +183,6 @@ def score_shard(
     return _commit(rows, run.shards, shard.shard_id, output)
 
 
-def batch_size(job: JobConfig) -> int:
-    """Photos that are scored at a time; one with its tiles is as large as a batch of others."""
-    return 1 if job.method.tile is not None else job.model.batch_size
-
-
-def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[[bytes], Decoded]:
-    """Decodes images as the detector wants them."""
-    preprocess = detector.encoder.preprocess
-    return functools.partial(
-        decode_isolated if isolate else decode_image,
-        size=preprocess.size,
-        interpolation=preprocess.interpolation,
-        max_pixels=job.dataset.max_pixels,
-        cut=None
-        if job.method.tile is None
-        else Cut(detector.encoder.grid, job.method.tile.size, job.method.tile.overlap),
-    )
-
-
 def mask_shard(
     shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
 ) -> ShardStats:
@@ -278,28 +258,6 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     }
 
 
-def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
-    try:
-        data = source.read_uri(uri)
-    except FileNotFoundError:
-        return ImageError(ErrorType.VANISHED, f"{uri} is no longer there; it was when the images were listed")
-    except PermissionError as error:
-        return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
-    except IsADirectoryError:
-        return ImageError(ErrorType.NOT_AN_IMAGE, f"{uri} is a folder")
-    except AddressError as error:
-        return ImageError(ErrorType.UNREADABLE, str(error))
-    except StoreError:
-        raise
-    except OSError as error:
-        source.store_of(uri).probe()  # an outage must not become rows: it would pass, and they would stay
-        return ImageError(ErrorType.UNREADABLE, f"{uri} cannot be read, while others can: {error}")
-    try:
-        return decode(data)
-    except ImageError as error:
-        return error
-
-
 def _take_turn(
     turn: _Context,
     model: ThreadPoolExecutor,
@@ -329,34 +287,6 @@ def _new_rows(
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
             continue
         yield {**row, **_outcome(detection, prompts[image["class_name"]])}
-
-
-def detect(
-    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
-) -> list[Detection]:
-    """Detections of decoded images: of all in one pass, or of one after the other where they are cut in tiles."""
-    return start(detector, images, prompts, job)()
-
-
-def start(
-    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
-) -> Pending:
-    """As detect, but does not wait for the device."""
-    if not images:
-        return list
-    if job.method.tile is None:
-        return detector.start(to_tensor([image.pixels for image in images]), prompts)
-    waiting = []
-    for image, known in zip(images, prompts, strict=True):
-        assert image.tiles is not None and image.tiling is not None
-        views = to_tensor([image.pixels, *image.tiles])
-        waiting.append(detector.start_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size))
-    return lambda: [detection for pending in waiting for detection in pending()]
-
-
-def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    """B times [H, W, 3] to [B, 3, H, W]."""
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def _new_row(image: Row, shard_id: str, run: Run, prompts: PromptEmbeddings) -> Row:
@@ -411,8 +341,3 @@ def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> Shard
         errors=Counter(row["error_type"] for row in rows if row["status"] == "error"),
         anomalies=Counter(row["class_name"] for row in rows if row.get("is_anomalous")),
     )
-
-
-def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
-    while batch := list(itertools.islice(items, size)):
-        yield batch

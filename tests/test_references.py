@@ -13,9 +13,10 @@ import torch
 from jobs.score import plan_run
 from pipeline import lake
 from pipeline.alfa import Detector, load_encoder, locate_weights
+from pipeline.batches import image_decoder
 from pipeline.images import DatasetError, list_references, open_dataset
 from pipeline.references import build_memory, choose_references, describe_choice, read_memory
-from pipeline.scoring import Run, image_decoder, read_shard, score_shard
+from pipeline.scoring import Run, read_shard, score_shard
 from pipeline.storage import Store
 from pipeline.thresholds import ThresholdError, reference_thresholds
 from schemas.job import JobConfig, JobError, parse_job

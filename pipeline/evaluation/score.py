@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 from pipeline import lake
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
 from pipeline.images import GOOD, DatasetError, Decoded, ImageError
 from pipeline.references import make_memory
-from pipeline.scoring import batch_size, batches, detect, image_decoder, read_image, read_shard, to_tensor
+from pipeline.scoring import read_shard
 from pipeline.shards import Manifest
 from pipeline.storage import Store
 from schemas.job import JobConfig

@@ -28,9 +28,10 @@ import torch
 from pipeline.ahead import map_ahead
 from pipeline.alfa import Detector, Encoder, Features, PromptEmbeddings
 from pipeline.alfa.device import to_device
+from pipeline.batches import image_decoder, to_tensor
 from pipeline.images import list_images, open_dataset
 from pipeline.memory import give_back_freed_memory
-from pipeline.scoring import Run, image_decoder, to_tensor
+from pipeline.scoring import Run
 from pipeline.shards import Shard, cut_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig, Method, parse_job

@@ -1,0 +1,94 @@
+"""Photos to detections, a batch at a time: read, decode, detect."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
+from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
+from pipeline.storage import AddressError, Store, StoreError
+from schemas.job import JobConfig
+from schemas.tables import ErrorType
+
+_T = TypeVar("_T")
+
+
+def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+def batch_size(job: JobConfig) -> int:
+    """Photos that are scored at a time; one with its tiles is as large as a batch of others."""
+    return 1 if job.method.tile is not None else job.model.batch_size
+
+
+def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[[bytes], Decoded]:
+    """Decodes images as the detector wants them."""
+    preprocess = detector.encoder.preprocess
+    return functools.partial(
+        decode_isolated if isolate else decode_image,
+        size=preprocess.size,
+        interpolation=preprocess.interpolation,
+        max_pixels=job.dataset.max_pixels,
+        cut=None
+        if job.method.tile is None
+        else Cut(detector.encoder.grid, job.method.tile.size, job.method.tile.overlap),
+    )
+
+
+def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
+    try:
+        data = source.read_uri(uri)
+    except FileNotFoundError:
+        return ImageError(ErrorType.VANISHED, f"{uri} is no longer there; it was when the images were listed")
+    except PermissionError as error:
+        return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
+    except IsADirectoryError:
+        return ImageError(ErrorType.NOT_AN_IMAGE, f"{uri} is a folder")
+    except AddressError as error:
+        return ImageError(ErrorType.UNREADABLE, str(error))
+    except StoreError:
+        raise
+    except OSError as error:
+        source.store_of(uri).probe()  # an outage must not become rows: it would pass, and they would stay
+        return ImageError(ErrorType.UNREADABLE, f"{uri} cannot be read, while others can: {error}")
+    try:
+        return decode(data)
+    except ImageError as error:
+        return error
+
+
+def detect(
+    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
+) -> list[Detection]:
+    """Detections of decoded images: of all in one pass, or of one after the other where they are cut in tiles."""
+    return start(detector, images, prompts, job)()
+
+
+def start(
+    detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
+) -> Pending:
+    """As detect, but does not wait for the device."""
+    if not images:
+        return list
+    if job.method.tile is None:
+        return detector.start(to_tensor([image.pixels for image in images]), prompts)
+    waiting = []
+    for image, known in zip(images, prompts, strict=True):
+        assert image.tiles is not None and image.tiling is not None
+        views = to_tensor([image.pixels, *image.tiles])
+        waiting.append(detector.start_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size))
+    return lambda: [detection for pending in waiting for detection in pending()]
+
+
+def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    """B times [H, W, 3] to [B, 3, H, W]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
