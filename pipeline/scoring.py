@@ -10,11 +10,11 @@ import contextlib
 import io
 import itertools
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,6 @@ _READERS = 16
 
 Row = dict[str, Any]
 _Batch = list[tuple[Row, Decoded | ImageError]]
-_T = TypeVar("_T")
 
 _Context = contextlib.AbstractContextManager[Any]
 _ALONE = contextlib.nullcontext()
@@ -173,10 +172,10 @@ def score_shard(
         ThreadPoolExecutor(threads, "write") as writers,
     ):
         decoded = batches(map_ahead(readers, read, images, ahead=2 * size), size)
-        with contextlib.closing(_take_turn(turn, model, start_batch, decoded)) as started:
+        with contextlib.closing(_take_turn(turn, model, decoded)) as ours:
             scored = (
                 row
-                for batch, detections in started
+                for batch, detections in map_ahead(model, start_batch, ours, ahead=2)
                 for row in _new_rows(batch, detections(), shard.shard_id, run, prompts)
             )
             rows = list(map_ahead(writers, finish, scored, ahead=2 * size))
@@ -258,16 +257,13 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     }
 
 
-def _take_turn(
-    turn: _Context,
-    model: ThreadPoolExecutor,
-    start_batch: Callable[[_Batch], _T],
-    decoded: Iterator[_Batch],
-) -> Generator[_T, None, None]:
-    """start_batch of all batches; the first is decoded, and others on their way, before it is our turn."""
+def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Batch]) -> Generator[_Batch, None, None]:
+    """The batches; the first is decoded, and others on their way, before it is our turn. That ends when the model's
+    thread has come to the end of them: a GPU still has the last one then, and gets the next shard's first."""
     first = list(itertools.islice(decoded, 1))
     with turn:
-        yield from map_ahead(model, start_batch, itertools.chain(first, decoded), ahead=2)
+        yield from itertools.chain(first, decoded)
+        model.submit(lambda: None).result()
 
 
 def _new_rows(

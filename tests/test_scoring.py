@@ -1,4 +1,5 @@
 import io
+import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings, load_e
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
 from pipeline.publish import publish_night, read_commit
-from pipeline.scoring import Run, Thresholds, mask_shard, quantile_thresholds, read_shard, score_shard
+from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, quantile_thresholds, read_shard, score_shard
 from pipeline.shards import Shard, cut_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig, parse_job
@@ -150,7 +151,7 @@ class AsynchronousDetector(Detector):
         super().__init__(detector.encoder, job.method, job.aligner)
         self._last = batches - 1
         self._given = [threading.Event() for _ in range(batches)]
-        self._numbers = iter(range(batches))
+        self._numbers = itertools.count()
 
     def start(self, pixels: torch.Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
         number, pending = next(self._numbers), super().start(pixels, prompts)
@@ -164,11 +165,17 @@ class AsynchronousDetector(Detector):
 
 
 def test_the_device_has_the_next_batch_before_it_is_done_with_one(detector: Detector, tmp_path: Path) -> None:
-    job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
-    prompts, (shard,) = embed(detector, job, "hazelnut"), shards_of(job)
-    run, output = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri)
-    stats = score_shard(shard, run, AsynchronousDetector(detector, job, 6), prompts, Store(str(DEMO)), output, 2)
-    assert (stats.images, stats.errors) == (12, {})
+    """Also where that is the first of another shard, which then has the model."""
+    job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2", "engine.shard_size=6")
+    run, output, turn = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri), threading.Lock()
+    prompts, asynchronous = embed(detector, job, "hazelnut"), AsynchronousDetector(detector, job, 6)
+
+    def score(shard: Shard) -> ShardStats:
+        return score_shard(shard, run, asynchronous, prompts, Store(str(DEMO)), output, 2, turn=turn)
+
+    with ThreadPoolExecutor(2) as pool:
+        scored = list(pool.map(score, shards_of(job)))
+    assert [(stats.images, stats.errors) for stats in scored] == [(6, {}), (6, {})] and not turn.locked()
 
 
 def test_a_shard_that_fails_leaves_the_model_to_others(detector: Detector, tmp_path: Path) -> None:
