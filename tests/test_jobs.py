@@ -141,7 +141,7 @@ def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path,
     models = ("--model", "ViT-B-16/no-such-tag", "--llm", "openai/gpt-4o")
     bad = alfa("check", *places, *models, OPENAI_API_KEY="")
     assert bad.returncode == 2
-    for words in ("no images", "output writable", "no-such-tag", "OPENAI_API_KEY (it is set, but empty)"):
+    for words in ("no images", "output writable", "no-such-tag", "needs OPENAI_API_KEY, and not empty"):
         assert words in bad.stdout
 
 
