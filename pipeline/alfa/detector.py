@@ -169,21 +169,16 @@ class Detector:
         patches = self._look(features, leaning.sides, prompts)
         return self._conclude(leaning, patches.unflatten(2, self.encoder.grid), prompts)
 
-    def detect_tiled(
-        self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
-    ) -> Detection:
-        """Detection of one large photo: the whole [3, H, W] gives the class embedding, so prompts and global score;
-        overlapping tiles [T, 3, H, W] give one map at their resolution, `at_once` of them in a forward pass.
-
-        Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
-        """
-        return self.start_tiled(whole, tiles, tiling, prompts, at_once)()[0]
-
     @torch.inference_mode()
     def start_tiled(
         self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
     ) -> Pending:
-        """As detect_tiled, but does not wait for the device."""
+        """Detection of one large photo, as start gives it: the whole [3, H, W] gives the class embedding, so prompts
+        and global score; overlapping tiles [T, 3, H, W] give one map at their resolution, `at_once` of them in a
+        forward pass.
+
+        Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
+        """
         leaning = self._lean(self.encoder.encode_images(whole[None]).embedding, [prompts])
         window = to_device(_window(tiling.tile), self.encoder.device)
         blended = torch.zeros(2 + len(prompts.defects), *tiling.grid, device=window.device)

@@ -177,7 +177,7 @@ def _in_unicode(key: str) -> str:
 def _list_columns(source: ImageSource, *, train: bool = False) -> Iterator[_Columns]:
     """The listed images, some at a time. train: the train images instead, where the layout tells them from the others.
 
-    What a table or split file names may be no address, or lie outside the data set.
+    Raises DatasetError where a table or split file names what is no address, or lies outside the data set.
     """
     lister = _TRAIN_LISTERS.get(source.layout) if train else None
     try:

@@ -21,7 +21,8 @@ def test_a_tile_over_the_whole_photo_gives_what_the_whole_gives(encoder: Encoder
     detector = Detector(encoder, Method(), "value")
     prompts, pixels = detector.embed(NUT), random_pixels(1, (64, 64))
     tiling = plan_tiling(64, 64, encoder.grid, 64, 0)
-    plain, tiled = detector.detect(pixels, [prompts])[0], detector.detect_tiled(pixels[0], pixels, tiling, prompts, 8)
+    (plain,) = detector.detect(pixels, [prompts])
+    (tiled,) = detector.start_tiled(pixels[0], pixels, tiling, prompts, 8)()
     for name in ("score", "score_global", "score_local", "grid", "defect_grid"):
         np.testing.assert_allclose(getattr(tiled, name), getattr(plain, name), atol=1e-6)
     assert tiled.explanation == plain.explanation
@@ -35,7 +36,7 @@ def test_tiles_are_blended_as_a_slow_reference_does(encoder: Encoder, at_once: i
     memory = detector.remember(random_pixels(2, (64, 64), seed=9).split(1))
     prompts = replace(detector.embed(NUT), memory=memory)
     tiling = Tiling((5, 9), (4, 4), ((0, 0), (1, 0), (0, 3), (0, 5), (1, 5)))
-    found = detector.detect_tiled(whole, torch.stack(tiles), tiling, prompts, at_once)
+    (found,) = detector.start_tiled(whole, torch.stack(tiles), tiling, prompts, at_once)()
     leaning = detector._lean(encoder.encode_images(whole[None], (3,)).embedding, [prompts])
     ramp = [1, 2, 2, 1]
     sums, weights = np.zeros((2, 5, 9)), np.zeros((5, 9))
@@ -59,8 +60,9 @@ def test_a_large_defect_grid_is_averaged(encoder: Encoder) -> None:
     whole, tile = random_pixels(2, (64, 64))
     places = tuple((top, left) for top in range(0, 128, 4) for left in range(0, 4, 4))
     tiling = Tiling((128, 4), (4, 4), places)
-    found = detector.detect_tiled(whole, tile.expand(len(places), -1, -1, -1), tiling, detector.embed(NUT), 16)
-    one = detector.detect_tiled(whole, tile[None], Tiling((4, 4), (4, 4), ((0, 0),)), detector.embed(NUT), 16)
+    many, nut = tile.expand(len(places), -1, -1, -1), detector.embed(NUT)
+    (found,) = detector.start_tiled(whole, many, tiling, nut, 16)()
+    (one,) = detector.start_tiled(whole, tile[None], Tiling((4, 4), (4, 4), ((0, 0),)), nut, 16)()
     assert found.grid.shape == (128, 4) and found.defect_grid.shape == (2, 64, 4)
     expected = one.defect_grid.reshape(2, 2, 2, 4).mean(2)
     np.testing.assert_allclose(found.defect_grid[:, :2], expected, atol=1e-5)

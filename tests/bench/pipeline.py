@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -181,7 +181,7 @@ def main() -> None:
                 return [float(detection.grid.max()) for pending in started for detection in pending()]
 
         job = describe_job(scratch, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
-        actor = build_actor(encoder, job, options.cpus)
+        actor = replace(actor, run=replace(actor.run, job=job))
         shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
         timeless = TimelessDetector(encoder, job.method)
         runs: dict[str, Callable[[], object]] = {
