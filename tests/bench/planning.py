@@ -1,6 +1,7 @@
-"""What planning a night costs: a folder of empty files, and a Parquet table, to the manifest and its shards.
+"""What planning a night costs: a folder of empty files, and a Parquet table, to the manifest and the ids of its shards,
+which is all that comes before the first image is scored; the shards themselves are cut beside the scoring.
 
-Each is planned in a process of its own, so that its peak memory is its own. `--files` and `--rows` set how many.
+Each is planned in processes of its own, so that its peak memory is its own. `--files` and `--rows` set how many.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -48,48 +50,65 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def plan(images: str) -> dict[str, float]:
-    """Lists, writes the manifest, identifies the shards and cuts them, as a run does. Seconds, and MB at the peak."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started, started_cpu = time.perf_counter(), time.process_time()
+    """Plans as a run does. Seconds until the first shard can be scored, and for cutting all of them, which is done
+    beside the scoring; MB before, and at the peak."""
+    imports_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as scratch:
+        started, started_cpu = time.perf_counter(), time.process_time()
         manifest = write_manifest(list_images(open_dataset(Dataset(images=images), Storage())), Path(scratch))
         shards = len(list(identify_shards(manifest.batches(HASHED), SHARD_SIZE)))
+        planned, planned_cpu = time.perf_counter(), time.process_time()
         deque(cut_shards(manifest.batches(), SHARD_SIZE), maxlen=0)
-    seconds, cpu = time.perf_counter() - started, time.process_time() - started_cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cut = time.perf_counter()
     return {
         "images": manifest.images,
         "shards": shards,
-        "seconds": round(seconds, 3),
-        "cpu_seconds": round(cpu, 3),
-        "imports_mb": before // 1024,
-        "peak_mb": peak // 1024,
+        "plan_s": planned - started,
+        "plan_cpu_s": planned_cpu - started_cpu,
+        "cut_s": cut - planned,
+        "imports_mb": imports_kb / 1024,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def plan_warm(images: Path, few: Path) -> dict[str, float]:
+    """plan, in a process of its own that has planned `few` images before, as modules are loaded at their first use."""
+    command = [sys.executable, "-m", "tests.bench.planning", "--plan", str(few), str(images)]
+    found: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--files", type=int, default=200_000)
+    parser.add_argument("--files", type=int, default=300_000)
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--plan", help=argparse.SUPPRESS)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--plan", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.plan:
-        print(json.dumps(plan(options.plan)))
+        few, images = options.plan
+        plan(few)
+        print(json.dumps(plan(images)))
         return
     facts: dict[str, object] = {}
-    rows = []
+    lines = []
     with tempfile.TemporaryDirectory() as scratch:
-        write_files(Path(scratch) / "files", options.files)
-        write_rows(Path(scratch) / "rows.parquet", options.rows)
-        for name in ("files", "rows.parquet"):
-            command = [sys.executable, "-m", "tests.bench.planning", "--plan", f"{scratch}/{name}"]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            facts[name] = found
-            rates = (found["images"] / found[key] for key in ("seconds", "cpu_seconds"))
-            sizes = (found["peak_mb"], found["imports_mb"])
-            rows.append((name, str(found["images"]), *(f"{rate:,.0f}" for rate in rates), *map(str, sizes)))
-    columns = ("source", "images", "images/s", "images / CPU s", "peak MB", "of it imports")
-    print_table("planning a night", columns, rows)
+        files, rows, few = Path(scratch, "files"), Path(scratch, "rows.parquet"), Path(scratch, "few")
+        write_files(few, 1)
+        write_files(files, options.files)
+        write_rows(rows, options.rows)
+        runs: dict[str, list[dict[str, float]]] = {files.name: [], rows.name: []}
+        for _ in range(options.repetitions):
+            for images in (files, rows):
+                runs[images.name].append(plan_warm(images, few))
+    for name, found in runs.items():
+        median = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        rates = [round(median["images"] / median[key]) for key in ("plan_s", "plan_cpu_s", "cut_s")]
+        sizes = [round(median[key]) for key in ("peak_mb", "imports_mb")]
+        facts[name] = {key: round(value, 3) for key, value in median.items()}
+        lines.append((name, *(f"{value:,}" for value in (round(median["images"]), *rates, *sizes))))
+    columns = ("source", "images", "planned/s", "planned / CPU s", "cut/s", "peak MB", "of it imports")
+    print_table(f"planning a night, medians of {options.repetitions}", columns, lines)
     write_results("planning", facts)
 
 
