@@ -21,6 +21,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.storage.bucket import Bucket
 from pipeline.storage.faults import LOST, AddressError, StoreError, advice_on, code_of, is_transient, patiently
 from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, walk_local
 from schemas.job import Storage
@@ -54,6 +55,7 @@ class Store:
         self.path: str = path.rstrip("/") or "/"
         self.is_local = isinstance(fs, LocalFileSystem)
         self.is_s3 = "s3" in _protocols(fs)
+        self._buckets: dict[str, Bucket] = {}
         folder = self.path.rstrip("/") + "/"
         self.prefix: str = folder if self.is_local else str(fs.unstrip_protocol(folder))
         """What an address begins with: uri(key) is prefix + key."""
@@ -109,8 +111,15 @@ class Store:
         with _as_store_error(self, key):
             if self.is_local:
                 self._write_local(key, data, replace=True)
-            else:
-                patiently(self.fs.pipe_file)(self._path(key), data, **self._headers(key))
+                return
+            path, kind = self._path(key), _CONTENT_TYPES.get(posixpath.splitext(key)[1])
+            if self.is_s3:
+                bucket, name = self._bucket_of(path)
+                if bucket.put(name, data, kind):
+                    return
+            # Without its type, a browser saves what a bucket serves instead of showing it.
+            headers = {"ContentType": kind} if kind and self.is_s3 else {}
+            patiently(self.fs.pipe_file)(path, data, **headers)
 
     def upload(self, key: str, file: Path) -> None:
         """write, for a local file that need not fit in memory."""
@@ -233,20 +242,26 @@ class Store:
         with _as_store_error(self, key), contextlib.suppress(FileNotFoundError):
             patiently(self.fs.rm_file)(self._path(key))
 
-    def _headers(self, key: str) -> dict[str, str]:
-        """Without its type, a browser saves what a bucket serves instead of showing it."""
-        kind = _CONTENT_TYPES.get(posixpath.splitext(key)[1])
-        return {"ContentType": kind} if kind and self.is_s3 else {}
-
     def _path(self, key: str) -> str:
         return posixpath.join(self.path, _inside(key))
 
     def _read(self, path: str) -> bytes:
         with _as_store_error(self, path):
+            if self.is_s3:
+                bucket, name = self._bucket_of(path)
+                if (data := bucket.get(name)) is not None:
+                    return data
             try:
                 return bytes(patiently(self.fs.cat_file)(path))
             except ValueError as error:  # a NUL, or what no encoding of names can hold
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
+
+    def _bucket_of(self, path: str) -> tuple[Bucket, str]:
+        """The bucket of a path, and the object's name in it."""
+        name, _, key = path.partition("/")
+        if name not in self._buckets:
+            self._buckets[name] = Bucket(name, self.fs)
+        return self._buckets[name], key
 
     def _write_local(self, key: str, data: bytes | Path, *, replace: bool) -> bool:
         target, staged = self._path(key), posixpath.join(self.path, STAGING, uuid.uuid4().hex)

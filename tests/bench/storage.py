@@ -1,6 +1,7 @@
 """What an object on S3 costs an actor, which reads a photo and writes a mask: SeaweedFS on this machine, by Store
-(s3fs) and by Arrow's client, which is C++. The Python of a process runs on one core at a time, so what s3fs takes of it
-bounds what an actor can read and write, however many threads it has.
+(obstore: Rust), by s3fs, which Store falls back on, and by Arrow's client, which is C++ and asks twice for an object.
+The Python of a process runs on one core at a time, so s3fs, which spends nearly all of its time in it, bounds what an
+actor can read and write, however many threads that has.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def main() -> None:
 
         calls: dict[str, Callable[[str], object]] = {
             "write, Store": lambda key: store.write(key, data),
+            "write, s3fs": lambda key: store.fs.pipe_file(f"lake/bench/{key}", data),
             "write, Arrow": write_by_arrow,
             "read, Store": store.read,
+            "read, s3fs": lambda key: store.fs.cat_file(f"lake/bench/{key}"),
             "read, Arrow": read_by_arrow,
         }
         with ThreadPoolExecutor(options.threads) as pool:
