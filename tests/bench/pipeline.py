@@ -3,8 +3,8 @@
 Four runs take turns on the same images: a bare open_clip encode_image loop and the detector, both on decoded pixels in
 memory; all of score_shard, from JPEG files to masks, rows and Parquet, two shards sharing the model; and the same with
 a model that takes no time, which is what an actor can feed to a faster device. With --actors N, a fifth: N processes
-that share the device and divide the cores, as engine.actors_per_gpu does. Imports no Ray. The model has random weights:
-only its speed is looked at.
+that share the device and divide the cores, as engine.actors_per_gpu does. With --s3, photos and results lie on a
+SeaweedFS that takes its share of the cores. Imports no Ray. The model has random weights: only its speed is looked at.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from schemas.job import JobConfig, Method, parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import measure, print_table, write_results
 from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device, score_shards
+from tests.seaweed import run_seaweed
 
 SIDES = (240, 512, 768, 1024)
 """Pixels of a side of the photos, which take turns."""
@@ -59,11 +60,18 @@ class TimelessDetector(Detector):
         return self._known[len(pixels)]
 
 
-def write_photos(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
+def write_photos(store: Store, count: int) -> None:
     photos = [make_jpeg(side, side, progressive=False) for side in SIDES]
     for number in range(count):
-        (folder / f"{number:05}.jpg").write_bytes(photos[number % len(SIDES)])
+        store.write(f"part/{number:05}.jpg", photos[number % len(SIDES)])
+
+
+def find_place(scratch: str, on_s3: bool, stack: contextlib.ExitStack) -> str:
+    """Where photos and results lie."""
+    if not on_s3:
+        return scratch
+    os.environ.update(stack.enter_context(run_seaweed(Path(scratch))).environment)
+    return "s3://lake/bench"
 
 
 def describe_job(folder: str, batch: int, mask_threshold: float) -> JobConfig:
@@ -154,6 +162,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4096 if on_gpu else 96)
     parser.add_argument("--cpus", type=int, default=os.cpu_count(), help="cores of the actor, or of all")
     parser.add_argument("--actors", type=int, default=4 if on_gpu else 1)
+    parser.add_argument("--s3", action="store_true", help="from and to SeaweedFS, instead of local files")
     parser.add_argument("--repetitions", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.cpus)
@@ -161,12 +170,13 @@ def main() -> None:
     clip, encoder = build(options.model)
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
-        write_photos(Path(scratch) / "in" / "part", options.images)
-        job = describe_job(scratch, options.batch, 1.0)
+        place = find_place(scratch, options.s3, stack)
+        job = describe_job(place, options.batch, 1.0)
         actor = build_actor(encoder, job, options.cpus)
+        write_photos(actor.source, options.images)
         decode = image_decoder(job, actor.detector)
-        paths = sorted((Path(scratch) / "in" / "part").iterdir())
-        batches = to_tensor([decode(path.read_bytes()).pixels for path in paths]).split(options.batch)
+        photos = [actor.source.read(info.key) for info in actor.source.list()]
+        batches = to_tensor([decode(photo).pixels for photo in photos]).split(options.batch)
         prompts = [actor.prompts["part"]] * options.batch
 
         def run_bare() -> None:
@@ -180,14 +190,14 @@ def main() -> None:
                 )
                 return [float(detection.grid.max()) for pending in started for detection in pending()]
 
-        job = describe_job(scratch, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
+        job = describe_job(place, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
         actor = replace(actor, run=replace(actor.run, job=job))
         shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
         timeless = TimelessDetector(encoder, job.method)
         runs: dict[str, Callable[[], object]] = {
             "bare encode_image": run_bare,
             "detector, value": run_detector,
-            "score_shard, from files to Parquet": lambda: actor.score(shards),
+            "score_shard, from photos to Parquet": lambda: actor.score(shards),
             "the same, the model for nothing": lambda: actor.score(shards, timeless),
         }
         if options.actors > 1:
@@ -204,14 +214,15 @@ def main() -> None:
         (name, f"{options.images / value:.2f}", f"{seconds['bare encode_image'] / value:.3f}")
         for name, value in seconds.items()
     ]
-    what = f"{options.model}, {options.images} JPEGs of {SIDES[0]} to {SIDES[-1]} px, batch {options.batch}"
+    kind = "JPEGs on S3" if options.s3 else "JPEG files"
+    what = f"{options.model}, {options.images} {kind} of {SIDES[0]} to {SIDES[-1]} px, batch {options.batch}"
     title = f"{what}, {where}, {options.cpus} cores"
     print_table(title, ("run", "images/s", "rate / bare"), rows)
     for name, share in busy.items():
         print(f"{name}: the GPU is busy {share:.0%} of the time")
     print(f"beside the model, an image takes {host_s * 1e3:.1f} ms of a core")
     facts = {"machine": where, **vars(options), "seconds": seconds, "busy": busy, "host_core_seconds_an_image": host_s}
-    write_results(f"pipeline-{DEVICE.type}", facts)
+    write_results(f"pipeline-{DEVICE.type}{'-s3' if options.s3 else ''}", facts)
 
 
 if __name__ == "__main__":
