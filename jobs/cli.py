@@ -17,7 +17,7 @@ from jobs import exits, logs
 from jobs.flags import JobFlags, NightFlags, spread_flags
 from jobs.logs import LogFormat
 from pipeline.storage import Store, open_store
-from schemas.job import Storage
+from schemas.job import Storage, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,16 @@ app = typer.Typer(
     help="Nightly, distributed, zero-shot visual inspection: a bucket of photos in, scores and masks out.",
 )
 
+
+def _check_endpoint(value: str | None) -> str | None:
+    try:
+        return value if value is None else without_credentials(value)
+    except ValueError as error:
+        exits.refuse(f"--endpoint {error}")
+
+
 Output = Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.")]
+Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.", callback=_check_endpoint)]
 
 
 @app.callback()

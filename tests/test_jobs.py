@@ -166,6 +166,12 @@ def test_bad_usage_is_exit_code_2_and_one_clear_line_a_fault(arguments: list[str
     assert "Traceback" not in refused.stderr
 
 
+def test_an_endpoint_with_a_secret_in_it_is_refused_without_telling_it(tmp_path: Path) -> None:
+    refused = alfa("status", tmp_path, "--endpoint", "http://key:planted-77c1@storage")
+    assert refused.returncode == 2 and "--endpoint must not hold credentials" in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1 and "planted-77c1" not in refused.stderr
+
+
 def test_help_fits_a_screen() -> None:
     lines = alfa("score", "--help").stdout.splitlines()
     assert 10 < len(lines) <= 40
