@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_REST_S = 60.0
-"""How long s3fs does everything after a fault."""
+_REST_S, _LONGEST_REST_S = 60.0, 3600.0
+"""How long s3fs does everything after a fault; twice as long after each that follows at once."""
 
 _CREDENTIALS_LIVE = timedelta(minutes=10)
 """obstore asks for them anew when half of it is left. botocore hands none out that end sooner, where it can renew."""
@@ -42,6 +42,7 @@ class Bucket:
         # What fsspec's own configuration adds to requests is known to s3fs alone; a colon is that of an access point.
         is_plain = not (fs.key or fs.req_kw or fs.s3_additional_kwargs or ":" in name)
         self._rests_until = 0.0 if is_plain else float("inf")
+        self._rest_s = _REST_S
 
     def get(self, key: str) -> bytes | None:
         """The object, or None."""
@@ -61,18 +62,22 @@ class Bucket:
             return None
         try:
             self._store = self._store or self._open()
-            return act(self._store)
+            result = act(self._store)
         except (FileNotFoundError, ValueError):  # a missing object or bucket; a key such as a//b
             return None
         except Exception as error:
             self._rest(str(error).partition("\n")[0])
             return None
+        self._rest_s = _REST_S
+        return result
 
     def _rest(self, reason: str) -> None:
         now = time.monotonic()
-        if now >= self._rests_until:  # else another thread has said so
-            logger.warning("bucket %s: %s; by s3fs for a minute, which is slower", self._name, reason)
-        self._rests_until = now + _REST_S
+        if now < self._rests_until:  # another thread met the same
+            return
+        logger.warning("bucket %s: %s; by s3fs for %.0f s, which is slower", self._name, reason, self._rest_s)
+        self._rests_until = now + self._rest_s
+        self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
 
     def _open(self) -> S3Store:
         client = self._fs.s3.meta
