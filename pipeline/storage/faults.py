@@ -6,6 +6,9 @@ import errno
 
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+NO_BUCKET = "no such bucket; check the URI and the endpoint"
+"""What is told of a store that is none."""
+
 LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
 """Codes that every request will meet; AccessDenied may concern one object alone."""
@@ -19,6 +22,10 @@ class AddressError(OSError):
 
 class StoreError(OSError):
     """The store cannot be used as a whole: wrong or expired credentials, no such bucket, disk full, read-only."""
+
+
+class NoBucketError(StoreError):
+    """There is no such bucket."""
 
 
 def code_of(error: BaseException) -> str:
@@ -53,7 +60,7 @@ def advice_on(error: OSError) -> str | None:
     if any(code in cause for code in _DENIED_CODES):
         return "access denied; check the credentials in the environment, and that they have not expired"
     if "NoSuchBucket" in cause or "bucket does not exist" in cause:
-        return "no such bucket; check the URI and the endpoint"
+        return NO_BUCKET
     by_number = {errno.ENOSPC: "the disk is full; free space", errno.EDQUOT: "the quota is used up; free space"}
     by_number[errno.EROFS] = "read-only; mount it writable"
     return by_number.get(error.errno or 0)

@@ -22,7 +22,17 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from pipeline.storage.bucket import Bucket
-from pipeline.storage.faults import LOST, AddressError, StoreError, advice_on, code_of, is_transient, patiently
+from pipeline.storage.faults import (
+    LOST,
+    NO_BUCKET,
+    AddressError,
+    NoBucketError,
+    StoreError,
+    advice_on,
+    code_of,
+    is_transient,
+    patiently,
+)
 from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, walk_local
 from schemas.job import Storage
 
@@ -90,9 +100,18 @@ class Store:
         return self._read(self._path(key))
 
     def read_uri(self, uri: str) -> bytes:
-        """The whole object at an address, inside or outside this root; see store_of."""
+        """The whole object at an address, inside or outside this root; see store_of.
+
+        Raises AddressError where it names another bucket than this store's, and there is none: this store can be used.
+        """
         store = self.store_of(uri)
-        return store._read(store.path_of(uri))
+        path = store.path_of(uri)
+        try:
+            return store._read(path)
+        except NoBucketError:
+            if store is self and path.partition("/")[0] == self.path.partition("/")[0]:
+                raise
+            raise AddressError(f"{uri}: there is no such bucket") from None
 
     def store_of(self, uri: str) -> Store:
         """The store to read an address from: this one for its own file system, else the object store that it names.
@@ -402,7 +421,8 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
             advice = _denial_of(store)
         if advice is None:
             raise
-        raise StoreError(f"{store.uri('')}: {advice} ({key or 'root'}: {type(error).__name__})") from error
+        kind = NoBucketError if advice == NO_BUCKET else StoreError
+        raise kind(f"{store.uri('')}: {advice} ({key or 'root'}: {type(error).__name__})") from error
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
             raise StoreError(

@@ -14,7 +14,7 @@ from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.garbage import collect_garbage
 from pipeline.publish import publish_night
 from pipeline.scoring import Run, read_shard, score_shard
-from pipeline.storage import Store
+from pipeline.storage import AddressError, Store, StoreError
 from schemas.job import Storage
 from tests.command import alfa
 from tests.seaweed import ObjectStorage
@@ -76,6 +76,7 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
     Store("s3://lake/listed").write("line 1/a.jpg", photo)
     (tmp_path / "b.jpg").write_bytes(photo)
     uris = ["s3://lake/listed/line 1/a.jpg", "b.jpg", "s3://lake/listed/gone.jpg", "nonsense://x/c.jpg"]
+    uris.append("s3://no-such-bucket/d.jpg")
     (tmp_path / "table.csv").write_text("uri,class_name\n" + "".join(f"{uri},hazelnut\n" for uri in uris))
     job = job_for(tmp_path / "table.csv", tmp_path / "out")
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, "raw")
@@ -83,9 +84,17 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
     run, prompts = Run("run", job, "alfa-tiny", "0" * 64), embed(detector, job, "hazelnut")
     score_shard(shard, run, detector, prompts, Store(str(tmp_path)), output, 2)
     rows = read_shard(output, run.shards, shard.shard_id).to_pylist()
-    assert [row["error_type"] for row in rows] == [None, None, "vanished", "unreadable"]
+    assert [row["error_type"] for row in rows] == [None, None, "vanished", "unreadable", "unreadable"]
+    assert rows[-1]["error_message"] == "s3://no-such-bucket/d.jpg: there is no such bucket"
     assert rows[0]["score"] == rows[1]["score"]
     assert len({row["mask_uri"] for row in rows[:2]}) == 2 and all(output.read_uri(row["mask_uri"]) for row in rows[:2])
+
+
+def test_another_bucket_that_is_missing_concerns_one_address_and_the_own_one_all(s3: ObjectStorage) -> None:
+    with pytest.raises(AddressError, match="s3://no-such-bucket/a: there is no such bucket"):
+        Store("s3://lake").read_uri("s3://no-such-bucket/a")
+    with pytest.raises(StoreError, match="no such bucket; check the URI"):
+        Store("s3://no-such-bucket").read_uri("s3://no-such-bucket/a")
 
 
 def test_a_night_on_s3(s3: ObjectStorage) -> None:
