@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import lake
-from pipeline.calibration import calibrate_class, check_policy, merge_scores, read_scores
-from pipeline.storage import Store, open_store
-from pipeline.thresholds import ThresholdError
+from pipeline.evaluation import calibrate_class, check_policy, merge_scores, read_scores
+from pipeline.scoring import ThresholdError
+from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig, Storage, parse_job, read_job_yaml
 from schemas.thresholds import ThresholdTable
 
@@ -70,7 +69,7 @@ def run_calibrate(
 
 def _read_job(output: Store, run_id: str) -> JobConfig:
     try:
-        return parse_job(read_job_yaml(output.read(lake.run_key(run_id, "job.yaml")).decode()))
+        return parse_job(read_job_yaml(output.read(paths.run_key(run_id, "job.yaml")).decode()))
     except FileNotFoundError:
         where = output.uri("")
         raise ThresholdError(f"{where} has no run {run_id}; `alfa status {where}` shows which there are") from None

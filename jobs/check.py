@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from pipeline.alfa import load_encoder, locate_weights
 from pipeline.engine import connect, node_resources, plan_actors
-from pipeline.iceberg import open_catalog
 from pipeline.images import list_images, open_dataset
+from pipeline.lake import open_catalog
 from pipeline.prompts import missing_key
 from pipeline.storage import open_store
 from schemas.job import JobConfig
@@ -81,7 +81,7 @@ def _check_create(job: JobConfig) -> str:
             "use a store that does: S3, SeaweedFS, MinIO, GCS, a local disk"
         )
     if not conditional:
-        return "honoured; conditional replaces (If-Match) are not, so claims alone keep two from publishing one night"
+        return "honoured; conditional replaces (If-Match) are not, so leases alone keep two from publishing one night"
     return "honoured, conditional replaces too"
 
 

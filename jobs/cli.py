@@ -179,7 +179,7 @@ def schema(
     ] = "s3://bucket/lake",
 ) -> None:
     """Print the DDL of the scores table."""
-    from pipeline.ddl import DIALECTS, render_ddl
+    from pipeline.lake import DIALECTS, render_ddl
 
     if dialect not in DIALECTS:
         exits.refuse(f"--dialect {dialect}: allowed are {', '.join(DIALECTS)}")
@@ -198,7 +198,7 @@ def export(
 ) -> None:
     """Write a published night for annotation and dataset tools."""
     from jobs.export import run_export
-    from pipeline.exports import FORMATS
+    from pipeline.lake import FORMATS
 
     if to not in FORMATS:
         exits.refuse(f"--to {to}: allowed are {', '.join(FORMATS)}")

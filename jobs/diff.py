@@ -15,8 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from pipeline import nights
-from pipeline.nights import ClassDrift
+from pipeline.report import ClassDrift, drift
 from pipeline.storage import Store
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def run_diff(
     after: str | None,
     console: Console,
     *,
-    psi: float = nights.PSI_THRESHOLD,
+    psi: float = drift.PSI_THRESHOLD,
     fail_on_drift: bool = False,
     json_file: Path | None = None,
 ) -> int:
@@ -44,21 +43,21 @@ def run_diff(
 
     json_file: where to write all of it as JSON too. Raises NightError.
     """
-    published = nights.published_nights(output)
+    published = drift.published_nights(output)
     pair = _choose(published, before, after, output)
     if pair is None:
         logger.info("only one night is published at %s; there is nothing to compare it with yet", output.uri(""))
         return 0
-    old, new = (nights.read_night(output, night) for night in pair)
-    classes = nights.drift(old, new, psi)
-    images = nights.changed_images(old, new)
-    trend = nights.read_trend(output, [night for night in published if night <= pair[1]][-nights.TREND_NIGHTS :])
+    old, new = (drift.read_night(output, night) for night in pair)
+    classes = drift.drift(old, new, psi)
+    images = drift.changed_images(old, new)
+    trend = drift.read_trend(output, [night for night in published if night <= pair[1]][-drift.TREND_NIGHTS :])
     drifted = [item.class_name for item in classes if item.drifted]
     if json_file is not None:
         report = {
             "before": pair[0],
             "after": pair[1],
-            "thresholds": {"psi": psi, "p_value": nights.P_VALUE},
+            "thresholds": {"psi": psi, "p_value": drift.P_VALUE},
             "drifted": drifted,
             "classes": [asdict(item) for item in classes],
             "images": images.to_pylist(),
@@ -102,7 +101,7 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
     console.print(table)
     console.print(
         f"A class drifts where PSI >= {psi:g} (how far its scores have moved; below 0.1 is calm) and p < "
-        f"{nights.P_VALUE:g} (KS: that chance does so).",
+        f"{drift.P_VALUE:g} (KS: that chance does so).",
         highlight=False,
         soft_wrap=True,
     )
@@ -113,14 +112,14 @@ def _number(value: float | None) -> str:
 
 
 def _print_images(images: pa.Table, console: Console) -> None:
-    counts = {change: 0 for change in nights.CHANGES}
+    counts = {change: 0 for change in drift.CHANGES}
     for change in images.column("change").to_pylist():
         counts[change] += 1
-    said = ", ".join(f"{count} {nights.CHANGES[change]}" for change, count in counts.items())
+    said = ", ".join(f"{count} {drift.CHANGES[change]}" for change, count in counts.items())
     console.print(f"\nanomalous now, or no longer: {said}", highlight=False)
     for row in images.slice(0, _SHOWN).to_pylist():
         scores = f"{_number(row['score_before'])} > {_number(row['score_after'])}"
-        change = f"{nights.CHANGES[row['change']]:<12}"
+        change = f"{drift.CHANGES[row['change']]:<12}"
         line = f"  {change}  {scores}  {escape(row['class_name'])}  {escape(row['image_uri'])}"
         console.print(line, highlight=False, soft_wrap=True)
     if images.num_rows > _SHOWN:

@@ -24,16 +24,34 @@ from rich.table import Table
 
 from jobs.compare import BASE, describe_base, expand
 from jobs.score import find_references, name_run, obtain_ensembles
-from pipeline import lake
 from pipeline.alfa import locate_weights
-from pipeline.evaluation.document import HEADERS, Block, Picture, metric_cells, published_cells, to_html, to_markdown
-from pipeline.evaluation.measure import LabelledImage, Score, measure
-from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
-from pipeline.evaluation.report import Evaluation, compose, facts
-from pipeline.evaluation.score import Scored, Variant, group_variants, labelled_images, read_run, score_variants
+from pipeline.evaluation import (
+    HEADERS,
+    PUBLISHED,
+    TITLES,
+    Benchmark,
+    Block,
+    Evaluation,
+    LabelledImage,
+    Picture,
+    Score,
+    Scored,
+    Variant,
+    compose,
+    facts,
+    group_variants,
+    labelled_images,
+    measure,
+    metric_cells,
+    published_cells,
+    read_run,
+    score_variants,
+    to_html,
+    to_markdown,
+)
 from pipeline.images import ImageSource, decode_mask, list_images, open_dataset
-from pipeline.shards import write_manifest
-from pipeline.storage import Store, open_store
+from pipeline.scoring import write_manifest
+from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig, JobError, Prompts, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
 from schemas.tables import EVALUATED_IMAGES, EVALUATION, SCHEMA_VERSION
@@ -115,7 +133,7 @@ def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> Job
     storage = parse_job({"dataset": {"images": "unread"}}, overrides, here).storage
     output = open_store(output_uri, storage)
     try:
-        text = output.read(lake.run_key(run_id, "job.yaml")).decode()
+        text = output.read(paths.run_key(run_id, "job.yaml")).decode()
     except FileNotFoundError:
         raise JobError(
             f"there is no run {run_id} at {output.uri('')}; alfa status {output_uri} lists the runs"
@@ -177,7 +195,7 @@ def _store(evaluation: Evaluation, jobs: Mapping[str, JobConfig], output: Store,
     """Pictures and tables first, the document that names them last."""
 
     def write(name: str, data: bytes) -> None:
-        output.write(lake.evaluation_key(evaluation.run_id, name), data)
+        output.write(paths.evaluation_key(evaluation.run_id, name), data)
 
     for block in blocks:
         if isinstance(block, Picture):
@@ -249,5 +267,5 @@ def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
     for line in facts(evaluation):
         console.print(escape(line), highlight=False, soft_wrap=True)
     for name in ("metrics.md", "evaluation.html", "metrics.parquet"):
-        where = output.uri(lake.evaluation_key(evaluation.run_id, name))
+        where = output.uri(paths.evaluation_key(evaluation.run_id, name))
         console.print(escape(where), highlight=False, soft_wrap=True)

@@ -23,15 +23,13 @@ def run(job: Callable[[], int]) -> NoReturn:
     from jobs.demo import DemoError
     from jobs.diff import NightError
     from pipeline.alfa import ModelError
-    from pipeline.claims import ClaimLostError
     from pipeline.engine import EngineError
-    from pipeline.exports import ExportError
-    from pipeline.iceberg import LakeError
     from pipeline.images import DatasetError
+    from pipeline.lake import ExportError, LakeError
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
-    from pipeline.storage import AddressError
-    from pipeline.thresholds import ThresholdError
+    from pipeline.scoring import ThresholdError
+    from pipeline.storage import AddressError, LeaseLostError
 
     refusals = (
         *(AddressError, JobError, DatasetError, ModelError, PromptLibraryError),
@@ -44,7 +42,7 @@ def run(job: Callable[[], int]) -> NoReturn:
         code = INTERRUPTED
     except refusals as error:
         refuse(str(error))
-    except (EngineError, LLMError, ClaimLostError, OSError) as error:
+    except (EngineError, LLMError, LeaseLostError, OSError) as error:
         _complain(f"{error}")
         _complain("what was finished is kept; run the same command again to resume")
         code = ERRORS

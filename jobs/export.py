@@ -8,9 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import lake
-from pipeline.exports import export_rows, find_night, read_rows
-from pipeline.storage import Store, open_store
+from pipeline.lake import export_rows, find_night, read_rows
+from pipeline.storage import Store, open_store, paths
 from schemas.job import Storage, parse_job, read_job_yaml
 
 
@@ -20,7 +19,7 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
     Raises ExportError where the run is not published.
     """
     commit = find_night(output, run)
-    job = parse_job(read_job_yaml(output.read(lake.run_key(commit["run_id"], "job.yaml")).decode()))
+    job = parse_job(read_job_yaml(output.read(paths.run_key(commit["run_id"], "job.yaml")).decode()))
     images = job.dataset.images
     source = open_store(images.rpartition("/")[0] if images.endswith((".parquet", ".csv")) else images, job.storage)
     folder, prefix = (open_store(target, storage), "") if target else (output, f"exports/{commit['run_id']}/{kind}/")

@@ -9,7 +9,7 @@ from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.garbage import collect_garbage
+from pipeline.lake import collect_garbage
 from pipeline.storage import Store
 
 

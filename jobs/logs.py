@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 
-from pipeline.redaction import redact
+from pipeline.storage import redact
 
 _facts: dict[str, Any] = {}
 

@@ -12,12 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from pipeline import lake
-from pipeline.lineage import run_event
-from pipeline.metrics import exposition
-from pipeline.redaction import redact
+from pipeline.lake import exposition, run_event
 from pipeline.scoring import ShardStats
-from pipeline.storage import Store
+from pipeline.storage import Store, paths, redact
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +98,9 @@ class RunProgress:
         }
         stats["lineage"] = run_event(stats, stats["source"], self._output.uri(""), stats.get("error"))
         run_id = stats["run_id"]
-        self._output.write(lake.run_key(run_id, "metrics.prom"), exposition(stats))
-        self._output.write(lake.run_key(run_id, "stats.json"), json.dumps(stats, indent=2, ensure_ascii=False).encode())
+        self._output.write(paths.run_key(run_id, "metrics.prom"), exposition(stats))
+        data = json.dumps(stats, indent=2, ensure_ascii=False).encode()
+        self._output.write(paths.run_key(run_id, "stats.json"), data)
         return stats
 
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import claims
 from pipeline.alfa import text_fits
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.shards import write_manifest
-from pipeline.storage import open_store
+from pipeline.scoring import write_manifest
+from pipeline.storage import leases, open_store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble, PromptSet
 
@@ -33,7 +32,7 @@ def run_prompts(job: JobConfig, console: Console) -> int:
     source = open_dataset(job.dataset, job.storage)
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         classes = list(write_manifest(list_images(source), Path(scratch)).classes)
-    owner, lease_s = claims.new_owner(), job.engine.lease_s
+    owner, lease_s = leases.new_owner(), job.engine.lease_s
     with ThreadPoolExecutor(_CALLS_AT_ONCE) as pool:
         sets = list(pool.map(lambda name: obtain(output, name, job.prompts, owner=owner, lease_s=lease_s), classes))
     fits = text_fits(job.model)

@@ -9,12 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pipeline import lake
-from pipeline.nights import published_nights
-from pipeline.publish import read_commit
-from pipeline.redaction import redact
-from pipeline.report import ReportError, write_report
-from pipeline.storage import Store
+from pipeline.lake import read_commit
+from pipeline.report import ReportError, published_nights, write_report
+from pipeline.storage import Store, paths, redact
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +36,7 @@ def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str
 
     The results are published by then, so whatever is wrong with their picture is a warning.
     """
-    key = lake.report_key(commit["run_id"])
+    key = paths.report_key(commit["run_id"])
     try:
         return write_report(output, commit) if anew or not output.exists(key) else output.uri(key)
     except Exception as error:

@@ -21,17 +21,29 @@ from rich.table import Table
 from jobs import logs
 from jobs.progress import RunProgress
 from jobs.report import report_night
-from pipeline import claims, iceberg, lake
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import ScoringPool, connect, obtain_prompts
 from pipeline.images import ImageSource, list_images, list_references, open_dataset
+from pipeline.lake import open_catalog, publish_night, publish_snapshot, read_commit
 from pipeline.prompts import compose_ensemble, find, obtain, record_prompts
-from pipeline.publish import publish_night, read_commit
-from pipeline.references import choose_references, describe_choice
-from pipeline.scoring import Run, Thresholds, fixed_thresholds, quantile_thresholds, read_shards
-from pipeline.shards import HASHED, Manifest, cut_shards, identify_shards, write_manifest
-from pipeline.storage import Store, open_store
-from pipeline.thresholds import ThresholdError, parse_table, reference_thresholds, require_two, select_thresholds
+from pipeline.scoring import (
+    HASHED,
+    Manifest,
+    ThresholdError,
+    Thresholds,
+    choose_references,
+    cut_shards,
+    describe_choice,
+    fixed_thresholds,
+    identify_shards,
+    parse_table,
+    quantile_thresholds,
+    reference_thresholds,
+    require_two,
+    select_thresholds,
+    write_manifest,
+)
+from pipeline.storage import Run, Store, leases, open_store, paths, read_shards
 from schemas.job import JobConfig, dump_job_yaml
 from schemas.prompts import PromptSet, RunPrompts, Usage
 
@@ -64,13 +76,13 @@ def run_score(job: JobConfig, console: Console) -> int:
     """
     output = open_store(job.output.uri, job.storage)
     if job.lake.format == "iceberg":
-        iceberg.open_catalog(job)  # what cannot be published need not be scored
+        open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
         logs.bind(run_id=plan.run.run_id)
         commit, stats = _run_or_wait(plan, output, console)
         if job.lake.format == "iceberg":
-            iceberg.publish_snapshot(job, output, claims.new_owner())
+            publish_snapshot(job, output, leases.new_owner())
     report = report_night(output, commit, anew=stats.get("state") == "done")
     totals = _totals(commit)
     found, errors = sum(totals["anomalies"].values()), sum(totals["errors"].values())
@@ -163,7 +175,7 @@ def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple
         made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
     elif missing:
         with connect(job):
-            made = dict(zip(missing, obtain_prompts(job, missing, claims.new_owner()), strict=True))
+            made = dict(zip(missing, obtain_prompts(job, missing, leases.new_owner()), strict=True))
     sets = [prompt_set for name in classes if (prompt_set := stored[name] or made.get(name))]
     return sets, _sum_usage([item.usage for item in made.values() if item.source == "llm"])
 
@@ -180,7 +192,7 @@ def _sum_usage(items: Sequence[Usage]) -> Usage:
 
 def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
     """Does the run. Where another driver is at it, waits: it finishes, or dies and this one goes on from there."""
-    run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, claims.new_owner()
+    run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, leases.new_owner()
     published: dict[str, Any] = {}
 
     def is_published() -> bool:
@@ -192,24 +204,24 @@ def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str,
     def say(holder: str) -> None:
         logger.warning("%s works on run %s; waiting until it is done, or silent for %g s", holder, run.run_id, lease_s)
 
-    claim = claims.acquire(output, lake.driver_claim(run.run_id), owner, lease_s, is_published, say)
-    if claim is None:
+    lease = leases.acquire(output, paths.driver_lease(run.run_id), owner, lease_s, is_published, say)
+    if lease is None:
         logger.info("run %s is already published; nothing to do", run.run_id)
         return published, {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
-    with claim.held(lease_s):
-        return _execute(plan, output, console, claim)
+    with lease.held(lease_s):
+        return _execute(plan, output, console, lease)
 
 
-def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -> tuple[dict[str, Any], dict[str, Any]]:
+def _execute(plan: Plan, output: Store, console: Console, lease: leases.Lease) -> tuple[dict[str, Any], dict[str, Any]]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
-    output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
-    output.write(lake.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
+    output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    output.write(paths.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
     if plan.table:
-        output.write(lake.run_key(run.run_id, "thresholds.json"), plan.table)
-    output.create(lake.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
+        output.write(paths.run_key(run.run_id, "thresholds.json"), plan.table)
+    output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
     size = job.engine.shard_size
     shard_ids = list(identify_shards(manifest.batches(HASHED), size))
-    finished = lake.finished_shards(output, run.shards) & set(shard_ids)
+    finished = paths.finished_shards(output, run.shards) & set(shard_ids)
     if finished:
         logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
     waiting = (shard for shard in cut_shards(manifest.batches(), size) if shard.shard_id not in finished)
@@ -234,10 +246,10 @@ def _execute(plan: Plan, output: Store, console: Console, claim: claims.Claim) -
                     pool.embed(plan.prompts.ensembles, plan.references)
                     for stats in pool.score(waiting):
                         progress.add(stats)
-                        claim.check()
-                folder = _mask_all(plan, pool, shard_ids, output, claim)
-                claim.check()
-                commit = publish_night(run, manifest.digest, folder, shard_ids, output, claim.owner)
+                        lease.check()
+                folder = _mask_all(plan, pool, shard_ids, output, lease)
+                lease.check()
+                commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner)
                 return commit, progress.write("done", **_totals(commit))
         finally:
             pool.close()
@@ -253,17 +265,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, claim: claims.Claim) -> str:
+def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, lease: leases.Lease) -> str:
     """The folder of the shards to publish; where thresholds are not in the job itself, masks are made now."""
     run = plan.run
     if fixed_thresholds(run.job) is not None:
         return run.shards
     thresholds = _thresholds(plan, shard_ids, output)
     digest = _digest(thresholds)
-    folder = lake.masked_shards(run.run_id, digest)
-    finished = lake.finished_shards(output, folder)
+    folder = paths.masked_shards(run.run_id, digest)
+    finished = paths.finished_shards(output, folder)
     for _ in pool.mask((shard for shard in shard_ids if shard not in finished), digest, thresholds):
-        claim.check()
+        lease.check()
     return folder
 
 
@@ -334,10 +346,10 @@ def print_summary(
         ("images", f"{commit['rows']}, {commit['rows'] - sum(errors.values())} ok; errors: {listed}"),
         ("LLM", spent),
         ("rate", f"{stats['images_per_second']} images/s" if stats["scored_by_this_job"] else "nothing left to score"),
-        ("table", output.uri(lake.TABLE)),
+        ("table", output.uri(paths.TABLE)),
         ("masks", output.uri(f"masks/run_date={run.job.run_date}")),
-        ("run", output.uri(lake.run_key(run.run_id, "").rstrip("/"))),
-        ("commit", output.uri(lake.commit_key(run.job.run_date))),
+        ("run", output.uri(paths.run_key(run.run_id, "").rstrip("/"))),
+        ("commit", output.uri(paths.commit_key(run.job.run_date))),
         ("report", report or "could not be written; the log says why"),
     ]
     if plan.weights.is_demonstration:

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline import lake
-from pipeline.storage import Store
+from pipeline.storage import Store, paths
 
 _SILENT_AFTER_S = 300
 
@@ -32,7 +31,7 @@ def print_status(output: Store, console: Console) -> int:
         table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "run")
     for key in sorted(keys, reverse=True):
         stats = json.loads(output.read(key))
-        finished = len(lake.finished_shards(output, lake.run_key(stats["run_id"], "shards")))
+        finished = len(paths.finished_shards(output, paths.run_key(stats["run_id"], "shards")))
         state = _state(stats) + (", published" if stats["run_id"] in published else "")
         table.add_row(
             escape(stats["run_id"]),

@@ -1,1 +1,4 @@
-"""The library, in the order the data flows: storage, images, shards, prompts, alfa, masks, scoring, engine, publish."""
+"""The library: a house of rooms, each used through what its `__init__` offers.
+
+Arrows point down: engine, report and evaluation -> lake, scoring -> alfa, prompts, images -> storage -> schemas.
+"""

@@ -22,12 +22,9 @@ from ray.util.metrics import Counter, Histogram
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
-from pipeline.images import HangGuard
-from pipeline.memory import give_back_freed_memory
-from pipeline.references import build_memory
-from pipeline.scoring import Run, ShardStats, Thresholds, mask_shard, score_shard
-from pipeline.shards import Shard
-from pipeline.storage import open_store
+from pipeline.images import HangGuard, give_back_freed_memory
+from pipeline.scoring import Shard, ShardStats, Thresholds, build_memory, mask_shard, score_shard
+from pipeline.storage import Run, open_store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble, PromptSet
 
@@ -56,7 +53,7 @@ class ActorPlan:
 
 
 class PromptActor:
-    """Obtains prompt sets: single flight for each class inside a job. Between jobs the library's claims do the same."""
+    """Obtains prompt sets: single flight for each class inside a job. Between jobs the library's leases do the same."""
 
     def __init__(self, job: JobConfig, owner: str) -> None:
         self._job = job

@@ -16,12 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.ahead import map_ahead
 from pipeline.evaluation.curves import Measure, Points, auroc, average_precision, count_values, f1_max
 from pipeline.evaluation.pixels import Bins, PixelHistogram, label_regions
-from pipeline.images import GOOD
-from pipeline.masks import upsample
-from pipeline.storage import StoreError
+from pipeline.images import GOOD, upsample
+from pipeline.storage import StoreError, map_ahead
 from schemas.text import one_line
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,7 @@ from pipeline.evaluation.document import HEADERS, Block, Heading, Picture, Sheet
 from pipeline.evaluation.measure import PIXEL_METRICS, Measured, Row, rank_failures
 from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
 from pipeline.evaluation.score import Scored
-from pipeline.images import decode_image, decode_mask
-from pipeline.masks import upsample
+from pipeline.images import decode_image, decode_mask, upsample
 from pipeline.storage import StoreError
 
 logger = logging.getLogger(__name__)

@@ -17,16 +17,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from pipeline import lake
-from pipeline.ahead import map_ahead
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
-from pipeline.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
 from pipeline.images import GOOD, DatasetError, Decoded, ImageError
-from pipeline.references import make_memory
-from pipeline.scoring import read_shard
-from pipeline.shards import Manifest
-from pipeline.storage import Store
+from pipeline.scoring import Manifest, batch_size, batches, detect, image_decoder, make_memory, read_image, to_tensor
+from pipeline.storage import Store, map_ahead, paths, read_shard
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble
 from schemas.text import one_line
@@ -178,7 +173,7 @@ def _score(detection: Detection, uri: str, name: str) -> Score | None:
 def read_run(output: Store, run_id: str, name: str) -> Scored:
     """The labelled images of a finished run, and their scores from its shards. Raises DatasetError where there are
     none."""
-    manifests = [info.key for info in output.list(lake.run_key(run_id, "").rstrip("/")) if _is_manifest(info.key)]
+    manifests = [info.key for info in output.list(paths.run_key(run_id, "").rstrip("/")) if _is_manifest(info.key)]
     truth: dict[str, LabelledImage] = {}
     for key in manifests:
         truth |= {
@@ -187,12 +182,12 @@ def read_run(output: Store, run_id: str, name: str) -> Scored:
             if row["label"]
         }
     if not truth:
-        where = output.uri(lake.run_key(run_id, "")).rstrip("/")
+        where = output.uri(paths.run_key(run_id, "")).rstrip("/")
         raise DatasetError(f"no image of the run at {where} has a label to be held against; is the run's id right?")
-    folder = lake.run_key(run_id, "shards")
+    folder = paths.run_key(run_id, "shards")
     columns = ["image_id", "width", "height", "score", "score_global", "score_local", "grid", "grid_width"]
     scored: dict[str, tuple[LabelledImage, Score | None]] = {}
-    for shard_id in sorted(lake.finished_shards(output, folder)):
+    for shard_id in sorted(paths.finished_shards(output, folder)):
         for row in read_shard(output, folder, shard_id, columns).to_pylist():
             if (image := truth.get(row["image_id"])) is not None:
                 found = replace(image, width=row["width"], height=row["height"])

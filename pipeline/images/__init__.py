@@ -1,12 +1,20 @@
-"""Layouts of image datasets -> manifest rows, streamed; and safe decoding."""
+"""Image datasets and pixels: layouts to manifest rows, safe decoding, masks and their PNG.
 
+In: an address, the bytes of a photo, an anomaly map. Out: manifest rows, uint8 pixels, masks and regions.
+May import: storage, tiling, schemas.
+"""
+
+from pipeline.images.budget import FILE_BYTES, PIXELS, give_back_freed_memory
 from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, decode_mask, decode_thumbnail
-from pipeline.images.hanging import HangGuard
 from pipeline.images.isolation import decode_isolated
 from pipeline.images.layouts import GOOD, DatasetError, ImageSource, list_images, list_references, open_dataset
+from pipeline.images.masks import encode_empty_mask, encode_map, encode_mask, find_regions, split_regions, upsample
+from pipeline.images.watchdog import HangGuard
 
 __all__ = [
+    "FILE_BYTES",
     "GOOD",
+    "PIXELS",
     "Cut",
     "DatasetError",
     "Decoded",
@@ -17,7 +25,14 @@ __all__ = [
     "decode_isolated",
     "decode_mask",
     "decode_thumbnail",
+    "encode_empty_mask",
+    "encode_map",
+    "encode_mask",
+    "find_regions",
+    "give_back_freed_memory",
     "list_images",
     "list_references",
     "open_dataset",
+    "split_regions",
+    "upsample",
 ]

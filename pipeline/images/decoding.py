@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
 
-from pipeline.memory import PIXELS
+from pipeline.images.budget import PIXELS
 from pipeline.tiling import Tiling, plan_tiling
 from schemas.tables import ErrorType
 

@@ -15,7 +15,7 @@ from dataclasses import asdict
 import numpy as np
 
 from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image
-from pipeline.images.hanging import LIMIT_S
+from pipeline.images.watchdog import LIMIT_S
 from pipeline.tiling import plan_tiling
 from schemas.tables import ErrorType
 

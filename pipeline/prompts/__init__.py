@@ -1,7 +1,19 @@
-"""Prompts: the base ensemble, bundled and LLM descriptions, and the write-once library that keeps them."""
+"""What normal and defective look like in words, asked of an LLM once per class and kept for good.
+
+In: class names. Out: prompt ensembles, and what the LLM cost.
+May import: storage, schemas. Only llm.py imports litellm.
+"""
 
 from pipeline.prompts.compose import compose_ensemble, record_prompts
 from pipeline.prompts.library import PromptLibraryError, find, obtain
 from pipeline.prompts.llm import LLMError, missing_key
 
-__all__ = ["LLMError", "PromptLibraryError", "compose_ensemble", "find", "missing_key", "obtain", "record_prompts"]
+__all__ = [
+    "LLMError",
+    "PromptLibraryError",
+    "compose_ensemble",
+    "find",
+    "missing_key",
+    "obtain",
+    "record_prompts",
+]

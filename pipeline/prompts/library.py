@@ -15,10 +15,8 @@ from importlib.abc import Traversable
 
 from pydantic import ValidationError
 
-from pipeline import claims
-from pipeline.names import safe_segment
 from pipeline.prompts import llm
-from pipeline.storage import Store
+from pipeline.storage import Store, leases, safe_segment
 from schemas.job import Prompts
 from schemas.prompts import ClassDescription, PromptSet
 
@@ -67,10 +65,10 @@ def find(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
         ) from None
 
 
-def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_s: float = claims.LEASE_S) -> PromptSet:
-    """The prompt set of a class, made now if there is none: an LLM is asked only by the holder of the claim.
+def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_s: float = leases.LEASE_S) -> PromptSet:
+    """The prompt set of a class, made now if there is none: an LLM is asked only by the holder of the lease.
 
-    owner: who is asking, for the claim; lease_s: how long the claim outlives it, in seconds. Raises llm.LLMError where
+    owner: who is asking, for the lease; lease_s: how long the lease outlives it, in seconds. Raises llm.LLMError where
     the LLM fails and config.on_failure is `fail`; with `base` the set has source base and is not stored, so that the
     next job asks again.
     """
@@ -109,17 +107,17 @@ def _ask(
     store: Store, key: str, class_name: str, config: Prompts, fingerprint: str, owner: str, lease_s: float
 ) -> PromptSet:
     name = key.removesuffix(".json")
-    claim = claims.acquire(store, name, owner, lease_s, lambda: store.exists(key))
-    if claim is None:
+    lease = leases.acquire(store, name, owner, lease_s, lambda: store.exists(key))
+    if lease is None:
         logger.info("class %r: another job has asked the LLM", class_name)
         return _must_find(store, class_name, config)
-    with claim.held(lease_s):
-        description, usage = llm.describe_class(class_name, config, claim.check)
+    with lease.held(lease_s):
+        description, usage = llm.describe_class(class_name, config, lease.check)
         made = _new_set(class_name, fingerprint, source="llm", description=description).model_copy(
             update={"model": config.llm, "usage": usage}
         )
         made = _store_set(store, key, made, config)
-    claims.clear(store, name)
+    leases.clear(store, name)
     return made
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.redaction import redact
+from pipeline.storage import redact
 from schemas.job import Prompts
 from schemas.prompts import ClassDescription, Usage
 

@@ -1,6 +1,20 @@
-"""The report: what a night's commit and its run folder say, as one page for people."""
+"""A published night as one HTML page for people, and what changed between two nights (drift).
 
-from pipeline.report.gathering import ReportError, gather
+In: a commit and its run folder. Out: index.html, changed verdicts, drift by class.
+May import: lake, images, storage, schemas.
+"""
+
+from pipeline.report import drift
+from pipeline.report.drift import ClassDrift, published_nights
+from pipeline.report.loading import ReportError, gather
 from pipeline.report.rendering import render, write_report
 
-__all__ = ["ReportError", "gather", "render", "write_report"]
+__all__ = [
+    "ClassDrift",
+    "ReportError",
+    "drift",
+    "gather",
+    "published_nights",
+    "render",
+    "write_report",
+]

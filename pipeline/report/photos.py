@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from pipeline.images import ImageError, decode_thumbnail
-from pipeline.redaction import redact
-from pipeline.storage import Store
+from pipeline.storage import Store, redact
 
 LONGEST = 360
 """Pixels of a thumbnail's longer side."""

@@ -15,11 +15,11 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from pipeline import lake, nights
-from pipeline.nights import ClassDrift
-from pipeline.report.facts import ClassFacts, Exhibit, ListedImage, Report
-from pipeline.report.gathering import gather
-from pipeline.storage import Store
+from pipeline.report import drift
+from pipeline.report.drift import ClassDrift
+from pipeline.report.loading import gather
+from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
+from pipeline.storage import Store, paths
 from schemas.job import dump_job_yaml
 from schemas.prompts import UsedPrompts
 from schemas.text import one_line
@@ -38,7 +38,7 @@ _MOST_REGIONS = 12
 
 def write_report(output: Store, commit: Mapping[str, Any]) -> str:
     """Writes the page of a published night into its run's folder; returns where. Raises ReportError, OSError."""
-    key = lake.report_key(commit["run_id"])
+    key = paths.report_key(commit["run_id"])
     output.write(key, render(gather(output, commit)).encode("utf-8", "replace"))
     return output.uri(key)
 
@@ -74,9 +74,9 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "since": report.comparison,
         "drifts": _most_drifted(report.comparison.classes),
         "trend": _trend_lines(report.comparison.trend),
-        "changes": nights.CHANGES,
-        "psi_threshold": nights.PSI_THRESHOLD,
-        "p_value": nights.P_VALUE,
+        "changes": drift.CHANGES,
+        "psi_threshold": drift.PSI_THRESHOLD,
+        "p_value": drift.P_VALUE,
         "run": list(_run_facts(report)),
         "job": dump_job_yaml(report.job),
         "style": Markup(style),

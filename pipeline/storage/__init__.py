@@ -1,7 +1,34 @@
-"""All input and output of alfa, over fsspec (file, s3, gs, az, memory)."""
+"""Everything that touches an object store or a disk, and where things lie in the output.
 
+In: addresses and bytes. Out: bytes, listings, leases, keys of the lake, rows of finished shards.
+May import: schemas.
+"""
+
+from pipeline.storage import leases, paths
 from pipeline.storage.faults import AddressError, StoreError
+from pipeline.storage.leases import LeaseLostError
 from pipeline.storage.listing import STAGING, ObjectInfo, Page
+from pipeline.storage.names import safe_segment
+from pipeline.storage.prefetch import map_ahead
+from pipeline.storage.redaction import redact
+from pipeline.storage.runs import Run, read_shard, read_shards
 from pipeline.storage.store import Store, open_store
 
-__all__ = ["STAGING", "AddressError", "ObjectInfo", "Page", "Store", "StoreError", "open_store"]
+__all__ = [
+    "STAGING",
+    "AddressError",
+    "LeaseLostError",
+    "ObjectInfo",
+    "Page",
+    "Run",
+    "Store",
+    "StoreError",
+    "leases",
+    "map_ahead",
+    "open_store",
+    "paths",
+    "read_shard",
+    "read_shards",
+    "redact",
+    "safe_segment",
+]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pyarrow.fs import FileInfo, LocalFileSystem
 
-from pipeline.ahead import map_ahead
+from pipeline.storage.prefetch import map_ahead
 
 STAGING = ".staging"
 """Folder below a local store's root that holds objects until they are whole; nothing reads it."""

@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipeline.images import Decoded, decode_image
-from pipeline.memory import give_back_freed_memory
+from pipeline.images import Decoded, decode_image, give_back_freed_memory
 from tests.bench.measuring import measure, print_table, write_results
 
 PHOTO = Path(__file__).parents[2] / "infra/demo/images/hazelnut/test/good/00.jpg"

@@ -30,11 +30,10 @@ import torch
 from PIL import Image
 
 from jobs.score import Plan, plan_run
-from pipeline.alfa import Detection, Pending, PromptEmbeddings
-from pipeline.alfa.encoder import Preprocess
+from pipeline.alfa import Detection, Pending, Preprocess, PromptEmbeddings
 from pipeline.alfa.explain import explain
 from pipeline.engine import ScoringActor, ScoringPool, connect
-from pipeline.shards import Shard, cut_shards
+from pipeline.scoring import Shard, cut_shards
 from pipeline.storage import open_store
 from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.memory import give_back_freed_memory
-from pipeline.scoring import Row, Run, Thresholds, write_mask
-from pipeline.storage import Store
+from pipeline.images import give_back_freed_memory
+from pipeline.scoring import Thresholds
+from pipeline.scoring.scorer import Row, write_mask
+from pipeline.storage import Run, Store
 from schemas.job import parse_job
 from tests.bench.measuring import measure, print_table, write_results
 

@@ -28,11 +28,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.alfa import Detector, load_encoder, locate_weights
-from pipeline.images import list_images, open_dataset
-from pipeline.memory import give_back_freed_memory
-from pipeline.scoring import Run
-from pipeline.shards import cut_shards
-from pipeline.storage import Store
+from pipeline.images import give_back_freed_memory, list_images, open_dataset
+from pipeline.scoring import cut_shards
+from pipeline.storage import Run, Store
 from schemas.job import parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import print_table, write_results

@@ -11,10 +11,9 @@ import open_clip
 import torch
 
 from pipeline.alfa import Detector, Encoder, Preprocess, PromptEmbeddings
-from pipeline.prompts.compose import compose_ensemble
-from pipeline.scoring import Run, ShardStats, score_shard
-from pipeline.shards import Shard
-from pipeline.storage import Store
+from pipeline.prompts import compose_ensemble
+from pipeline.scoring import Shard, ShardStats, score_shard
+from pipeline.storage import Run, Store
 from schemas.prompts import PromptEnsemble, PromptSet
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,15 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.ahead import map_ahead
 from pipeline.alfa import Detector, Encoder, Features, PromptEmbeddings
 from pipeline.alfa.device import to_device
-from pipeline.batches import image_decoder, to_tensor
-from pipeline.images import list_images, open_dataset
-from pipeline.memory import give_back_freed_memory
-from pipeline.scoring import Run
-from pipeline.shards import Shard, cut_shards
-from pipeline.storage import Store
+from pipeline.images import give_back_freed_memory, list_images, open_dataset
+from pipeline.scoring import Shard, cut_shards, image_decoder, to_tensor
+from pipeline.storage import Run, Store, map_ahead
 from schemas.job import JobConfig, Method, parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import measure, print_table, write_results

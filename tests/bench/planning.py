@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.images import list_images, open_dataset
-from pipeline.shards import HASHED, cut_shards, identify_shards, write_manifest
+from pipeline.scoring import HASHED, cut_shards, identify_shards, write_manifest
 from schemas.job import Dataset, Storage
 from tests.bench.measuring import print_table, write_results
 

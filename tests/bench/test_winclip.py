@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pipeline.alfa import Detector, Encoder, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.alfa.aligner import window_patches
-from pipeline.batches import to_tensor
 from pipeline.images import decode_image
+from pipeline.scoring import to_tensor
 from schemas.job import Method, Model
 from tests.alfa.conftest import ensemble
 from tests.bench.winclip import detect, embed_windows, spread

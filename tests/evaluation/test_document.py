@@ -7,8 +7,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.evaluation.document import HEADERS, Heading, Picture, Sheet, Text, to_html, to_markdown
-from pipeline.evaluation.measure import Configuration, LabelledImage, Score
+from pipeline.evaluation import HEADERS, LabelledImage, Picture, Score, to_html, to_markdown
+from pipeline.evaluation.document import Heading, Sheet, Text
+from pipeline.evaluation.measure import Configuration
 from pipeline.evaluation.pictures import draw_curves, draw_distributions, draw_failure, tile_size
 
 EVIL = "a|b <img src=x onerror=alert(1)> [x](javascript:y) `c` $m$\n# title"

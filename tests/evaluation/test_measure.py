@@ -10,17 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from pipeline.evaluation.measure import (
-    IMAGE_METRICS,
-    METRICS,
-    Configuration,
-    LabelledImage,
-    Measured,
-    Score,
-    measure,
-    rank_failures,
-)
-from pipeline.masks import upsample
+from pipeline.evaluation import LabelledImage, Score, measure
+from pipeline.evaluation.measure import IMAGE_METRICS, METRICS, Configuration, Measured, rank_failures
+from pipeline.images import upsample
 from pipeline.storage import StoreError
 from schemas.tables import EVALUATION
 

@@ -12,18 +12,14 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 
-from pipeline import memory
 from pipeline.alfa import Detector, load_encoder, locate_weights
-from pipeline.images import list_images, open_dataset
+from pipeline.images import budget, list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.scoring import Run, score_shard
-from pipeline.shards import cut_shards
-from pipeline.storage import Store
+from pipeline.scoring import cut_shards, score_shard
+from pipeline.storage import Run, Store
 from schemas.job import Dataset, parse_job
-
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
+from tests.places import DEMO
 
 
 def peak_bytes() -> int:
@@ -33,8 +29,8 @@ def peak_bytes() -> int:
 
 def main(images: str, output_uri: str, pixels: int) -> None:
     """All in one process, as in a scoring actor."""
-    memory.PIXELS.most = pixels
-    memory.give_back_freed_memory()
+    budget.PIXELS.most = pixels
+    budget.give_back_freed_memory()
     document = {"dataset": {"images": images, "max_pixels": pixels}, "output": {"uri": output_uri}}
     settings = {
         "run_date": "2026-01-02",

@@ -12,8 +12,9 @@ from pipeline.images import DatasetError, list_images, open_dataset
 from pipeline.storage import Store
 from schemas.job import Dataset, Storage
 from schemas.tables import MANIFEST
+from tests.places import SHARED
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = SHARED / "data"
 
 
 @pytest.fixture(params=["local", "memory"])

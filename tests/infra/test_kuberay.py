@@ -14,8 +14,10 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-FOLDER = Path(__file__).parents[2] / "infra" / "kuberay"
-CRDS = Path(__file__).parents[3] / "shared" / "kuberay"
+from tests.places import ROOT, SHARED
+
+FOLDER = ROOT / "infra" / "kuberay"
+CRDS = SHARED / "kuberay"
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # megabytes of YAML
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.places import ROOT
+
 INFRA = ROOT / "infra"
 
 

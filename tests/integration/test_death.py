@@ -23,9 +23,9 @@ from ray.cluster_utils import Cluster
 from pipeline.storage import STAGING
 from tests.command import COMMAND, alfa
 from tests.llm_server import LLMServer
+from tests.places import DEMO
 from tests.processes import kill_processes
 
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 SHARDS = 5
 
@@ -291,4 +291,4 @@ def test_a_prompt_actor_killed_in_mid_call_asks_once_more_when_its_lease_is_over
     assert kills == [1] and server.requests == {"nut": 2}
     assert {row["prompt_source"] for row in published(tmp_path)} == {"llm"}
     left = [path.name for path in (tmp_path / "prompts").rglob("*") if path.is_file()]
-    assert len(left) == 1 and "claim" not in left[0]
+    assert len(left) == 1 and "lease" not in left[0]

@@ -6,16 +6,15 @@ import json
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from pyiceberg.catalog import load_catalog
 
 from pipeline.storage import Store
 from tests.command import alfa
+from tests.places import DEMO
 from tests.seaweed import SECRET_KEY, ObjectStorage
 
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 
 

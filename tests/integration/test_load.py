@@ -15,8 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import lake
-from pipeline.storage import Store
+from pipeline.storage import Store, paths
 from schemas.job import Storage
 from tests.command import COMMAND
 from tests.fault_proxy import FaultProxy
@@ -103,7 +102,7 @@ def test_memory_stays_flat_over_a_hundred_thousand_images(tmp_path: Path) -> Non
         warm = max(resident for done, resident in curve if done <= WARM_UP * shards)
         late = max(resident for done, resident in curve if done > WARM_UP * shards)
         assert late <= 1.1 * warm + 50, f"{process}: {curve}"
-    rows = pq.read_table(tmp_path / "out" / lake.TABLE, columns=["image_id", "status", "mask_uri"])
+    rows = pq.read_table(tmp_path / "out" / paths.TABLE, columns=["image_id", "status", "mask_uri"])
     assert (rows.num_rows, len(rows.column("image_id").unique())) == (images, images)
     assert rows.column("status").unique().to_pylist() == ["ok"]
     masks = {Store(str(tmp_path / "out")).uri(info.key) for info in Store(str(tmp_path / "out")).list("masks")}
@@ -112,12 +111,12 @@ def test_memory_stays_flat_over_a_hundred_thousand_images(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_ten_thousand_finished_shards_are_found_by_one_listing(s3: ObjectStorage) -> None:
-    folder = lake.run_key("run", "shards")
+    folder = paths.run_key("run", "shards")
     ids = {f"{number:016x}" for number in range(10_000)}
     plain = Store("s3://lake/load-resume")
     with ThreadPoolExecutor(16) as writers:
-        list(writers.map(lambda shard: plain.write(lake.shard_key(folder, shard), b"a shard"), ids))
+        list(writers.map(lambda shard: plain.write(paths.shard_key(folder, shard), b"a shard"), ids))
     with FaultProxy(s3.endpoint, share=0.0) as proxy:
         store = Store("s3://lake/load-resume", Storage(endpoint_url=proxy.endpoint))
-        assert lake.finished_shards(store, folder) == ids
+        assert paths.finished_shards(store, folder) == ids
         assert proxy.requests == len(ids) // 1000  # pages, and nothing else

@@ -11,17 +11,16 @@ import pytest
 from PIL import Image
 
 from pipeline.alfa import Detector, load_encoder, locate_weights
-from pipeline.garbage import collect_garbage
-from pipeline.publish import publish_night
-from pipeline.scoring import Run, read_shard, score_shard
-from pipeline.storage import AddressError, Store, StoreError
+from pipeline.lake import collect_garbage, publish_night
+from pipeline.scoring import score_shard
+from pipeline.storage import AddressError, Run, Store, StoreError, read_shard
 from schemas.job import Storage
 from tests.command import alfa
+from tests.lake.test_publish import make_run
+from tests.places import DEMO
+from tests.scoring.test_scorer import embed, job_for, shards_of
 from tests.seaweed import ObjectStorage
-from tests.test_publish import make_run
-from tests.test_scoring import embed, job_for, shards_of
 
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 
 

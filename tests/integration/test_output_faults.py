@@ -11,8 +11,7 @@ import pytest
 
 from pipeline.storage import Store, StoreError
 from tests.command import alfa
-
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
+from tests.places import DEMO
 
 Remount = Callable[[str], None]
 

@@ -12,8 +12,8 @@ import pytest
 import ray
 
 from pipeline.engine import ScoringActor, ScoringPool
-from pipeline.scoring import Run, ShardStats
-from pipeline.shards import Shard
+from pipeline.scoring import Shard, ShardStats
+from pipeline.storage import Run
 from schemas.job import parse_job
 
 

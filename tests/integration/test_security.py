@@ -22,9 +22,9 @@ from pipeline.storage import Store
 from schemas.job import parse_job
 from tests.command import alfa
 from tests.llm_server import LLMServer, Reply
+from tests.places import DEMO
 from tests.seaweed import SECRET_KEY, ObjectStorage
 
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 LLM_KEY, HUB_TOKEN, OTHER_SECRET = "sk-planted-0b5e7c", "hf_planted_71aa90", "planted/secret+42ce"
 
 

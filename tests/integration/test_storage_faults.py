@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections import Counter
 from itertools import count
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,9 +13,9 @@ from pipeline.storage import Store, StoreError
 from schemas.job import Storage
 from tests.command import alfa
 from tests.fault_proxy import FAULTS, FaultProxy
+from tests.places import DEMO
 from tests.seaweed import ObjectStorage
 
-DEMO = Path(__file__).parents[2] / "infra" / "demo" / "images"
 NIGHT = "2026-01-02"
 
 

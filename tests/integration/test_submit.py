@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.command import COMMAND, alfa
+from tests.places import ROOT
 from tests.processes import kill_processes
 from tests.ray_head import Head, run_head
 
-ROOT = Path(__file__).parents[2]
 NIGHT = "2026-01-02"
 SECRET = "s3-secret-of-the-submitter"
 

@@ -1,7 +1,8 @@
 import datetime
 
+from pipeline.prompts import compose_ensemble
 from pipeline.prompts.base import ANOMALOUS_STATES, NORMAL_STATES, TEMPLATES
-from pipeline.prompts.compose import compose_ensemble, display_name
+from pipeline.prompts.compose import display_name
 from schemas.prompts import ClassDescription, Defect, PromptEnsemble, PromptSet
 
 

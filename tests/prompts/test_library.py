@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import claims
 from pipeline.prompts import LLMError, PromptLibraryError, compose_ensemble, find, llm, obtain
 from pipeline.prompts.library import recipe, set_key
-from pipeline.storage import Store
+from pipeline.storage import Store, leases
 from schemas.job import Prompts
 from tests.llm_server import LLMServer, chat
 
@@ -60,34 +59,34 @@ def test_eight_callers_and_five_classes_make_five_calls(tmp_path: Path) -> None:
     assert left == sorted(set_key(name, recipe(config(server), name)) for name in CLASSES)
 
 
-def claim_of(store: Store, prompts: Prompts, number: int) -> str:
-    return claims.claim_key(set_key("nut", recipe(prompts, "nut")).removesuffix(".json"), number)
+def lease_of(store: Store, prompts: Prompts, number: int) -> str:
+    return leases.lease_key(set_key("nut", recipe(prompts, "nut")).removesuffix(".json"), number)
 
 
-def plant_claim(store: Store, prompts: Prompts, seconds: float) -> None:
-    claim = {"owner": "somebody who died", "expires_at": time.time() + seconds}
-    store.write(claim_of(store, prompts, 1), json.dumps(claim).encode())
+def plant_lease(store: Store, prompts: Prompts, seconds: float) -> None:
+    lease = {"owner": "somebody who died", "expires_at": time.time() + seconds}
+    store.write(lease_of(store, prompts, 1), json.dumps(lease).encode())
 
 
-def test_the_claim_of_a_dead_holder_is_taken_over_by_one(tmp_path: Path) -> None:
+def test_the_lease_of_a_dead_holder_is_taken_over_by_one(tmp_path: Path) -> None:
     with LLMServer() as server, ThreadPoolExecutor(4) as pool:
-        plant_claim(Store(str(tmp_path)), config(server), -1.0)
+        plant_lease(Store(str(tmp_path)), config(server), -1.0)
         list(pool.map(lambda n: obtain(Store(str(tmp_path)), "nut", config(server), owner=str(n)), range(4)))
     assert server.requests == {"nut": 1}
 
 
-def test_a_living_claim_is_waited_for(tmp_path: Path) -> None:
+def test_a_living_lease_is_waited_for(tmp_path: Path) -> None:
     store, waiting = Store(str(tmp_path)), threading.Event()
     with LLMServer() as server, ThreadPoolExecutor(1) as pool:
-        plant_claim(store, config(server), 600.0)
-        name = claim_of(store, config(server), 1).rpartition(".claim-")[0]
+        plant_lease(store, config(server), 600.0)
+        name = lease_of(store, config(server), 1).rpartition(".claim-")[0]
         done = threading.Event()
 
         def pause(_: float) -> None:
             waiting.set()
             done.wait(30)
 
-        waiter = pool.submit(claims.acquire, store, name, "b", 60.0, done.is_set, pause=pause)
+        waiter = pool.submit(leases.acquire, store, name, "b", 60.0, done.is_set, pause=pause)
         assert waiting.wait(30) and not waiter.done()
         done.set()
         assert waiter.result(30) is None

@@ -14,11 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline import lake
+from pipeline.lake import publish_night
 from pipeline.prompts import compose_ensemble, record_prompts
-from pipeline.publish import publish_night
-from pipeline.scoring import Run
-from pipeline.storage import Store
+from pipeline.storage import Run, Store, paths
 from schemas.job import dump_job_yaml, parse_job
 from schemas.prompts import PromptSet, Usage
 from schemas.tables import SHARD
@@ -104,11 +102,11 @@ def publish(
     run = Run(f"{night}-{'a' * 12}", job, "ViT-test/weights", "0" * 64)
     records = record_prompts(sets, [compose_ensemble(item, lambda _: True) for item in sets])
     prompts = {item.ensemble.class_name: item.ensemble.prompts for item in records.classes}
-    output.write(lake.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
-    output.write(lake.run_key(run.run_id, "prompts.json"), records.model_dump_json().encode())
+    output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    output.write(paths.run_key(run.run_id, "prompts.json"), records.model_dump_json().encode())
     facts = {"scored_by_this_job": len(rows), "images_per_second": 12.5, "demonstration_model": False}
     usage = {"calls": 4, "prompt_tokens": 600, "completion_tokens": 200, "cost_usd": 0.025}
-    output.write(lake.run_key(run.run_id, "stats.json"), json.dumps({**facts, "usage": usage, **stats}).encode())
+    output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({**facts, "usage": usage, **stats}).encode())
     shards = []
     for start in range(0, len(rows), 256):
         shard = f"{start:016x}"
@@ -130,6 +128,6 @@ def publish(
             )
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(part, schema=SHARD), buffer)
-        output.write(lake.shard_key(run.shards, shard), buffer.getvalue())
+        output.write(paths.shard_key(run.shards, shard), buffer.getvalue())
         shards.append(shard)
     return publish_night(run, "m" * 12, run.shards, shards, output, "test")

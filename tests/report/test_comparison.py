@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.report import gather, render
-from pipeline.report.gathering import MOST_CHANGES
+from pipeline.report.loading import MOST_CHANGES
 from pipeline.storage import Store
 from tests.report.nights import NIGHT, failed, publish, scored
 from tests.report.test_report import Page

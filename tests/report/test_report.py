@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jobs.report import report_night, run_report
 from pipeline.report import ReportError, gather, render, write_report
-from pipeline.report.gathering import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
+from pipeline.report.loading import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
 from pipeline.storage import Store
 from tests.report.nights import NIGHT, failed, prompt_set, publish, save_photo, scored
 

@@ -1,6 +1,0 @@
-"""A published night in the formats of annotation and dataset tools; rows stream, no step holds a night."""
-
-from pipeline.exports.rows import ExportError, find_night, read_rows
-from pipeline.exports.writers import FORMATS, ExportCount, export_rows
-
-__all__ = ["FORMATS", "ExportCount", "ExportError", "export_rows", "find_night", "read_rows"]

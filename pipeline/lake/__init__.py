@@ -1,0 +1,31 @@
+"""From finished shards to what readers see: publishing, Iceberg, DDL, exports, garbage collection, run metrics.
+
+In: finished shards, a run's figures. Out: the scores table, commits, exports, OpenLineage and Prometheus records.
+May import: images, storage, schemas.
+"""
+
+from pipeline.lake.ddl import DIALECTS, render_ddl
+from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
+from pipeline.lake.garbage import collect_garbage
+from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
+from pipeline.lake.lineage import run_event
+from pipeline.lake.metrics import exposition
+from pipeline.lake.publish import publish_night, read_commit
+
+__all__ = [
+    "DIALECTS",
+    "FORMATS",
+    "ExportError",
+    "LakeError",
+    "collect_garbage",
+    "export_rows",
+    "exposition",
+    "find_night",
+    "open_catalog",
+    "publish_night",
+    "publish_snapshot",
+    "read_commit",
+    "read_rows",
+    "render_ddl",
+    "run_event",
+]

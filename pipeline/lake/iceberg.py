@@ -1,0 +1,200 @@
+"""The scores table as an Apache Iceberg table: a night is one snapshot, made from the files that its commit names.
+
+Data files are written first, then one snapshot drops the night's old files and takes in the new ones: readers see all
+of the old night or all of the new one, of all classes at once. What a killed process leaves are data files that no
+snapshot refers to; Iceberg's own maintenance (remove_orphan_files) removes them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import io
+import logging
+import uuid
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.lake.publish import read_commit
+from pipeline.storage import Store, leases, open_store, paths, redact
+from schemas.job import JobConfig
+from schemas.tables import SCORES
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 5
+"""Writers of other nights commit to the same table; who is overtaken begins again from the table as it is then."""
+
+_PARTITIONS = ("run_date", "class_name")
+
+SCHEMA = pa.schema(
+    [
+        *SCORES,
+        pa.field("run_date", pa.date32(), nullable=False, metadata={"doc": "the night"}),
+        pa.field("class_name", pa.string(), nullable=False, metadata={"doc": "class of the part"}),
+    ]
+)
+"""An Iceberg data file holds its partition columns too."""
+
+
+class LakeError(ValueError):
+    """The job's lake part cannot be used; the message says what to set."""
+
+
+class CatalogError(OSError):
+    """The catalog does not take the night; the Parquet commit stands, and the same job again goes on from it."""
+
+
+def open_catalog(job: JobConfig) -> Catalog:
+    """The catalog of job.lake: a named one of pyiceberg's configuration, else SQLite beside a local output.
+
+    Raises LakeError where there is none, or OSError where it does not answer.
+    """
+    try:
+        from pyiceberg.catalog import load_catalog
+    except ImportError as error:
+        raise LakeError(
+            f"lake.format iceberg needs pyiceberg ({error}); pip install 'alfa-pipeline[iceberg]'"
+        ) from None
+    name, output = job.lake.catalog, open_store(job.output.uri, job.storage)
+    if name is None:
+        if not output.is_local:
+            raise LakeError(
+                f"lake.catalog is required for {output.uri('')}: the embedded catalog, a SQLite file, wants a local "
+                f"output. Name a catalog and set PYICEBERG_CATALOG__<NAME>__URI and its kin, or ~/.pyiceberg.yaml"
+            )
+        output.write(
+            "iceberg/README", b"An Apache Iceberg warehouse; catalog.db is its catalog (pyiceberg, type sql).\n"
+        )
+        folder = output.uri("iceberg")
+        return load_catalog("alfa", type="sql", uri=f"sqlite:///{folder}/catalog.db", warehouse=f"file://{folder}")
+    try:
+        return load_catalog(name)
+    except OSError:
+        raise
+    except Exception as error:
+        raise LakeError(
+            f"the Iceberg catalog {name!r} cannot be opened: {redact(str(error))}; set "
+            f"PYICEBERG_CATALOG__{name.upper()}__URI and its kin in the environment, or ~/.pyiceberg.yaml"
+        ) from error
+
+
+def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
+    """Makes the table's night what the commit of job.run_date says. Where it is so already, changes nothing.
+
+    owner: for the lease on the night, which keeps the commit from being replaced meanwhile. Raises LakeError,
+    CatalogError, or LeaseLostError.
+    """
+    from pyiceberg.exceptions import CommitFailedException, ValidationException
+
+    catalog = open_catalog(job)
+    lease = leases.acquire(output, paths.night_lease(job.run_date), owner, job.engine.lease_s)
+    assert lease is not None  # it is never done without us
+    with lease.held(job.engine.lease_s):
+        commit = read_commit(output, job.run_date)
+        if commit is None:
+            raise LakeError(f"night {job.run_date} has no commit at {output.uri('')}")
+        try:
+            table = _open_table(catalog, job.lake.table)
+            facts = _facts(commit)
+            if _is_published(table, facts):
+                return
+            files = [_write_file(table, entry, job.run_date, output) for entry in commit["files"]]
+            for attempt in range(1, _ATTEMPTS + 1):
+                lease.check()
+                try:
+                    _commit(table, files, job.run_date, facts)
+                    break
+                except (CommitFailedException, ValidationException):
+                    if attempt == _ATTEMPTS:
+                        raise
+                    table.refresh()
+        except (LakeError, OSError, leases.LeaseLostError):
+            raise
+        except Exception as error:  # catalogs and their drivers have no common base of errors
+            raise CatalogError(
+                f"the Iceberg table {job.lake.table} did not take night {job.run_date}: "
+                f"{type(error).__name__}: {redact(str(error))}"
+            ) from error
+    logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
+
+
+def _open_table(catalog: Catalog, name: str) -> Table:
+    """The table, made where there is none, with a column for each field of SCHEMA: columns are only ever added."""
+    from pyiceberg.exceptions import NoSuchTableError, TableAlreadyExistsError
+    from pyiceberg.transforms import IdentityTransform
+
+    try:
+        table = catalog.load_table(name)
+    except NoSuchTableError:
+        catalog.create_namespace_if_not_exists(name.rpartition(".")[0])
+        try:
+            with catalog.create_table_transaction(name, SCHEMA) as change, change.update_spec() as spec:
+                for column in _PARTITIONS:
+                    spec.add_field(column, IdentityTransform(), column)
+        except TableAlreadyExistsError:  # another night's driver was first
+            pass
+        table = catalog.load_table(name)
+    names = {table.schema().find_column_name(field.source_id): field.transform for field in table.spec().fields}
+    if not isinstance(names.get("run_date"), IdentityTransform):
+        raise LakeError(f"lake.table {name} exists, but is not partitioned by run_date; name another table")
+    if missing := set(SCHEMA.names) - set(table.schema().as_arrow().names):
+        logger.info("the Iceberg table %s gets new columns: %s", name, ", ".join(sorted(missing)))
+        with table.update_schema() as schema:
+            schema.union_by_name(SCHEMA)
+    return table
+
+
+def _facts(commit: Mapping[str, Any]) -> dict[str, str]:
+    digest = hashlib.sha256("\n".join(entry["sha256"] for entry in commit["files"]).encode()).hexdigest()
+    return {
+        "alfa.run_date": commit["run_date"],
+        "alfa.run_id": commit["run_id"],
+        "alfa.manifest": commit["manifest"],
+        "alfa.files": digest,
+    }
+
+
+def _is_published(table: Table, facts: Mapping[str, str]) -> bool:
+    """Whether the last snapshot of the night, among those that the current one stems from, has these facts."""
+    from pyiceberg.table.snapshots import ancestors_of
+
+    for snapshot in ancestors_of(table.current_snapshot(), table.metadata):
+        said = {} if snapshot.summary is None else snapshot.summary.additional_properties
+        if said.get("alfa.run_date") == facts["alfa.run_date"]:
+            return all(said.get(key) == value for key, value in facts.items())
+    return False
+
+
+def _write_file(table: Table, entry: Mapping[str, Any], run_date: datetime.date, output: Store) -> str:
+    """Writes a class's rows with the table's columns and their ids; returns where."""
+    rows = pq.read_table(io.BytesIO(output.read(entry["key"])))
+    rows = rows.append_column("run_date", pa.repeat(pa.scalar(run_date, pa.date32()), rows.num_rows))
+    rows = rows.append_column("class_name", pa.repeat(entry["class_name"], rows.num_rows))
+    schema = table.schema().as_arrow()
+    columns = [
+        rows.column(field.name).cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
+        for field in schema
+    ]
+    path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet")
+    with table.io.new_output(path).create() as file:
+        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", row_group_size=65_536)
+    return path
+
+
+def _commit(table: Table, paths: list[str], run_date: datetime.date, facts: Mapping[str, str]) -> None:
+    from pyiceberg.io.pyarrow import parquet_files_to_data_files
+
+    old = [task.file for task in table.scan(row_filter=f"run_date = '{run_date}'").plan_files()]
+    with table.transaction() as change, change.update_snapshot(dict(facts)).overwrite() as snapshot:
+        for file in old:
+            snapshot.delete_data_file(file)
+        for file in parquet_files_to_data_files(table.io, table.metadata, iter(paths)):
+            snapshot.append_data_file(file)

@@ -1,0 +1,78 @@
+"""The facts of a run as an OpenLineage RunEvent (spec 2-0-2), to be posted to any catalog that understands it."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline.storage import paths
+
+_SPEC = "https://openlineage.io/spec"
+_EVENTS = {"running": "RUNNING", "done": "COMPLETE", "failed": "FAIL", "interrupted": "ABORT"}
+
+
+def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | None = None) -> dict[str, Any]:
+    """The event of a run's state. stats: see jobs.progress; source, output: addresses of the images and of the lake.
+
+    The run's UUID follows from the lake's address and the run_id, so that all events of a run, also of its resumptions,
+    belong together. error: what stopped the run.
+    """
+    counts = {name: stats[name] for name in ("errors", "anomalies", "scored_by_this_job", "images_per_second")}
+    facets = {
+        "nominalTime": _facet(
+            "facets/1-0-1/NominalTimeRunFacet.json#/$defs/NominalTimeRunFacet",
+            nominalStartTime=f"{stats['run_date']}T00:00:00Z",
+        ),
+        "alfa": _facet("2-0-2/OpenLineage.json#/$defs/RunFacet", runId=stats["run_id"], model=stats["model"], **counts),
+    }
+    if error is not None:
+        facets["errorMessage"] = _facet(
+            "facets/1-0-0/ErrorMessageRunFacet.json#/$defs/ErrorMessageRunFacet",
+            message=error,
+            programmingLanguage="PYTHON",
+        )
+    table: dict[str, Any] = _dataset(f"{output}/{paths.TABLE}")
+    if "rows" in stats:
+        statistics = _facet(
+            "facets/1-0-2/OutputStatisticsOutputDatasetFacet.json#/$defs/OutputStatisticsOutputDatasetFacet",
+            rowCount=stats["rows"],
+        )
+        table["outputFacets"] = {"outputStatistics": statistics}
+    job_type = _facet(
+        "facets/2-0-3/JobTypeJobFacet.json#/$defs/JobTypeJobFacet",
+        processingType="BATCH",
+        integration="ALFA",
+        jobType="JOB",
+    )
+    return {
+        "eventType": _EVENTS[stats["state"]],
+        "eventTime": stats["updated_at"],
+        "producer": _producer(),
+        "schemaURL": f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent",
+        "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{output}#{stats['run_id']}")), "facets": facets},
+        "job": {"namespace": output, "name": "alfa.score", "facets": {"jobType": job_type}},
+        "inputs": [_dataset(source)],
+        "outputs": [table],
+    }
+
+
+def _dataset(address: str) -> dict[str, Any]:
+    """Named as OpenLineage names datasets: s3://bucket and the key below it; file and the absolute path."""
+    parts = urlsplit(address)
+    if not parts.scheme:
+        return {"namespace": "file", "name": address}
+    return {"namespace": f"{parts.scheme}://{parts.netloc}", "name": parts.path.strip("/") or "/"}
+
+
+def _facet(schema: str, **values: Any) -> dict[str, Any]:
+    return {"_producer": _producer(), "_schemaURL": f"{_SPEC}/{schema}", **values}
+
+
+def _producer() -> str:
+    try:
+        return f"pkg:pypi/alfa-pipeline@{version('alfa-pipeline')}"
+    except PackageNotFoundError:  # code that was uploaded, not installed
+        return "pkg:pypi/alfa-pipeline"

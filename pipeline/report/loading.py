@@ -1,0 +1,304 @@
+"""A night's commit, tables and run folder -> Report. Memory is that of the largest class, and of what is shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from pipeline.report import drift
+from pipeline.report.model import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
+from pipeline.report.photos import Photos
+from pipeline.storage import Run, Store, open_store, paths, read_shard, redact
+from schemas.job import JobConfig, parse_job, read_job_yaml
+from schemas.prompts import RunPrompts, UsedPrompts
+from schemas.text import one_line
+
+MOST_IMAGES = 10_000
+"""Lines of the list."""
+MOST_FAILURES = 500
+"""Errors that are listed; all are counted."""
+MOST_EXHIBITS = 200
+"""Images of the gallery."""
+MOST_PATCHES = 64
+"""Rows and columns of a map in the page; larger ones are shown coarser, their peaks kept."""
+MOST_CHANGES = 50
+"""Images with another verdict than the night before; all are counted."""
+
+logger = logging.getLogger(__name__)
+
+_THREADS = 8
+_LONGEST_KEY = 240
+
+Row = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message says what was looked for."""
+
+
+def gather(output: Store, commit: Mapping[str, Any]) -> Report:
+    """Reads all that a report shows of a published night.
+
+    Raises ReportError where the run's folder lacks its job. Photos and shards that are gone leave gaps that are named.
+    """
+    run_id = commit["run_id"]
+    job = _read_job(output, run_id)
+    entries = commit["files"]
+    counts = [entry["rows"] - sum(entry["errors"].values()) for entry in entries]
+    wanted = zip(
+        entries,
+        fair_shares(counts, MOST_IMAGES),
+        fair_shares(counts, MOST_EXHIBITS),
+        fair_shares([sum(entry["errors"].values()) for entry in entries], MOST_FAILURES),
+        strict=True,
+    )
+    parts = [_read_class(output, *part) for part in wanted]
+    rows = [row for part in parts for row in part.rows]
+    failed = [row for part in parts for row in part.failures]
+    shown = _by_rank([part.rows[: part.exhibits] for part in parts])
+    root = _common_root([row["image_uri"] for row in [*rows, *failed]])
+    errors: Counter[str] = Counter()
+    for entry in entries:
+        errors.update(entry["errors"])
+    first = next(iter([*rows, *failed]), {"model": "", "weights_sha256": ""})
+    return Report(
+        job=job,
+        commit=commit,
+        stats=_read_stats(output, run_id),
+        classes=[part.facts for part in parts],
+        errors=errors,
+        images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
+        failures=[_listed(row, root) for row in failed],
+        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output),
+        comparison=_compare(output, commit["run_date"], root, shown),
+        prompts=_read_prompts(output, run_id),
+        model=first["model"],
+        weights_sha256=first["weights_sha256"],
+        root=root,
+    )
+
+
+def fair_shares(sizes: Sequence[int], total: int) -> list[int]:
+    """How many of each group to take, `total` at most: as equal as can be; what small groups leave goes to others."""
+    shares = [0] * len(sizes)
+    left = total
+    for rank, group in enumerate(sorted(range(len(sizes)), key=lambda place: sizes[place])):
+        shares[group] = min(sizes[group], left // (len(sizes) - rank))
+        left -= shares[group]
+    return shares
+
+
+def shrink_map(values: Sequence[float], width: int) -> NDArray[np.float32]:
+    """A map [gh, gw], given row by row. That of a photo in tiles is made coarser, its peaks kept, so that a page can
+    hold the maps of all its images."""
+    grid = np.asarray(values, np.float32).reshape(-1, width)
+    step = -(-max(grid.shape) // MOST_PATCHES)
+    if step == 1:
+        return grid
+    rows, columns = (-(-side // step) for side in grid.shape)
+    padded = np.full((rows * step, columns * step), -np.inf, dtype=np.float32)
+    padded[: grid.shape[0], : grid.shape[1]] = grid
+    peaks: NDArray[np.float32] = padded.reshape(rows, step, columns, step).max(axis=(1, 3))
+    return peaks
+
+
+@dataclass(frozen=True)
+class _ClassPart:
+    facts: ClassFacts
+    rows: list[Row]
+    failures: list[Row]
+    exhibits: int
+
+
+def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: int, failures: int) -> _ClassPart:
+    """The most anomalous rows of a class, and its counts."""
+    name = entry["class_name"]
+    # The bytes of the key are read, not a path of a data set: pyarrow would add columns that a path seems to hold.
+    table = pq.read_table(io.BytesIO(output.read(entry["key"]))).sort_by(
+        [("score", "descending"), ("image_uri", "ascending")]
+    )
+    good = table.filter(pc.equal(table.column("status"), "ok"))
+    bad = table.filter(pc.equal(table.column("status"), "error"))
+    rows = [{**row, "class_name": name} for row in good.slice(0, images).to_pylist()]
+    facts = ClassFacts(
+        name=name,
+        images=entry["rows"],
+        anomalous=entry["anomalies"],
+        errors=bad.num_rows,
+        threshold=rows[0]["threshold"] if rows else None,
+        scores=good.column("score").to_numpy().astype(np.float32),
+    )
+    return _ClassPart(
+        facts, rows, [{**row, "class_name": name} for row in bad.slice(0, failures).to_pylist()], exhibits
+    )
+
+
+def _by_rank(groups: Iterable[Sequence[Row]], score: str = "score") -> list[Row]:
+    """Rows of all classes: first each class's most anomalous, then each one's second, ...; raw scores of different
+    classes have no common scale."""
+    ranked = [(rank, -row[score], row["class_name"], row) for group in groups for rank, row in enumerate(group)]
+    return [row for *_, row in sorted(ranked, key=lambda item: item[:3])]
+
+
+def _listed(row: Row, root: str) -> ListedImage:
+    regions = row["regions"] or []
+    return ListedImage(
+        image_id=row["image_id"],
+        class_name=row["class_name"],
+        key=_clip(row["image_uri"][len(root) :]),
+        score=row["score"],
+        is_anomalous=bool(row["is_anomalous"]),
+        defect=one_line(regions[0]["defect"] or "") or None if regions else None,
+        error_type=row["error_type"],
+        error_message=None if row["error_message"] is None else _clip(row["error_message"], 2 * _LONGEST_KEY),
+    )
+
+
+def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: Store) -> list[Exhibit]:
+    photos = Photos(open_store(job.dataset.images, job.storage), job.dataset.max_pixels)
+    page = posixpath.dirname(paths.report_key(run.run_id))
+    with ThreadPoolExecutor(_THREADS, "report") as pool:
+        pictures = pool.map(lambda row: photos.thumbnail(row["image_uri"]), rows)
+        details = _read_details(rows, run, output, pool)
+        exhibits = []
+        for row, (photo, fault) in zip(rows, pictures, strict=True):
+            found = details.get(row["image_id"], {})
+            grid = found.get("grid")
+            key = output.key_of(row["mask_uri"]) if row["mask_uri"] else None
+            exhibits.append(
+                Exhibit(
+                    image=_listed(row, root),
+                    uri=_clip(row["image_uri"], 4 * _LONGEST_KEY),
+                    mask_link=None if key is None else quote(posixpath.relpath(key, page)),
+                    regions=[{**region, "defect": one_line(region["defect"] or "")} for region in row["regions"] or []],
+                    explanation=row["explanation"] or [],
+                    photo=photo,
+                    photo_fault=fault,
+                    grid=None if grid is None else shrink_map(grid, found["grid_width"]),
+                    kept=found.get("prompts_kept"),
+                    **{name: row[name] for name in _COPIED},
+                )
+            )
+    return exhibits
+
+
+_COPIED = ("width", "height", "score_global", "score_local", "threshold", "mask_threshold", "mask_area")
+_DETAILS = ("image_id", "grid", "grid_width", "prompts_kept")
+
+
+def _read_details(rows: Sequence[Row], run: Run, output: Store, pool: ThreadPoolExecutor) -> dict[str, Row]:
+    """What only the shards hold of the rows, by image id; nothing of shards that are gone."""
+    wanted: dict[str, list[str]] = {}
+    for row in rows:
+        wanted.setdefault(row["shard_id"], []).append(row["image_id"])
+
+    def read(shard_id: str) -> list[Row]:
+        try:
+            table = read_shard(output, run.shards, shard_id)
+        except FileNotFoundError:
+            return []
+        # A shard of an older version has fewer columns.
+        columns = [name for name in _DETAILS if name in table.column_names]
+        chosen = pc.is_in(table.column("image_id"), value_set=pa.array(wanted[shard_id]))
+        found: list[Row] = table.select(columns).filter(chosen).to_pylist()
+        return found
+
+    return {row["image_id"]: row for found in pool.map(read, wanted) for row in found}
+
+
+def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comparison:
+    """Beside the night before. Whoever removed an older night by hand loses what it would have said, not the report."""
+    known = Comparison()
+    try:
+        published = [one for one in drift.published_nights(output) if one <= night]
+        before = next((one for one in reversed(published) if one < night), None)
+        if before is None:
+            return known
+        known = Comparison(before)
+        known = replace(known, trend=drift.read_trend(output, published[-drift.TREND_NIGHTS :]))
+        pairs = drift.read_classes(output, before, night)
+        parts = [(drift.drift(*pair), drift.changed_images(*pair)) for pair in pairs]
+    except (OSError, ValueError, KeyError) as error:
+        fault = redact(f"{type(error).__name__}: {error}")
+        logger.warning("the report of night %s lacks a comparison with earlier nights (%s)", night, fault)
+        return replace(known, fault=_clip(fault, 2 * _LONGEST_KEY))
+    changes = [table for _, table in parts]
+    counted = Counter(change for table in changes for change in table.column("change").to_pylist())
+    places = {(row["class_name"], row["image_uri"]): place for place, row in enumerate(shown)}
+    return replace(
+        known,
+        classes=[drift for drifts, _ in parts for drift in drifts],
+        counts={change: counted[change] for change in drift.CHANGES},
+        images=[
+            ChangedImage(
+                class_name=row["class_name"],
+                key=_clip(row["image_uri"].removeprefix(root)),
+                change=row["change"],
+                score_before=row["score_before"],
+                score_after=row["score_after"],
+                exhibit=places.get((row["class_name"], row["image_uri"])),
+            )
+            for row in _choose_changes(changes)
+        ],
+    )
+
+
+def _choose_changes(tables: Sequence[pa.Table]) -> list[Row]:
+    """What is newly anomalous first, then what is normal again; in both, classes in equal shares."""
+    chosen: list[Row] = []
+    resolved = [pc.equal(table.column("change"), "resolved") for table in tables]
+    for masks in ([pc.invert(mask) for mask in resolved], resolved):
+        groups = [table.filter(mask).slice(0, MOST_CHANGES) for table, mask in zip(tables, masks, strict=True)]
+        shares = fair_shares([group.num_rows for group in groups], MOST_CHANGES - len(chosen))
+        rows = [group.slice(0, share).to_pylist() for group, share in zip(groups, shares, strict=True)]
+        chosen += _by_rank(rows, "score_after")
+    return chosen
+
+
+def _read_job(output: Store, run_id: str) -> JobConfig:
+    key = paths.run_key(run_id, "job.yaml")
+    try:
+        return parse_job(read_job_yaml(output.read(key).decode()))
+    except FileNotFoundError:
+        raise ReportError(f"{output.uri(key)} is not there: the folder of run {run_id} was removed or moved") from None
+
+
+def _read_stats(output: Store, run_id: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(output.read(paths.run_key(run_id, "stats.json"))))
+    except FileNotFoundError:
+        return {}
+
+
+def _read_prompts(output: Store, run_id: str) -> Sequence[UsedPrompts]:
+    """Runs of older versions have no record of their prompts."""
+    try:
+        return RunPrompts.model_validate_json(output.read(paths.run_key(run_id, "prompts.json"))).classes
+    except FileNotFoundError:
+        return ()
+
+
+def _common_root(uris: list[str]) -> str:
+    """The folder that all addresses share, with its slash; each keeps at least its name."""
+    prefix = posixpath.commonprefix(uris)
+    return prefix[: prefix.rfind("/") + 1]
+
+
+def _clip(text: str, most: int = _LONGEST_KEY) -> str:
+    """On one line and of bounded length; what is left out is left out of the middle."""
+    text = one_line(text)
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

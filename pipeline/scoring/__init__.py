@@ -1,0 +1,50 @@
+"""From a manifest to scored rows: shards, batches, masks, references and thresholds of a run.
+
+In: manifest, run, detector, prompts. Out: one Parquet file a shard, which is its commit record.
+May import: alfa, prompts, images, storage, tiling, schemas.
+"""
+
+from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
+from pipeline.scoring.references import build_memory, choose_references, describe_choice, make_memory
+from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
+from pipeline.scoring.shards import HASHED, Manifest, Shard, cut_shards, identify_shards, write_manifest
+from pipeline.scoring.thresholds import (
+    ThresholdError,
+    Thresholds,
+    fixed_thresholds,
+    parse_table,
+    quantile_thresholds,
+    reference_thresholds,
+    require_two,
+    select_thresholds,
+)
+
+__all__ = [
+    "HASHED",
+    "Manifest",
+    "Shard",
+    "ShardStats",
+    "ThresholdError",
+    "Thresholds",
+    "batch_size",
+    "batches",
+    "build_memory",
+    "choose_references",
+    "cut_shards",
+    "describe_choice",
+    "detect",
+    "fixed_thresholds",
+    "identify_shards",
+    "image_decoder",
+    "make_memory",
+    "mask_shard",
+    "parse_table",
+    "quantile_thresholds",
+    "read_image",
+    "reference_thresholds",
+    "require_two",
+    "score_shard",
+    "select_thresholds",
+    "to_tensor",
+    "write_manifest",
+]

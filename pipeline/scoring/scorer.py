@@ -1,0 +1,269 @@
+"""score_shard: read, decode, detect, write masks, write the shard's Parquet, which is its commit record.
+
+Threads read and decode ahead of the model and write masks behind it, so that the model, which has a thread of its own,
+does not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
+from pipeline.images import (
+    FILE_BYTES,
+    PIXELS,
+    Decoded,
+    ImageError,
+    encode_empty_mask,
+    encode_map,
+    encode_mask,
+    find_regions,
+    upsample,
+)
+from pipeline.scoring.batches import batch_size, batches, image_decoder, read_image, start
+from pipeline.scoring.shards import Shard
+from pipeline.scoring.thresholds import Thresholds, fixed_thresholds
+from pipeline.storage import Run, Store, map_ahead, paths, read_shard, redact
+from schemas.tables import SHARD, ErrorType
+
+Row = dict[str, Any]
+_Batch = list[tuple[Row, Decoded | ImageError]]
+
+_Context = contextlib.AbstractContextManager[Any]
+_ALONE = contextlib.nullcontext()
+
+_MOST_BYTES_A_PIXEL = 8
+"""RGBA of 16 bits, not compressed."""
+_MOST_METADATA = 16_000_000
+
+
+@dataclass(frozen=True)
+class ShardStats:
+    """What became of a shard's images."""
+
+    shard_id: str
+    images: int
+    errors: Mapping[str, int] = field(default_factory=dict)
+    anomalies: Mapping[str, int] = field(default_factory=dict)
+
+
+def score_shard(
+    shard: Shard,
+    run: Run,
+    detector: Detector,
+    prompts: Mapping[str, PromptEmbeddings],
+    source: Store,
+    output: Store,
+    threads: int,
+    *,
+    turn: _Context = _ALONE,
+    guard: _Context = _ALONE,
+    isolate: bool = False,
+) -> ShardStats:
+    """Scores every image of a shard; a bad image becomes a row with status error.
+
+    prompts: for each class of the shard. turn: a lock of the model, held from the first batch to the last: of shards
+    that are scored side by side one has the model, while another reads ahead or writes its last masks. guard: entered
+    around each decoding. isolate: decode each image in a process of its own instead, after a worker has died over this
+    shard: an image that kills its decoder then costs its own row alone. Where the thresholds follow from the run's
+    scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where a store
+    is out of use.
+    """
+    job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
+    thresholds = fixed_thresholds(job)
+    largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
+
+    def decode(data: bytes) -> Decoded:
+        with _ALONE if isolate else guard:
+            return decoder(data)
+
+    def read(image: Row) -> tuple[Row, Decoded | ImageError]:
+        size = image["size"] or 0
+        if size > largest_file:
+            message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can take"
+            return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
+        with FILE_BYTES.hold(size):
+            return image, read_image(image["uri"], source, decode)
+
+    def start_batch(batch: _Batch) -> tuple[_Batch, Pending]:
+        good = [(image["class_name"], item) for image, item in batch if isinstance(item, Decoded)]
+        known = [prompts[class_name] for class_name, _ in good]
+        return batch, start(detector, [item for _, item in good], known, job)
+
+    def finish(row: Row) -> Row:
+        return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
+
+    def mask(row: Row, thresholds: Thresholds) -> Row:
+        return write_mask(row, thresholds, run.version, run, output)
+
+    images = (row for batch in shard.images.to_batches(max_chunksize=job.model.batch_size) for row in batch.to_pylist())
+    read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
+    size = batch_size(job)
+    with (
+        ThreadPoolExecutor(read_threads, "read") as readers,
+        ThreadPoolExecutor(1, "model") as model,
+        ThreadPoolExecutor(threads, "write") as writers,
+    ):
+        decoded = batches(map_ahead(readers, read, images, ahead=2 * size), size)
+        with contextlib.closing(_take_turn(turn, model, decoded)) as ours:
+            scored = (
+                row
+                for batch, detections in map_ahead(model, start_batch, ours, ahead=2)
+                for row in _new_rows(batch, detections(), shard.shard_id, run, prompts)
+            )
+            rows = list(map_ahead(writers, finish, scored, ahead=2 * size))
+    return _commit(rows, run.shards, shard.shard_id, output)
+
+
+def mask_shard(
+    shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
+) -> ShardStats:
+    """The second pass over a scored shard, for thresholds that follow from the run's scores: writes its masks, and its
+    rows with them below paths.masked_shards(run_id, digest). digest: of the thresholds; it names the masks too."""
+    version = paths.mask_version(run.run_id, digest)
+
+    def finish(row: Row) -> Row:
+        if row["status"] == "error":
+            return row
+        return write_mask(row, thresholds[row["class_name"]], version, run, output)
+
+    rows = read_shard(output, run.shards, shard_id).to_pylist()
+    with ThreadPoolExecutor(threads, "write") as writers:
+        finished = list(map_ahead(writers, finish, rows, ahead=2 * threads))
+    return _commit(finished, paths.masked_shards(run.run_id, digest), shard_id, output)
+
+
+def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output: Store) -> Row:
+    """Writes the mask (and the map, if asked for) of a scored row; the row with all that follows from thresholds.
+
+    version: see paths.mask_key.
+    """
+    night, class_name, image_key = run.job.run_date, row["class_name"], row["image_key"]
+    width, height = row["width"], row["height"]
+    grid = np.asarray(row["grid"], dtype=np.float32).reshape(-1, row["grid_width"])
+    names = row["defect_names"]
+    defect_width = row["defect_grid_width"] or row["grid_width"]
+    defect_grid = np.asarray(row["defect_grid"], dtype=np.float32)
+    defect_grid = defect_grid.reshape(len(names), defect_grid.size // (max(1, len(names)) * defect_width), defect_width)
+    map_png = None
+    with PIXELS.hold(width * height):
+        if run.job.output.maps or (grid >= thresholds.mask).any():
+            anomaly_map = upsample(grid, width, height, None if run.job.output.maps else thresholds.mask)
+            mask = anomaly_map >= thresholds.mask
+            area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
+            if run.job.output.maps:
+                map_png = encode_map(anomaly_map)
+            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
+            del anomaly_map, mask
+        else:  # between patches the map is never above them
+            area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
+    mask_key = paths.mask_key(night, version, class_name, image_key)
+    output.write(mask_key, mask_png)
+    map_key = paths.map_key(night, version, class_name, image_key) if map_png is not None else None
+    if map_key is not None and map_png is not None:
+        output.write(map_key, map_png)
+    return {
+        **row,
+        "threshold": thresholds.score,
+        "mask_threshold": thresholds.mask,
+        "threshold_source": run.job.threshold.source,
+        "is_anomalous": row["score"] >= thresholds.score,
+        "mask_uri": output.uri(mask_key),
+        "map_uri": None if map_key is None else output.uri(map_key),
+        "mask_area": area,
+        "regions": regions,
+    }
+
+
+def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Batch]) -> Generator[_Batch, None, None]:
+    """The batches; the first is decoded, and others on their way, before it is our turn. That ends when the model's
+    thread has come to the end of them: a GPU still has the last one then, and gets the next shard's first."""
+    first = list(itertools.islice(decoded, 1))
+    with turn:
+        yield from itertools.chain(first, decoded)
+        model.submit(lambda: None).result()
+
+
+def _new_rows(
+    batch: _Batch, detections: Sequence[Detection], shard_id: str, run: Run, prompts: Mapping[str, PromptEmbeddings]
+) -> Iterator[Row]:
+    """detections: of the batch's images that could be decoded, in their order."""
+    waiting = iter(detections)
+    for image, item in batch:
+        row = _new_row(image, shard_id, run, prompts[image["class_name"]])
+        if isinstance(item, ImageError):
+            yield {**row, **_failure(item)}
+            continue
+        detection = next(waiting)
+        row |= {"width": item.source_width, "height": item.source_height}
+        if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
+            message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
+            yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
+            continue
+        yield {**row, **_outcome(detection, prompts[image["class_name"]])}
+
+
+def _new_row(image: Row, shard_id: str, run: Run, prompts: PromptEmbeddings) -> Row:
+    return {
+        "class_name": image["class_name"],
+        "image_key": image["key"],
+        "image_id": image["image_id"],
+        "image_uri": image["uri"],
+        "image_etag": image["etag"],
+        "run_id": run.run_id,
+        "shard_id": shard_id,
+        "prompt_source": prompts.ensemble.source,
+        "prompt_fingerprint": prompts.ensemble.fingerprint,
+        "model": run.model,
+        "weights_sha256": run.weights_sha256,
+        "scored_at": datetime.now(timezone.utc),
+    }
+
+
+def _failure(error: ImageError) -> Row:
+    return {"status": "error", "error_type": error.error_type.value, "error_message": redact(error.message)}
+
+
+def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
+    return {
+        "status": "ok",
+        "score": detection.score,
+        "score_global": detection.score_global,
+        "score_local": detection.score_local,
+        "score_reference": detection.score_reference,
+        "shots": detection.shots,
+        "map_peak": detection.grid.max(),
+        "explanation": [vars(evidence) for evidence in detection.explanation],
+        "prompts_kept_normal": detection.kept_normal,
+        "prompts_kept_anomalous": detection.kept_anomalous,
+        "prompts_kept": detection.kept,
+        "grid": detection.grid.ravel(),
+        "grid_width": detection.grid.shape[1],
+        "defect_names": list(prompts.defects),
+        "defect_grid": detection.defect_grid.ravel(),
+        "defect_grid_width": detection.defect_grid.shape[2],
+    }
+
+
+def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> ShardStats:
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer, compression="zstd")
+    output.write(paths.shard_key(folder, shard_id), buffer.getvalue())
+    return ShardStats(
+        shard_id,
+        len(rows),
+        errors=Counter(row["error_type"] for row in rows if row["status"] == "error"),
+        anomalies=Counter(row["class_name"] for row in rows if row.get("is_anomalous")),
+    )

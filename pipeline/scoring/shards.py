@@ -1,0 +1,120 @@
+"""Listing -> manifest -> content-addressed shards, streamed: no step holds all images."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.storage import map_ahead
+from schemas.tables import MANIFEST
+
+HASHED = ("image_id", "class_name")
+"""Columns of the manifest that ids of shards are made of."""
+
+_REPEATED = ["class_name", "label"]
+"""Columns that gain from a dictionary; in the others every row has a value of its own."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The images of a run, in a local Parquet file in MANIFEST's schema.
+
+    digest: 12 hex digits over ids and classes of all rows in order: equal digests mean equal work.
+    """
+
+    path: Path
+    digest: str
+    classes: Mapping[str, int]
+
+    @property
+    def images(self) -> int:
+        """Number of rows."""
+        return sum(self.classes.values())
+
+    def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows, or some of their columns, streamed from disk in their order."""
+        with pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(columns=columns)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work: some hundred rows of the manifest. The id hashes what they are (16 hex digits)."""
+
+    shard_id: str
+    images: pa.Table
+
+
+def write_manifest(batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
+    """Writes listed images to a Parquet file in a local folder; memory stays that of one batch."""
+    digest = hashlib.blake2b(digest_size=6)
+    classes: Counter[str] = Counter()
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".parquet", delete=False) as file:
+        path = Path(file.name)
+
+    def write(batch: pa.RecordBatch) -> None:
+        writer.write_batch(batch)
+        digest.update(_hashed(batch)[0])
+        for entry in pc.value_counts(batch.column("class_name")).to_pylist():
+            classes[entry["values"]] += entry["counts"]
+
+    with (
+        pq.ParquetWriter(path, MANIFEST, compression="zstd", use_dictionary=_REPEATED) as writer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        deque(map_ahead(pool, write, batches, ahead=2), maxlen=0)
+    return Manifest(path, digest.hexdigest(), dict(sorted(classes.items())))
+
+
+def identify_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[str]:
+    """The ids of the shards that cut_shards makes of the same rows; of their columns, HASHED will do."""
+    return (shard_id for shard_id, _ in _cut(batches, size))
+
+
+def cut_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Shard]:
+    """Consecutive shards of `size` images; the last may be smaller. The same images give the same ids."""
+    for shard_id, pieces in _cut(batches, size):
+        table = pa.Table.from_batches(pieces)
+        # take copies: a slice would travel to the actor with its whole parent batch.
+        yield Shard(shard_id, table.take(np.arange(table.num_rows)))
+
+
+def _cut(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[str, list[pa.RecordBatch]]]:
+    """Each shard's id, and the slices of batches that it consists of."""
+    digest, pieces, left = hashlib.blake2b(digest_size=8), [], size
+    for batch in batches:
+        data, offsets = _hashed(batch)
+        first = 0
+        while first < batch.num_rows:
+            last = min(first + left, batch.num_rows)
+            digest.update(data[offsets[first] : offsets[last]])
+            pieces.append(batch.slice(first, last - first))
+            left -= last - first
+            first = last
+            if not left:
+                yield digest.hexdigest(), pieces
+                digest, pieces, left = hashlib.blake2b(digest_size=8), [], size
+    if pieces:
+        yield digest.hexdigest(), pieces
+
+
+def _hashed(batch: pa.RecordBatch) -> tuple[memoryview, npt.NDArray[np.int32]]:
+    """What is hashed of a batch, and where each row begins in it, the end included.
+
+    A row is id and class, and ends in a byte that UTF-8 never contains.
+    """
+    ids, names = (batch.column(name).cast(pa.binary()) for name in HASHED)
+    rows = pc.binary_join_element_wise(ids, b"\0", names, b"\xff", b"")  # the last is the separator
+    _, offsets, data = rows.buffers()
+    return memoryview(data or b""), np.frombuffer(offsets or b"", np.int32)

@@ -1,0 +1,103 @@
+"""README's section on reading the lake: every snippet is taken from it and run, on a lake of two nights."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from pipeline.lake import iceberg, publish_night
+from pipeline.storage import Store
+from tests.command import alfa
+from tests.lake.test_iceberg import job_for
+from tests.lake.test_publish import CLASSES, ROWS, make_run
+from tests.places import ROOT
+
+README = (ROOT / "README.md").read_text()
+SECTION = README.partition("## Reading the lake\n")[2].partition("\n## ")[0]
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
+PYTHON = {code.splitlines()[0].strip("# ").split()[0].strip(",;"): code for kind, code in BLOCKS if kind == "python"}
+NIGHTS = ("2026-01-01", "2026-01-02")
+ABOVE = 14 * 2 * len(CLASSES)
+"""Of the scores 0.895 to 0.914 of both shards, those above 0.9."""
+
+
+@pytest.fixture(scope="module")
+def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lake")
+    output = Store(str(folder))
+    for night in NIGHTS:
+        run, shards = make_run(output, "aaa", 0.895, night)
+        publish_night(run, "m", run.shards, shards, output, "test")
+        iceberg.publish_snapshot(job_for(output, night), output, "test")
+    return folder
+
+
+def run_python(code: str, lake: Path) -> Any:
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("s3://lake/inspection", str(lake)), "README.md", "exec"), names)
+    return names["rows"]
+
+
+def check(rows: Any) -> None:
+    assert len(rows) == ABOVE
+
+
+def test_the_section_has_a_snippet_for_every_reader() -> None:
+    assert list(PYTHON) == ["What", "pandas", "pyarrow", "Polars", "Ray", "Iceberg"]
+
+
+@pytest.mark.parametrize("reader", ["What", "pandas", "pyarrow", "Polars"])
+def test_python_snippets_read_the_night(reader: str, lake: Path) -> None:
+    check(run_python(PYTHON[reader], lake))
+
+
+def test_the_iceberg_snippet_reads_the_night(lake: Path) -> None:
+    """In a process of its own: pyiceberg looks at the environment once."""
+    catalog = {"TYPE": "sql", "URI": f"sqlite:///{lake}/iceberg/catalog.db"}
+    environment = {f"PYICEBERG_CATALOG__ALFA__{key}": value for key, value in catalog.items()}
+    code = f"{PYTHON['Iceberg']}\nprint(len(rows))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == ABOVE
+
+
+@pytest.mark.slow
+def test_the_ray_snippet_reads_the_night(lake: Path) -> None:
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False)
+    try:
+        check(run_python(PYTHON["Ray"], lake))
+    finally:
+        ray.shutdown()
+
+
+def test_sql_snippets_give_the_night_the_last_night_and_each_image_once(lake: Path) -> None:
+    (sql,) = (code for kind, code in BLOCKS if kind == "sql")
+    night, last, once = (
+        duckdb.sql(statement).fetchall()
+        for statement in sql.replace("s3://lake/inspection", str(lake)).split(";")
+        if statement.strip()
+    )
+    assert night == []  # none of the rows is called anomalous
+    assert len(last) == ROWS * len(CLASSES) and all(f"{NIGHTS[1]}-aaa" in row for row in last)
+    images = ROWS  # both classes of make_run share their image ids
+    assert len(once) == images and all(f"{NIGHTS[1]}-aaa" in row for row in once)
+
+
+def test_the_command_prints_ddl() -> None:
+    (command,) = (code for kind, code in BLOCKS if kind == "bash")
+    program, *arguments = shlex.split(command, comments=True)
+    printed = alfa(*arguments)
+    assert program == "alfa" and printed.returncode == 0
+    assert "CREATE EXTERNAL TABLE" in printed.stdout and "'s3://lake/inspection/scores/'" in printed.stdout

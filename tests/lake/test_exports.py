@@ -1,0 +1,178 @@
+"""Exports of a published night, read as the tools read them."""
+
+from __future__ import annotations
+
+import io
+import json
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from pipeline.images import encode_mask, find_regions, split_regions
+from pipeline.lake import publish_night
+from pipeline.storage import Run, Store, paths
+from schemas.job import dump_job_yaml, parse_job
+from schemas.tables import SHARD
+from tests.command import alfa
+
+NIGHT = "2026-01-02"
+NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
+
+
+def make_row(output: Store, images: Path, number: int, mask: np.ndarray) -> dict[str, Any]:
+    image = images / "nut" / f"<{number}> & ü.png"
+    image.parent.mkdir(exist_ok=True, parents=True)
+    Image.new("RGB", (mask.shape[1], mask.shape[0])).save(image)
+    key = f"masks/{number}.png"
+    output.write(key, encode_mask(mask))
+    regions = [asdict(region) for region in find_regions(mask, mask.astype(np.float32), [], NO_DEFECTS)]
+    for place, region in enumerate(regions):
+        region["defect"] = None if place else 'a "crack" <b>'
+    return {
+        "image_key": image.name, "image_uri": str(image), "status": "ok", "score": number / 10, "width": mask.shape[1],
+        "height": mask.shape[0], "mask_uri": output.uri(key), "regions": regions, "is_anomalous": bool(regions),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Output, folder of images and rows of a night: random masks, an empty one, one with nested regions, an error."""
+    folder = tmp_path_factory.mktemp("night")
+    output, images = Store(str(folder / "out")), folder / "in"
+    random = np.random.default_rng(0)
+    ring = np.zeros((9, 12), dtype=bool)
+    ring[1:8, 1:8] = True
+    ring[2:7, 2:7] = False
+    ring[4, 4] = True
+    masks = [random.random((7, 11)) < 0.2, np.zeros((5, 4), dtype=bool), ring, np.ones((3, 6), dtype=bool)]
+    rows = [make_row(output, images, number, mask) for number, mask in enumerate(masks)]
+    rows.append(
+        {"image_key": "broken", "image_uri": str(images / "broken.png"), "status": "error", "error_type": "corrupt"}
+    )
+    job = parse_job({"dataset": {"images": str(images)}, "output": {"uri": output.uri("")}, "run_date": NIGHT})
+    run = Run(f"{NIGHT}-aaa", job, "alfa-tiny", "0" * 64)
+    common = {
+        "class_name": "nut", "run_id": run.run_id, "shard_id": "one", "model": run.model, "weights_sha256": "0" * 64,
+        "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
+    }  # fmt: skip
+    table = pa.Table.from_pylist(
+        [{**row, **common, "image_id": f"{n:032}"} for n, row in enumerate(rows)], schema=SHARD
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
+    output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    publish_night(run, "m", run.shards, ["one"], output, "test")
+    return folder / "out", images, rows
+
+
+def export(output: Path, target: Path, kind: str, run: str = NIGHT) -> Path:
+    done = alfa("export", output, run, "--to", kind, "--output", target)
+    assert done.returncode == 0, done.stderr
+    assert "4 images" in done.stdout and "1 error rows are left out" in done.stdout
+    return target
+
+
+def test_coco_results_decode_to_the_masks(night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    output, images, rows = night
+    folder = export(output, tmp_path, "coco")
+    truth = COCO(str(folder / "images.json"))
+    found = truth.loadRes(str(folder / "results.json"))
+    by_name = {str(images / image["file_name"]): image for image in truth.dataset["images"]}
+    assert sorted(by_name) == sorted(row["image_uri"] for row in rows if row["status"] == "ok")
+    for row in (row for row in rows if row["status"] == "ok"):
+        image = by_name[row["image_uri"]]
+        mask = np.asarray(Image.open(row["mask_uri"])) > 0
+        results = found.loadAnns(found.getAnnIds(imgIds=[image["id"]]))
+        parts = [found.annToMask(result) for result in results]
+        np.testing.assert_array_equal(np.sum([np.zeros(mask.shape, int), *parts], axis=0), mask)  # disjoint, and whole
+        assert [result["bbox"] for result in results] == [
+            [region[key] for key in ("x", "y", "width", "height")] for region in row["regions"]
+        ]
+        assert (image["width"], image["height"]) == (mask.shape[1], mask.shape[0])
+    assert {category["name"] for category in truth.dataset["categories"]} == {"nut: anomaly", 'nut: a "crack" <b>'}
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.booleans()))
+def test_regions_of_any_mask_are_disjoint_and_make_it_up(mask: np.ndarray) -> None:
+    regions = [asdict(region) for region in find_regions(mask, mask.astype(np.float32), [], NO_DEFECTS)]
+    codes = [rle.encode(np.asfortranarray(part, dtype=np.uint8)) for _, part in split_regions(mask, regions)]
+    assert len(codes) == len(regions)
+    decoded = np.sum([np.zeros(mask.shape, int), *(rle.decode(code) for code in codes)], axis=0)
+    np.testing.assert_array_equal(decoded, mask)
+    assert [int(rle.area(code)) for code in codes] == [region["area"] for region in regions]
+
+
+def test_fiftyone_samples_follow_the_importer(night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    """FiftyOneDatasetImporter: without `version` the fields are inferred from samples, whose paths may be absolute."""
+    output, _, rows = night
+    folder = export(output, tmp_path, "fiftyone", f"{NIGHT}-aaa")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["media_type"] == "image" and not {"version", "sample_fields"} & metadata.keys()
+    samples = {sample["filepath"]: sample for sample in json.loads((folder / "samples.json").read_text())["samples"]}
+    assert len(samples) == 4 and all(Path(path).is_file() for path in samples)
+    for row in (row for row in rows if row["status"] == "ok"):
+        sample = samples[row["image_uri"]]
+        assert Path(sample["mask"]["mask_path"]).is_file() and sample["mask"]["_cls"] == "Segmentation"
+        assert sample["score"] == pytest.approx(row["score"]) and sample["tags"] == ["nut"]
+        boxes = sample["regions"]["detections"]
+        assert [box["_cls"] for box in boxes] == ["Detection"] * len(row["regions"])
+        for box, region in zip(boxes, row["regions"], strict=True):
+            x, y, width, height = box["bounding_box"]
+            assert 0 <= x < x + width <= 1 + 1e-9 and 0 <= y < y + height <= 1 + 1e-9
+            assert (x * row["width"], height * row["height"]) == pytest.approx((region["x"], region["height"]))
+
+
+def test_label_studio_tasks_have_predictions_in_per_cent(
+    night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    output, *_ = night
+    folder = export(output, tmp_path, "labelstudio")
+    tasks = {task["data"]["image_id"]: task for task in json.loads((folder / "tasks.json").read_text())}
+    config = ElementTree.parse(folder / "label_config.xml").getroot()
+    assert [label.get("value") for label in config.iter("Label")] == ['a "crack" <b>', "anomaly"]
+    (task,) = (task for task in tasks.values() if task["data"]["image"].endswith("%3C3%3E%20%26%20%C3%BC.png"))
+    (prediction,) = task["predictions"]
+    assert prediction["score"] == pytest.approx(0.3) and prediction["model_version"] == f"alfa-tiny {NIGHT}-aaa"
+    (result,) = prediction["result"]
+    assert result["value"] == {
+        "x": 0.0, "y": 0.0, "width": 100.0, "height": 100.0, "rotation": 0, "rectanglelabels": ['a "crack" <b>'],
+    }  # fmt: skip
+    assert (result["original_width"], result["original_height"]) == (6, 3)
+    assert result["to_name"] == config.find("Image").get("name") and result["from_name"] == config[1].get("name")
+    assert len(tasks) == 4
+
+
+def test_by_default_an_export_lies_in_the_output(night: tuple[Path, Path, list[dict[str, Any]]]) -> None:
+    assert alfa("export", night[0], NIGHT, "--to", "labelstudio").returncode == 0
+    assert (night[0] / "exports" / f"{NIGHT}-aaa" / "labelstudio" / "tasks.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["2026-01-03", "--to", "coco"], "night 2026-01-03 is not published"),
+        ([f"{NIGHT}-bbb", "--to", "coco"], f"belongs to {NIGHT}-aaa"),
+        (["yesterday", "--to", "coco"], "neither a night"),
+        ([NIGHT, "--to", "voc"], "coco, fiftyone, labelstudio"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_clear_line(
+    night: tuple[Path, Path, list[dict[str, Any]]], arguments: list[str], message: str
+) -> None:
+    refused = alfa("export", night[0], *arguments)
+    assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr

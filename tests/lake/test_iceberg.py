@@ -1,0 +1,132 @@
+"""Nights as snapshots of an Iceberg table, in the embedded catalog."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyiceberg.catalog import Catalog
+
+from pipeline.lake import iceberg, publish_night
+from pipeline.storage import Run, Store
+from schemas.job import JobConfig, parse_job
+from tests.lake.test_publish import CLASSES, ROWS, make_run
+
+
+def job_for(output: Store, night: str = "2026-01-02", **lake: str) -> JobConfig:
+    document = {"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night}
+    return parse_job({**document, "lake": {"format": "iceberg", **lake}})
+
+
+def publish(output: Store, name: str, night: str = "2026-01-02") -> Run:
+    run, shards = make_run(output, name, night=night)
+    publish_night(run, "m1", run.shards, shards, output, name)
+    return run
+
+
+def rows_of(catalog: Catalog, table: str = "alfa.scores") -> list[tuple[str, str, str, int]]:
+    database = catalog.load_table(table).scan().to_duckdb("scores")
+    query = "SELECT run_date::VARCHAR, class_name, run_id, count(*) FROM scores GROUP BY ALL ORDER BY ALL"
+    return database.execute(query).fetchall()
+
+
+def night_of(run: Run, night: str = "2026-01-02") -> list[tuple[str, str, str, int]]:
+    return [(night, name, run.run_id, ROWS) for name in CLASSES]
+
+
+def test_a_night_is_replaced_in_one_snapshot_and_others_stay(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    job, catalog = job_for(output), iceberg.open_catalog(job_for(output))
+    first, other = publish(output, "aaa"), publish(output, "ccc", "2026-01-03")
+    iceberg.publish_snapshot(job, output, "test")
+    iceberg.publish_snapshot(job_for(output, "2026-01-03"), output, "test")
+    assert rows_of(catalog) == night_of(first) + night_of(other, "2026-01-03")
+    second = publish(output, "bbb")
+    iceberg.publish_snapshot(job, output, "test")
+    assert rows_of(catalog) == night_of(second) + night_of(other, "2026-01-03")
+    table = catalog.load_table("alfa.scores")
+    # No snapshot in between shows a night that is missing or double.
+    counts = [table.scan(snapshot_id=snapshot.snapshot_id).to_arrow().num_rows for snapshot in table.snapshots()]
+    assert counts == [2 * ROWS, 4 * ROWS, 4 * ROWS]
+    assert table.schema().find_field("score").doc == iceberg.SCHEMA.field("score").metadata[b"doc"].decode()
+    database = table.scan("run_date = '2026-01-03'").to_duckdb("night")
+    assert database.execute("SELECT count(*) FROM night").fetchall() == [(2 * ROWS,)]
+
+
+def test_publishing_the_same_commit_again_changes_nothing(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    job = job_for(output)
+    run = publish(output, "aaa")
+    for _ in range(2):
+        iceberg.publish_snapshot(job, output, "test")
+    table = iceberg.open_catalog(job).load_table("alfa.scores")
+    (snapshot,) = table.snapshots()
+    assert snapshot.summary is not None
+    assert snapshot.summary["alfa.run_id"] == run.run_id and snapshot.summary["alfa.manifest"] == "m1"
+    # Back to a run that was published before the last one: its older snapshot does not count.
+    publish(output, "bbb")
+    iceberg.publish_snapshot(job, output, "test")
+    publish(output, "aaa")
+    iceberg.publish_snapshot(job, output, "test")
+    assert rows_of(iceberg.open_catalog(job)) == night_of(run)
+
+
+def test_an_older_table_gets_the_columns_that_it_lacks_and_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = Store(str(tmp_path))
+    older = pa.schema([field for field in iceberg.SCHEMA if field.name not in ("mask_area", "map_uri")])
+    publish(output, "aaa")
+    with monkeypatch.context() as patch:
+        patch.setattr(iceberg, "SCHEMA", older)
+        iceberg.publish_snapshot(job_for(output), output, "test")
+    publish(output, "bbb", "2026-01-03")
+    iceberg.publish_snapshot(job_for(output, "2026-01-03"), output, "test")
+    table = iceberg.open_catalog(job_for(output)).load_table("alfa.scores").scan().to_arrow()
+    assert {"mask_area", "map_uri"} <= set(table.column_names) and table.num_rows == 4 * ROWS
+    assert set(table.column("run_date").to_pylist()) == {datetime.date(2026, 1, 2), datetime.date(2026, 1, 3)}
+
+
+def test_who_is_overtaken_by_another_night_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = Store(str(tmp_path))
+    first, other = publish(output, "aaa"), publish(output, "ccc", "2026-01-03")
+    iceberg.publish_snapshot(job_for(output), output, "test")
+    publish(output, "bbb")
+    real, overtaken = iceberg._write_file, []
+
+    def slowly(*arguments: object) -> str:
+        if not overtaken:
+            overtaken.append(True)
+            iceberg.publish_snapshot(job_for(output, "2026-01-03"), output, "other")
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(iceberg, "_write_file", slowly)
+    iceberg.publish_snapshot(job_for(output), output, "test")
+    shown = rows_of(iceberg.open_catalog(job_for(output)))
+    assert len(shown) == 4 and shown[2:] == night_of(other, "2026-01-03") and first.run_id not in str(shown)
+
+
+@pytest.mark.parametrize(
+    ("uri", "lake", "message"),
+    [
+        ("memory://lake", {}, "lake.catalog is required for memory://"),
+        ("{}", {"catalog": "nowhere"}, "PYICEBERG_CATALOG__NOWHERE__URI"),
+    ],
+)
+def test_a_catalog_that_cannot_be_had_is_one_clear_error(
+    tmp_path: Path, uri: str, lake: dict[str, str], message: str
+) -> None:
+    with pytest.raises(iceberg.LakeError, match=message):
+        iceberg.open_catalog(job_for(Store(uri.format(tmp_path)), **lake))
+
+
+def test_a_table_that_is_not_partitioned_by_night_is_left_alone(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    publish(output, "aaa")
+    catalog = iceberg.open_catalog(job_for(output))
+    catalog.create_namespace("alfa")
+    catalog.create_table("alfa.scores", iceberg.SCHEMA)
+    with pytest.raises(iceberg.LakeError, match="not partitioned by run_date"):
+        iceberg.publish_snapshot(job_for(output), output, "test")

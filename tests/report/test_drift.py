@@ -1,0 +1,148 @@
+"""Two nights side by side, with numbers computed by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from jobs.diff import NightError, run_diff
+from pipeline.lake import publish_night
+from pipeline.report.drift import changed_images, drift, psi, read_night
+from pipeline.storage import Run, Store, paths
+from schemas.job import parse_job
+from schemas.tables import SHARD
+from tests.command import alfa
+
+Row = tuple[str, str, float | None]
+"""Class, image and score; None: an error."""
+
+EVEN = [0.05 + 0.1 * step for step in range(10)]
+FIRST, SECOND = "2026-01-02", "2026-01-03"
+
+
+def publish(output: Store, night: str, rows: Sequence[Row], model: str = "model") -> None:
+    """A night with threshold 0.5."""
+    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
+    run = Run(f"{night}-run", job, model, "0" * 64)
+    records: list[dict[str, Any]] = [
+        {
+            "class_name": class_name,
+            "image_key": name,
+            "image_id": name,
+            "image_uri": name,
+            "run_id": run.run_id,
+            "shard_id": "one",
+            "status": "error" if score is None else "ok",
+            "error_type": "corrupt" if score is None else None,
+            "score": score,
+            "is_anomalous": None if score is None else score >= 0.5,
+            "model": model,
+            "weights_sha256": "0" * 64,
+            "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
+        }
+        for class_name, name, score in rows
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(records, schema=SHARD), buffer)
+    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
+    output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({"images_per_second": 12.5}).encode())
+    publish_night(run, "m", run.shards, ["one"], output, "test")
+
+
+def scores_of(class_name: str, scores: Sequence[float | None]) -> list[Row]:
+    return [(class_name, f"{class_name}/{number}", score) for number, score in enumerate(scores)]
+
+
+def test_psi_is_that_of_smoothed_decile_shares() -> None:
+    before, after = np.asarray(EVEN), np.zeros(10)
+    # Each decile holds one of ten: 1.5 / 15. All of the second night lie in the lowest: 10.5 / 15, elsewhere 0.5 / 15.
+    expected = (0.7 - 0.1) * math.log(7) + 9 * (1 / 30 - 0.1) * math.log(1 / 3)
+    assert psi(before, after) == pytest.approx(expected) == pytest.approx(1.82671, abs=1e-5)
+    assert psi(before, before) == 0
+
+
+def test_psi_of_constant_scores_has_two_bins() -> None:
+    # Below 0.5 and from it on: (0.5, 4.5) / 5 against (2.5, 2.5) / 5.
+    before, after = np.full(4, 0.5), np.asarray([0.1, 0.2, 0.5, 0.9])
+    assert psi(before, after) == pytest.approx(0.4 * math.log(5) + (0.5 - 0.9) * math.log(5 / 9))
+
+
+def test_a_class_drifts_where_the_shift_is_large_and_no_chance(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    publish(output, FIRST, [*scores_of("bolt", EVEN), *scores_of("few", [0.1, 0.2, 0.3]), *scores_of("gone", [0.1])])
+    publish(
+        output, SECOND, [*scores_of("bolt", [0.0] * 10), *scores_of("few", [0.7, 0.8, 0.9]), *scores_of("nut", [None])]
+    )
+    bolt, few, gone, nut = drift(read_night(output, FIRST), read_night(output, SECOND))
+    # Of all ways to mix ten with ten, two keep them apart.
+    assert (bolt.ks, bolt.p_value) == (1.0, pytest.approx(2 / math.comb(20, 10)))
+    assert bolt.psi == pytest.approx(1.82671, abs=1e-5) and bolt.drifted
+    assert bolt.median == (pytest.approx(0.5), 0.0) and bolt.anomalous == (5, 0)
+    assert (few.ks, few.p_value) == (1.0, pytest.approx(2 / math.comb(6, 3)))
+    assert few.psi is not None and few.psi > 0.25 and not few.drifted
+    assert (gone.images, gone.ks, gone.drifted) == ((1, 0), None, False)
+    assert (nut.images, nut.errors, nut.psi) == ((0, 1), (0, 1), None)
+
+
+def test_a_changed_model_is_named_beside_the_drift_that_it_makes(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    publish(output, FIRST, scores_of("bolt", EVEN))
+    publish(output, SECOND, scores_of("bolt", EVEN), model="another")
+    (bolt,) = drift(read_night(output, FIRST), read_night(output, SECOND))
+    assert bolt.changed == ("model",) and not bolt.drifted and bolt.psi == 0
+
+
+def test_changed_verdicts_are_told_by_the_image_and_its_class(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    same = [("bolt", "still-good", 0.1), ("bolt", "still-bad", 0.9), ("bolt", "broken", None)]
+    before = [("bolt", "a", 0.2), ("bolt", "b", 0.8), ("nut", "c", None), ("nut", "d", 0.9), ("nut", "other", 0.1)]
+    after = [("bolt", "a", 0.7), ("bolt", "b", 0.3), ("nut", "c", 0.6), ("nut", "e", 0.95), ("bolt", "other", 0.75)]
+    publish(output, FIRST, [*same, *before])
+    publish(output, SECOND, [*same, *after, ("nut", "f", 0.1)])
+    rows = changed_images(read_night(output, FIRST), read_night(output, SECOND)).to_pylist()
+    assert [(row["class_name"], row["image_uri"], row["change"]) for row in rows] == [
+        ("nut", "e", "new"),
+        ("bolt", "other", "new"),
+        ("bolt", "a", "became"),
+        ("nut", "c", "new"),
+        ("bolt", "b", "resolved"),
+    ]
+    assert rows[2]["score_before"] == pytest.approx(0.2) and rows[2]["score_after"] == pytest.approx(0.7)
+    assert rows[0]["score_before"] is None
+
+
+def test_diff_compares_the_last_two_nights_and_fails_on_drift_alone_when_asked(tmp_path: Path) -> None:
+    output, text = Store(str(tmp_path / "lake")), io.StringIO()
+    console = Console(file=text, width=200)
+    with pytest.raises(NightError, match="no night is published"):
+        run_diff(output, None, None, console)
+    publish(output, FIRST, scores_of("bolt", EVEN))
+    assert run_diff(output, None, None, console, fail_on_drift=True) == 0 and text.getvalue() == ""
+    publish(output, SECOND, scores_of("[red]bolt", EVEN))
+    assert run_diff(output, None, None, console, fail_on_drift=True) == 0 and "[red]bolt" in text.getvalue()
+    publish(output, "2026-01-04", scores_of("bolt", [0.0] * 10))
+
+    shown = alfa("diff", output.uri(""), FIRST, "2026-01-04", "--json", tmp_path / "diff.json", "--fail-on-drift")
+    assert shown.returncode == 1 and "scores drift: bolt" in shown.stderr and "drifts" in shown.stdout
+    report = json.loads((tmp_path / "diff.json").read_text())
+    assert (report["before"], report["after"], report["drifted"]) == (FIRST, "2026-01-04", ["bolt"])
+    assert [item["change"] for item in report["images"]] == ["resolved"] * 5
+    assert [(night["run_date"], night["anomalous"], night["images_per_second"]) for night in report["nights"]] == [
+        (FIRST, 5, 12.5),
+        (SECOND, 5, 12.5),
+        ("2026-01-04", 0, 12.5),
+    ]
+    assert run_diff(output, FIRST, "2026-01-04", console) == 0
+    with pytest.raises(NightError, match="night 2026-02-30 is not published"):
+        run_diff(output, FIRST, "2026-02-30", console)
