@@ -15,7 +15,7 @@ from pipeline.images import list_images, open_dataset
 from pipeline.lake import open_catalog
 from pipeline.prompts import missing_key
 from pipeline.storage import open_store
-from schemas.job import JobConfig
+from schemas.job import EMBEDDED_NOTE, JobConfig
 
 
 class CheckError(RuntimeError):
@@ -89,7 +89,7 @@ def _check_weights(job: JobConfig) -> str:
     weights = locate_weights(job.model)
     encoder = load_encoder(job.model, weights)
     height, width = encoder.preprocess.size
-    note = "; a DEMONSTRATION model, not for real inspection" if weights.is_demonstration else ""
+    note = f"; {EMBEDDED_NOTE}" if weights.is_embedded else ""
     return f"{weights.label}, {width}x{height} px, SHA-256 {weights.sha256[:12]}{note}"
 
 

@@ -52,7 +52,7 @@ from pipeline.evaluation import (
 from pipeline.images import ImageSource, decode_mask, list_images, open_dataset
 from pipeline.scoring import write_manifest
 from pipeline.storage import Store, open_store, paths
-from schemas.job import JobConfig, JobError, Prompts, parse_job, read_job_yaml
+from schemas.job import EMBEDDED_NOTE, JobConfig, JobError, Prompts, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
 from schemas.tables import EVALUATED_IMAGES, EVALUATION, SCHEMA_VERSION
 from schemas.text import one_line
@@ -177,11 +177,11 @@ def _finish(
     read = open_store(job.dataset.images, job.storage).read_uri
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
     # Not by the weights themselves: a finished run is measured where they need not be.
-    is_demonstration = job.model.pretrained is None
+    is_embedded = job.model.pretrained is None
     model = job.model.name if job.model.pretrained is None else f"{job.model.name}/{Path(job.model.pretrained).name}"
-    evaluation = Evaluation(run_id, model, is_demonstration, job.dataset.images, base, benchmark, scored, measured)
-    if is_demonstration:
-        logger.warning("%s is a demonstration model: these numbers say nothing about real CLIP weights", model)
+    evaluation = Evaluation(run_id, model, is_embedded, job.dataset.images, base, benchmark, scored, measured)
+    if is_embedded:
+        logger.info("%s is %s", model, EMBEDDED_NOTE)
     _store(evaluation, jobs, output, compose(evaluation, read, job.dataset.max_pixels))
     _print(evaluation, output, console)
     errors = sum(score is None for score in scored.configurations[0].scores)
@@ -219,7 +219,7 @@ def _store(evaluation: Evaluation, jobs: Mapping[str, JobConfig], output: Store,
         "run_id": evaluation.run_id,
         "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": evaluation.model,
-        "demonstration_model": evaluation.is_demonstration,
+        "embedded_model": evaluation.is_embedded,
         "jobs": {name: job.model_dump(mode="json") for name, job in jobs.items()},
         "rows": [{name: row.get(name) for name in EVALUATION.names} for row in evaluation.measured.rows],
         "published": [asdict(row) for row in PUBLISHED[evaluation.benchmark]] if evaluation.benchmark else [],

@@ -44,7 +44,7 @@ from pipeline.scoring import (
     write_manifest,
 )
 from pipeline.storage import Run, Store, leases, open_store, paths, read_shards
-from schemas.job import JobConfig, dump_job_yaml
+from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
 from schemas.prompts import PromptSet, RunPrompts, Usage
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,8 @@ def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
     manifest = write_manifest(list_images(source), scratch)
     logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
     weights = locate_weights(job.model)
-    if weights.is_demonstration:
-        logger.warning("%s is a demonstration model: its scores say nothing about real defects", weights.label)
+    if weights.is_embedded:
+        logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
     table = _read_table(job)
     place, classes = str(job.threshold.table), list(manifest.classes)
     calibrated = parse_table(table, place) if table else None
@@ -233,7 +233,7 @@ def _execute(plan: Plan, output: Store, console: Console, lease: leases.Lease) -
         "images": manifest.images,
         "shards": len(shard_ids),
         "model": run.model,
-        "demonstration_model": plan.weights.is_demonstration,
+        "embedded_model": plan.weights.is_embedded,
         "prompt_sources": Counter(item.source for item in plan.prompts.ensembles),
         "usage": plan.usage.model_dump(),
         "versions": versions(),
@@ -352,8 +352,8 @@ def print_summary(
         ("commit", output.uri(paths.commit_key(run.job.run_date))),
         ("report", report or "could not be written; the log says why"),
     ]
-    if plan.weights.is_demonstration:
-        lines.insert(0, ("model", f"{run.model}, a DEMONSTRATION model: its scores say nothing about real defects"))
+    if plan.weights.is_embedded:
+        lines.insert(0, ("model", f"{run.model}, {EMBEDDED_NOTE}"))
     for name, text in lines:
         console.print(f"{name:>7}  {escape(text)}", highlight=False, soft_wrap=True)
 

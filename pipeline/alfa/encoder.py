@@ -33,12 +33,12 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Weights:
-    """A weights file. `label` names model and weights for rows; a demonstration model is fit for no real inspection."""
+    """A weights file. `label` names model and weights for rows; is_embedded: it comes with the package."""
 
     path: Path
     sha256: str
     label: str
-    is_demonstration: bool
+    is_embedded: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def locate_weights(model: Model) -> Weights:
         label = f"{model.name}/{path.name}"
     else:
         path, label = _download(model.name, model.pretrained), f"{model.name}/{model.pretrained}"
-    return Weights(path, _sha256(path), label, is_demonstration=model.pretrained is None)
+    return Weights(path, _sha256(path), label, is_embedded=model.pretrained is None)
 
 
 def text_fits(model: Model) -> Callable[[str], bool]:

@@ -16,6 +16,7 @@ from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
 from pipeline.evaluation.score import Scored
 from pipeline.images import decode_image, decode_mask, upsample
 from pipeline.storage import StoreError
+from schemas.job import EMBEDDED_NOTE
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class Evaluation:
 
     run_id: str
     model: str
-    is_demonstration: bool
+    is_embedded: bool
     images_uri: str
     base: str
     benchmark: Benchmark | None
@@ -84,11 +85,8 @@ def _published(benchmark: Benchmark) -> list[Block]:
 def facts(evaluation: Evaluation) -> list[str]:
     """What must be known to read the numbers, a sentence or two each."""
     lines = [f"Images: {evaluation.images_uri}. Model: {evaluation.model}."]
-    if evaluation.is_demonstration:
-        lines.append(
-            f"{evaluation.model} is a DEMONSTRATION model: these numbers show that the pipeline works and say nothing "
-            f"about what ALFA reaches with real CLIP weights."
-        )
+    if evaluation.is_embedded:
+        lines.append(f"{evaluation.model} is {EMBEDDED_NOTE}.")
     mean = evaluation.rows("mean")[0]
     lines.append(
         "All values in percent. Image metrics are exact. Pixel metrics are at the size of the ground truth; each pixel "

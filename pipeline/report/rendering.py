@@ -20,7 +20,7 @@ from pipeline.report.drift import ClassDrift
 from pipeline.report.loading import gather
 from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.storage import Store, paths
-from schemas.job import dump_job_yaml
+from schemas.job import EMBEDDED_NOTE, dump_job_yaml
 from schemas.prompts import UsedPrompts
 from schemas.text import one_line
 
@@ -63,7 +63,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
     }
     context = {
         "report": report,
-        "demonstration": bool(report.stats.get("demonstration_model")),
+        "embedded_note": EMBEDDED_NOTE if report.stats.get("embedded_model") else None,
         "anomalous": sum(facts.anomalous for facts in report.classes),
         "failed": sum(report.errors.values()),
         "usage": {"calls": 0, **report.stats.get("usage", {})},

@@ -2,6 +2,7 @@
 
 from schemas.job.config import (
     EMBEDDED_MODEL,
+    EMBEDDED_NOTE,
     Dataset,
     JobConfig,
     Method,
@@ -15,6 +16,7 @@ from schemas.job.parsing import JobError, dump_job_yaml, parse_job, read_job_yam
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "EMBEDDED_NOTE",
     "Dataset",
     "JobConfig",
     "JobError",

@@ -12,7 +12,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-EMBEDDED_MODEL = "alfa-tiny"
+EMBEDDED_MODEL = "alfa-small"
+EMBEDDED_NOTE = (
+    "the model that comes with alfa. It sees defects that stand out at 224 pixels, also on parts that it never saw; "
+    "small defects need tiles, and it tells kinds of defects poorly apart: CLIP weights (model.pretrained) read "
+    "language better. Measured figures: pipeline/evaluation/README.md"
+)
+"""What is said wherever the embedded model has scored."""
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -74,7 +80,7 @@ class Storage(Part):
 class Model(Part):
     """Which CLIP sees the images."""
 
-    name: str = Field(EMBEDDED_MODEL, description="any open_clip ViT, or alfa-tiny, the embedded demonstration model")
+    name: str = Field(EMBEDDED_MODEL, description="any open_clip ViT, or alfa-small, the embedded one")
     pretrained: str | None = Field(
         None, description="open_clip pretrained tag or path of a weights file; required unless the model is embedded"
     )

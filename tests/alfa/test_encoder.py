@@ -134,14 +134,14 @@ def test_quickgelu_where_the_tag_says_so(tmp_path: Path, square: Model, monkeypa
 def test_weights_say_what_they_are(square: Model) -> None:
     weights = locate_weights(square)
     assert weights.sha256 == hashlib.sha256(Path(str(square.pretrained)).read_bytes()).hexdigest()
-    assert (weights.label, weights.is_demonstration) == ("test-vit/test-vit.pt", False)
+    assert (weights.label, weights.is_embedded) == ("test-vit/test-vit.pt", False)
 
 
 def test_embedded_model_loads() -> None:
     weights = locate_weights(Model())
-    assert (weights.label, weights.is_demonstration) == ("alfa-tiny", True)
+    assert (weights.label, weights.is_embedded) == ("alfa-small", True)
     encoder = load_encoder(Model(), weights)
-    assert (encoder.grid, encoder.embedding_dim) == ((15, 15), 128)
+    assert (encoder.grid, encoder.embedding_dim) == ((16, 16), 192)
     assert encoder.logit_scale == pytest.approx(28.7, abs=0.1)
 
 

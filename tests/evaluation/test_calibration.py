@@ -68,7 +68,7 @@ def table() -> ThresholdTable:
     return ThresholdTable(
         policy="f1_max",
         run_ids=("run",),
-        model="alfa-tiny",
+        model="alfa-small",
         weights_sha256="a" * 64,
         scoring=job_for().scoring_facts(),
         created_at=datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc),
@@ -89,7 +89,7 @@ def test_a_table_reads_back_and_serves_the_job_it_was_made_for(table: ThresholdT
         (["method.adaptation=none"], "a", ["nut"], "method.adaptation is mean there, none here"),
         (["model.image_size=480"], "a", ["nut"], "model.image_size is None there, 480 here"),
         (["references.images=train"], "a", ["nut"], "references is None there"),
-        ([], "b", ["nut"], "weights of alfa-tiny"),
+        ([], "b", ["nut"], "weights of alfa-small"),
         ([], "a", ["nut", "pill"], "no thresholds of pill .it has nut."),
     ],
 )

@@ -47,7 +47,7 @@ def main(images: str, output_uri: str, pixels: int) -> None:
         for shard in cut_shards(list_images(source), job.engine.shard_size):
             names = dict.fromkeys(shard.images.column("class_name").to_pylist(), prompts)
             score_shard(
-                shard, Run(run_id, job, "alfa-tiny", "0" * 64), detector, names, source.store, output, threads=8
+                shard, Run(run_id, job, "alfa-small", "0" * 64), detector, names, source.store, output, threads=8
             )
 
     for number in range(3):

@@ -80,7 +80,7 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
     job = job_for(tmp_path / "table.csv", tmp_path / "out")
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, "raw")
     (shard,), output = shards_of(job), Store(job.output.uri)
-    run, prompts = Run("run", job, "alfa-tiny", "0" * 64), embed(detector, job, "hazelnut")
+    run, prompts = Run("run", job, "alfa-small", "0" * 64), embed(detector, job, "hazelnut")
     score_shard(shard, run, detector, prompts, Store(str(tmp_path)), output, 2)
     rows = read_shard(output, run.shards, shard.shard_id).to_pylist()
     assert [row["error_type"] for row in rows] == [None, None, "vanished", "unreadable", "unreadable"]

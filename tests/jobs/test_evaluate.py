@@ -61,18 +61,21 @@ def test_a_finished_run_measures_as_its_images_scored_anew(tmp_path: Path) -> No
             # batches of another size round otherwise
             assert row[metric] == pytest.approx(again[metric], abs=2e-3), metric
     assert [row["class_name"] for row in other["rows"] if row["level"] == "class"] == ["capsules", "hazelnut"]
-    assert other["demonstration_model"] is True and "DEMONSTRATION" in anew.stdout
+    assert other["embedded_model"] is True and "the model that comes with alfa" in anew.stdout
     table = pq.read_table(folder / "metrics.parquet")
     assert table.schema.equals(EVALUATION) and table.to_pylist() == other["rows"]
     assert pq.read_table(folder / "images.parquet").num_rows == 24
     text = (folder / "metrics.md").read_text()
     for name in ("curves.png", "scores.png", "failures/good-0.png"):
         assert f"]({name})" in text and (folder / name).read_bytes().startswith(b"\x89PNG")
-    assert "DEMONSTRATION" in text and "DEMONSTRATION" in (folder / "evaluation.html").read_text()
+    assert (
+        "the model that comes with alfa" in text
+        and "the model that comes with alfa" in (folder / "evaluation.html").read_text()
+    )
 
 
 def test_compare_shows_configurations_beside_published_rows(tmp_path: Path) -> None:
-    done = evaluate("--preset", "mvtec", "--model", "alfa-tiny", "--images", DEMO, "--output", tmp_path,
+    done = evaluate("--preset", "mvtec", "--model", "alfa-small", "--images", DEMO, "--output", tmp_path,
         "--compare", "method.adaptation=none,mean", "--compare", "prompts.described=false method.local_weight=0,1",
     )  # fmt: skip
     assert done.exit_code == 0, done.output

@@ -35,7 +35,7 @@ def test_flags_win_over_set_which_wins_over_the_file_which_wins_over_defaults(tm
 @pytest.mark.parametrize(
     ("model", "name", "pretrained"),
     [
-        ("alfa-tiny", "alfa-tiny", None),
+        ("alfa-small", "alfa-small", None),
         ("ViT-B-16/openai", "ViT-B-16", "openai"),
         ("B//models/b.pt", "B", "/models/b.pt"),
     ],

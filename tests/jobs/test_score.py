@@ -190,4 +190,4 @@ def test_the_demo_scores_its_images_and_says_where_everything_lies(tmp_path: Pat
     assert len(list((tmp_path / "demo" / "masks").rglob("*.png"))) == 24
     (report,) = (tmp_path / "demo").glob("runs/*/report/index.html")
     assert f"report  {report}" in shown.stdout
-    assert "Demonstration model." in report.read_text() and "hold all 24 scored images" in report.read_text()
+    assert "Embedded model." in report.read_text() and "hold all 24 scored images" in report.read_text()

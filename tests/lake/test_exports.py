@@ -63,7 +63,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[di
         {"image_key": "broken", "image_uri": str(images / "broken.png"), "status": "error", "error_type": "corrupt"}
     )
     job = parse_job({"dataset": {"images": str(images)}, "output": {"uri": output.uri("")}, "run_date": NIGHT})
-    run = Run(f"{NIGHT}-aaa", job, "alfa-tiny", "0" * 64)
+    run = Run(f"{NIGHT}-aaa", job, "alfa-small", "0" * 64)
     common = {
         "class_name": "nut", "run_id": run.run_id, "shard_id": "one", "model": run.model, "weights_sha256": "0" * 64,
         "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
@@ -147,7 +147,7 @@ def test_label_studio_tasks_have_predictions_in_per_cent(
     assert [label.get("value") for label in config.iter("Label")] == ['a "crack" <b>', "anomaly"]
     (task,) = (task for task in tasks.values() if task["data"]["image"].endswith("%3C3%3E%20%26%20%C3%BC.png"))
     (prediction,) = task["predictions"]
-    assert prediction["score"] == pytest.approx(0.3) and prediction["model_version"] == f"alfa-tiny {NIGHT}-aaa"
+    assert prediction["score"] == pytest.approx(0.3) and prediction["model_version"] == f"alfa-small {NIGHT}-aaa"
     (result,) = prediction["result"]
     assert result["value"] == {
         "x": 0.0, "y": 0.0, "width": 100.0, "height": 100.0, "rotation": 0, "rectanglelabels": ['a "crack" <b>'],

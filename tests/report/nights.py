@@ -104,7 +104,7 @@ def publish(
     prompts = {item.ensemble.class_name: item.ensemble.prompts for item in records.classes}
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(paths.run_key(run.run_id, "prompts.json"), records.model_dump_json().encode())
-    facts = {"scored_by_this_job": len(rows), "images_per_second": 12.5, "demonstration_model": False}
+    facts = {"scored_by_this_job": len(rows), "images_per_second": 12.5, "embedded_model": False}
     usage = {"calls": 4, "prompt_tokens": 600, "completion_tokens": 200, "cost_usd": 0.025}
     output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({**facts, "usage": usage, **stats}).encode())
     shards = []

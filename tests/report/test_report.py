@@ -96,7 +96,7 @@ def test_headline_classes_errors_prompts_and_run_are_said(night: tuple[Path, dic
         "local_weight: 0.5",
     ):
         assert words in page.words, words
-    assert "Demonstration" not in page.text
+    assert "Embedded model" not in page.text
 
 
 def test_the_table_of_classes_counts_and_draws_each_score(night: tuple[Path, dict[str, Any]]) -> None:
@@ -130,11 +130,14 @@ def test_classes_that_look_alike_stay_apart(tmp_path: Path) -> None:
     assert data["classes"] == ["a b"] * 3 and sorted(data["images"]["class"]) == [0, 1, 2]
 
 
-def test_a_demonstration_model_is_called_one(tmp_path: Path) -> None:
+def test_the_embedded_model_is_called_one(tmp_path: Path) -> None:
     photos = tmp_path / "in"
-    commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], demonstration_model=True)
+    commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], embedded_model=True)
     page = read(tmp_path / "out", commit)
-    assert "Demonstration model. ViT-test/weights" in page.words and "no record of its prompts" in page.words
+    assert (
+        "Embedded model. ViT-test/weights is the model that comes with alfa." in page.words
+        and "no record of its prompts" in page.words
+    )
 
 
 @pytest.mark.parametrize("text", HOSTILE)

@@ -63,7 +63,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_process(folder: Path, overrides: list[str]) -> dict[str, Any]:
-    arguments = [sys.executable, "-m", "tests.test_large_photos", str(folder), *overrides]
+    arguments = [sys.executable, "-m", "tests.scoring.test_large_photos", str(folder), *overrides]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -127,7 +127,7 @@ def test_rows_say_what_they_were_compared_with_and_the_memory_is_kept(
 ) -> None:
     job = job_for(dataset, tmp_path, "references.shots=3")
     (dataset / "hazelnut/train/good/broken.jpg").write_bytes(b"\xff\xd8 broken")
-    run, output, source = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri), Store(str(dataset))
+    run, output, source = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri), Store(str(dataset))
     prompts = embed(detector, job, "hazelnut", "pill")
     rows = references_of(job)
     (dataset / "hazelnut/train/good/broken.jpg").unlink()

@@ -46,7 +46,7 @@ def embed(detector: Detector, job: JobConfig, *classes: str) -> dict[str, Prompt
 
 def score(detector: Detector, job: JobConfig, *classes: str) -> list[dict[str, object]]:
     """Rows of all shards, scored in this process."""
-    run, output = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri)
+    run, output = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri)
     prompts, rows = embed(detector, job, *classes), []
     for shard in shards_of(job):
         stats = score_shard(shard, run, detector, prompts, Store(job.dataset.images), output, threads=4)
@@ -85,7 +85,7 @@ def test_every_image_has_a_row_and_every_good_one_a_mask_of_its_size(detector: D
     job = job_for(tmp_path / "in", tmp_path / "out", "engine.shard_size=3", "dataset.max_pixels=1000000")
     batches = list(list_images(open_dataset(job.dataset, job.storage)))
     (images / "gone.jpg").unlink()
-    run, output = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri)
+    run, output = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri)
     prompts, rows = embed(detector, job, "nut"), []
     for shard in cut_shards(batches, 3):
         score_shard(shard, run, detector, prompts, Store(job.dataset.images), output, threads=2)
@@ -129,7 +129,7 @@ class WatchedStore(Store):
 
 def test_a_shard_reads_ahead_while_another_has_the_model(detector: Detector, tmp_path: Path) -> None:
     job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
-    run, output, turn = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri), threading.Lock()
+    run, output, turn = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri), threading.Lock()
     prompts, source = embed(detector, job, "hazelnut"), WatchedStore(job.dataset.images, wanted=4)
     (shard,) = shards_of(job)
     with ThreadPoolExecutor(1) as pool:
@@ -164,7 +164,7 @@ class AsynchronousDetector(Detector):
 def test_the_device_has_the_next_batch_before_it_is_done_with_one(detector: Detector, tmp_path: Path) -> None:
     """Also where that is the first of another shard, which then has the model."""
     job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2", "engine.shard_size=6")
-    run, output, turn = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri), threading.Lock()
+    run, output, turn = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri), threading.Lock()
     prompts, asynchronous = embed(detector, job, "hazelnut"), AsynchronousDetector(detector, job, 6)
 
     def score(shard: Shard) -> ShardStats:
@@ -178,7 +178,7 @@ def test_the_device_has_the_next_batch_before_it_is_done_with_one(detector: Dete
 def test_a_shard_that_fails_leaves_the_model_to_others(detector: Detector, tmp_path: Path) -> None:
     job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.batch_size=2")
     (tmp_path / "masks").touch()
-    run, turn = Run("run", job, "alfa-tiny", "0" * 64), threading.Lock()
+    run, turn = Run("run", job, "alfa-small", "0" * 64), threading.Lock()
     prompts, (shard,) = embed(detector, job, "hazelnut"), shards_of(job)
     with pytest.raises(OSError, match="masks") as failure:
         score_shard(shard, run, detector, prompts, Store(str(DEMO)), Store(job.output.uri), 2, turn=turn)
@@ -244,7 +244,7 @@ def test_the_second_pass_masks_as_the_first_would(detector: Detector, tmp_path: 
     fixed = score(detector, job_for(DEMO, tmp_path / "a", "threshold.value=0.6", "threshold.mask_value=0.4"), *classes)
     job = job_for(DEMO, tmp_path / "b", "threshold.policy=quantile")
     assert all(row["mask_uri"] is None for row in score(detector, job, *classes))
-    run, output = Run("run", job, "alfa-tiny", "0" * 64), Store(job.output.uri)
+    run, output = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri)
     cuts = dict.fromkeys(classes, Thresholds(0.6, 0.4))
     again = []
     for shard in shards_of(job):
