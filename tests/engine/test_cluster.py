@@ -1,3 +1,5 @@
+"""How many actors, of what size, are started on which nodes."""
+
 import pytest
 
 from pipeline.engine import ActorPlan, EngineError, plan_actors

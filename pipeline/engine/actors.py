@@ -1,0 +1,133 @@
+"""The actors: one asks for prompts, the others each hold a model and score shards."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ray
+import ray.exceptions
+import torch
+from ray.util.metrics import Counter, Histogram
+
+from pipeline import prompts as prompt_library
+from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.engine.errors import EngineError, cause_of
+from pipeline.images import HangGuard, give_back_freed_memory
+from pipeline.scoring import Shard, ShardStats, Thresholds, build_memory, mask_shard, score_shard
+from pipeline.storage import Run, open_store
+from schemas.job import JobConfig
+from schemas.prompts import PromptEnsemble, PromptSet
+
+
+class PromptActor:
+    """Obtains prompt sets: single flight for each class inside a job. Between jobs the library's leases do the same."""
+
+    def __init__(self, job: JobConfig, owner: str) -> None:
+        self._job = job
+        self._owner = owner
+        self._flights: dict[str, asyncio.Task[PromptSet]] = {}
+
+    async def obtain(self, class_name: str) -> PromptSet:
+        """The prompt set of a class; callers of the same class share one call. Raises LLMError, PromptLibraryError."""
+        flight = self._flights.get(class_name)
+        if flight is None or (flight.done() and flight.exception() is not None):
+            flight = asyncio.create_task(asyncio.to_thread(self._obtain, class_name))
+            self._flights[class_name] = flight
+        return await asyncio.shield(flight)
+
+    def _obtain(self, class_name: str) -> PromptSet:
+        output = open_store(self._job.output.uri, self._job.storage)
+        lease_s = self._job.engine.lease_s
+        return prompt_library.obtain(output, class_name, self._job.prompts, owner=self._owner, lease_s=lease_s)
+
+
+def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[PromptSet]:
+    """The prompt sets of the classes, by the job's prompt actor."""
+    actor: Any = (
+        ray.remote(PromptActor)
+        .options(name=f"alfa-prompts-{owner}", num_cpus=0, max_restarts=job.engine.max_restarts, max_task_retries=-1)
+        .remote(job, owner)
+    )
+    try:
+        return list(ray.get([actor.obtain.remote(class_name) for class_name in classes]))
+    except ray.exceptions.RayTaskError as error:
+        raise cause_of(error) from None
+    except ray.exceptions.RayActorError as error:
+        raise EngineError(f"the prompt actor died more often than engine.max_restarts allows: {error}") from None
+    finally:
+        ray.kill(actor)
+
+
+class ScoringActor:
+    """One model on one GPU (or on some CPU cores). Shards have it in turns; threads do the I/O around it."""
+
+    def __init__(self, job: JobConfig, weights_sha256: str, source_uri: str, cpus: int) -> None:
+        self._job = job
+        self._weights_sha256 = weights_sha256
+        self._threads = max(4, 2 * cpus)
+        self._cpus = cpus
+        self._source = open_store(source_uri, job.storage)
+        self._output = open_store(job.output.uri, job.storage)
+        self._prompts: dict[str, PromptEmbeddings] = {}
+        self._turn = threading.Lock()
+        self._guard = HangGuard()
+        # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
+        self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
+        self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
+
+    def load(self) -> None:
+        """Loads the model; to be called first. What __init__ raises, Ray would report as a death of the actor."""
+        weights = locate_weights(self._job.model)
+        if weights.sha256 != self._weights_sha256:
+            raise EngineError(
+                f"{weights.path} on node {socket.gethostname()} is not the file that the run was planned with (SHA-256 "
+                f"{weights.sha256[:12]}, planned {self._weights_sha256[:12]}); put the same weights on all nodes"
+            )
+        torch.set_num_threads(self._cpus)
+        give_back_freed_memory()
+        encoder = load_encoder(self._job.model, weights)
+        self._detector = Detector(encoder, self._job.method, self._job.aligner, self._job.references)
+
+    def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
+        """The prompts of a class as embeddings, with the memory of its reference images (manifest rows), if it has any;
+        done once a run, for all actors."""
+        with self._turn:
+            embeddings = self._detector.embed(ensemble)
+            if not references:
+                return embeddings
+            return build_memory(run_id, embeddings, references, self._detector, self._job, self._output)
+
+    def score(
+        self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
+    ) -> ShardStats:
+        """score_shard; embeddings are fetched from Ray's object store the first time that a class comes by."""
+        for class_name, reference in prompts.items():
+            if class_name not in self._prompts:
+                self._prompts[class_name] = ray.get(reference)
+        started = time.monotonic()
+        stats = score_shard(
+            shard,
+            run,
+            self._detector,
+            self._prompts,
+            self._source,
+            self._output,
+            self._threads,
+            turn=self._turn,
+            guard=self._guard,
+            isolate=isolate,
+        )
+        self._seconds.observe(time.monotonic() - started)
+        for outcome, count in {**stats.errors, "ok": stats.images - sum(stats.errors.values())}.items():
+            if count:
+                self._images.inc(count, {"outcome": outcome})
+        return stats
+
+    def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
+        """mask_shard."""
+        return mask_shard(shard_id, digest, thresholds, run, self._output, self._threads)
