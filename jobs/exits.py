@@ -31,6 +31,7 @@ def run(job: Callable[[], int]) -> NoReturn:
     from pipeline.scoring import ThresholdError
     from pipeline.storage import AddressError, LeaseLostError
 
+    logs.adopt_libraries()
     refusals = (
         *(AddressError, JobError, DatasetError, ModelError, PromptLibraryError),
         *(DemoError, ExportError, LakeError, NightError, ReportError, ThresholdError),

@@ -74,6 +74,19 @@ def configure(log_format: LogFormat) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
+def adopt_libraries() -> None:
+    """Sends what libraries print as their own log through alfa's, and drops what is no warning to the job.
+
+    To be called when they are imported: that is when they set up their handlers. Of the hub that weights come from,
+    only errors are kept: it announces every retry, and where all fail, alfa's error says so once.
+    """
+    for name, level in (("ray", logging.WARNING), ("huggingface_hub", logging.ERROR)):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+        library.setLevel(level)
+
+
 def current_format() -> LogFormat:
     """What configure() was last called with."""
     return _format

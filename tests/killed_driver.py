@@ -4,7 +4,7 @@
 
 POINT is `before:PATTERN:N` or `after:PATTERN:N`: around the N-th object that the driver writes, creates, replaces or
 deletes with a key that matches the regular expression; `shard:N`: when the driver has heard of N finished shards. These
-kill the driver; `workers:N` kills all scoring workers at N finished shards instead.
+kill the driver; `workers:N` kills all its scoring workers at N finished shards instead.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     if kind == "shard":
         _act_at_shard(int(rest), _die)
     elif kind == "workers":
-        _act_at_shard(int(rest), lambda: kill_processes("ray::ScoringActor"))
+        _act_at_shard(int(rest), lambda: kill_processes("ray::ScoringActor", os.getpid()))
     else:
         wanted, _, count = rest.rpartition(":")
         _kill_around(kind, wanted, int(count))

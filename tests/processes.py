@@ -10,19 +10,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def find_processes(pattern: str) -> Iterator[int]:
-    """Ids of the running processes whose command line matches a regular expression."""
+def find_processes(pattern: str, below: int | None = None) -> Iterator[int]:
+    """Ids of the running processes whose command line matches a regular expression.
+
+    below: only those that this process has started, itself or by others that it has started.
+    """
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(OSError):
-                if re.search(pattern, (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")):
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if re.search(pattern, command) and (below is None or below in _ancestors(int(folder.name))):
                     yield int(folder.name)
 
 
-def kill_processes(pattern: str) -> int:
-    """SIGKILL to all of them; how many there were."""
+def _ancestors(pid: int) -> Iterator[int]:
+    while pid > 1:
+        # The second field, a name in parentheses, may hold anything.
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        yield pid
+
+
+def kill_processes(pattern: str, below: int | None = None) -> int:
+    """SIGKILL to all that find_processes finds; how many there were."""
     killed = 0
-    for pid in find_processes(pattern):
+    for pid in find_processes(pattern, below):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
             killed += 1

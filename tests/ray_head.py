@@ -24,10 +24,21 @@ from tests.seaweed import free_ports
 
 @dataclass(frozen=True)
 class Head:
-    """A running head. environment: what its clients need to be let in."""
+    """A running head. address: of its job server; gcs: what drivers join; folder: what it writes; environment: what
+    its clients need to be let in."""
 
     address: str
+    gcs: str
+    folder: Path
     environment: dict[str, str]
+
+    def joined_by_default(self) -> str:
+        """The address that a `ray.init()` without one would join, were RAY_TMPDIR this head's folder."""
+        return (self.folder / "ray" / "ray_current_cluster").read_text().strip()
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes: its files stay."""
+        kill_processes(str(self.folder))
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """What the head knows of submitted jobs, by their submission ids."""
@@ -45,7 +56,7 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     command = [
         str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-        f"--temp-dir={folder}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}",
+        f"--temp-dir={folder / 'ray'}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
         f"--ray-client-server-port={client}",
     ]  # fmt: skip
@@ -61,7 +72,7 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
     with log.open("wb") as output:
         server = subprocess.Popen(command, env=nodes, cwd=folder, stdout=output, stderr=output)
     try:
-        head = Head(f"http://127.0.0.1:{dashboard}", environment)
+        head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
         _await_answer(head, server, log)
         yield head
     finally:
@@ -79,6 +90,7 @@ def _await_answer(head: Head, server: subprocess.Popen[bytes], log: Path, limit_
     while time.monotonic() < deadline and server.poll() is None:
         with contextlib.suppress(OSError):
             head.jobs()
+            head.joined_by_default()
             return
         time.sleep(0.2)
     raise RuntimeError(f"the Ray head did not come up: {log.read_text(errors='replace')[-2000:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -17,11 +18,15 @@ from ray.util.metrics import Counter, Histogram
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.relay import Reply, WarningKeeper, unpack
 from pipeline.images import HangGuard, give_back_freed_memory
 from pipeline.scoring import Shard, ShardStats, Thresholds, build_memory, mask_shard, score_shard
 from pipeline.storage import Run, open_store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble, PromptSet
+from schemas.text import one_line
+
+logger = logging.getLogger(__name__)
 
 
 class PromptActor:
@@ -31,6 +36,11 @@ class PromptActor:
         self._job = job
         self._owner = owner
         self._flights: dict[str, asyncio.Task[PromptSet]] = {}
+        self._warnings = WarningKeeper()
+
+    async def ask(self, class_name: str) -> Reply:
+        """obtain(), as a reply that brings this actor's warnings along."""
+        return self._warnings.reply(await self.obtain(class_name))
 
     async def obtain(self, class_name: str) -> PromptSet:
         """The prompt set of a class; callers of the same class share one call. Raises LLMError, PromptLibraryError."""
@@ -47,20 +57,30 @@ class PromptActor:
 
 
 def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[PromptSet]:
-    """The prompt sets of the classes, by the job's prompt actor."""
-    actor: Any = (
-        ray.remote(PromptActor)
-        .options(name=f"alfa-prompts-{owner}", num_cpus=0, max_restarts=job.engine.max_restarts, max_task_retries=-1)
-        .remote(job, owner)
-    )
-    try:
-        return list(ray.get([actor.obtain.remote(class_name) for class_name in classes]))
-    except ray.exceptions.RayTaskError as error:
-        raise cause_of(error) from None
-    except ray.exceptions.RayActorError as error:
-        raise EngineError(f"the prompt actor died more often than engine.max_restarts allows: {error}") from None
-    finally:
-        ray.kill(actor)
+    """Obtains the prompt sets of the classes, in their order, through a prompt actor of the job.
+
+    An actor that dies has a successor, which finds in the library what is stored there already. Raises LLMError and
+    PromptLibraryError as pipeline.prompts.obtain does, EngineError past engine.max_restarts.
+    """
+    deaths = 0
+    while True:
+        # Ray could restart it too, but would then announce a retry of each call that is under way when it is stopped.
+        actor: Any = ray.remote(PromptActor).options(num_cpus=0).remote(job, owner)
+        try:
+            return [unpack(reply) for reply in ray.get([actor.ask.remote(class_name) for class_name in classes])]
+        except ray.exceptions.RayTaskError as error:
+            raise cause_of(error) from None
+        except ray.exceptions.RayActorError as error:
+            deaths += 1
+            reason = one_line(str(error))[:400]
+            if deaths > job.engine.max_restarts:
+                raise EngineError(
+                    f"the prompt actor died {deaths} times, more than engine.max_restarts ({job.engine.max_restarts}) "
+                    f"allows; the last time: {reason}"
+                ) from None
+            logger.warning("the prompt actor died and is started again: %s", reason)
+        finally:
+            ray.kill(actor)
 
 
 class ScoringActor:
@@ -76,9 +96,14 @@ class ScoringActor:
         self._prompts: dict[str, PromptEmbeddings] = {}
         self._turn = threading.Lock()
         self._guard = HangGuard()
+        self._warnings = WarningKeeper()
         # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
         self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
         self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
+
+    def call(self, method: str, *arguments: Any) -> Reply:
+        """Calls a method of this actor; the reply brings this actor's warnings along."""
+        return self._warnings.reply(getattr(self, method)(*arguments))
 
     def load(self) -> None:
         """Loads the model; to be called first. What __init__ raises, Ray would report as a death of the actor."""

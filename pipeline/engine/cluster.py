@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import ray
 
+from pipeline.engine import internals
 from pipeline.engine.errors import EngineError
 from schemas.job import JobConfig
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+"""What Ray tells the driver: its own warnings. Those of actors come with their replies (relay.py)."""
 
 
 @dataclass(frozen=True)
@@ -27,43 +35,70 @@ class ActorPlan:
 
 
 @contextlib.contextmanager
-def connect(job: JobConfig) -> Iterator[None]:
-    """Joins the Ray cluster of the job, or starts a local one for its duration."""
-    # Factories have closed networks, and a driver's environment never belongs in a cluster's metadata.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def connect(job: JobConfig, timeout_s: float = 60.0) -> Iterator[None]:
+    """Joins the cluster that engine.address or RAY_ADDRESS names; where neither does, starts a Ray for its own use.
+
+    A Ray that happens to run on this machine is left alone. Inside another connect(), the connection is shared.
+    Raises EngineError where the cluster does not answer within timeout_s, or where no local Ray can be started.
+    """
     if ray.is_initialized():
         yield
         return
-    joins = bool(job.engine.address or os.environ.get("RAY_ADDRESS"))
-    with contextlib.nullcontext() if joins else _loopback_only():
-        options: dict[str, Any] = {} if joins else {"include_dashboard": False}
-        ray.init(address=job.engine.address, logging_level=logging.WARNING, **options)
+    # Factories have closed networks, and a driver's environment never belongs in a cluster's metadata.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = job.engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    with internals.without_prints():
+        with internals.own_sigterm():
+            if address == "local":
+                _start_local()
+            else:
+                _join(address, timeout_s)
         try:
             yield
         finally:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Servers of a Ray that is started inside listen on 127.0.0.1 alone, not on all interfaces.
-
-    Ray has one switch for it, made for macOS and Windows and read at its import: the constant is for this process, the
-    variable for those that it starts.
-    """
-    variable = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    before, constants = os.environ.get(variable), ray._private.ray_constants
-    clusters = constants.ENABLE_RAY_CLUSTER
-    os.environ[variable], constants.ENABLE_RAY_CLUSTER = "0", False
+def _start_local() -> None:
     try:
-        yield
-    finally:
-        constants.ENABLE_RAY_CLUSTER = clusters
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+        with internals.loopback_only(), internals.without_token_hint():
+            # Without an address, Ray joins whatever cluster was started last on this machine, alive or not.
+            ray.init(address="local", include_dashboard=False, **_QUIET)
+    except Exception as error:
+        raise EngineError(f"no local Ray can be started: {one_line(str(error))}") from error
+
+
+def _join(address: str, timeout_s: float) -> None:
+    if "://" not in address:  # Ray's client has a deadline of its own, of 30 s
+        _ask_head(address, timeout_s)
+    try:
+        ray.init(address=address, **_QUIET)
+    except Exception as error:
+        raise _refusal(address, str(error)) from error
+
+
+def _ask_head(address: str, timeout_s: float) -> None:
+    """Raises EngineError where the head of a cluster does not answer in time.
+
+    A process of its own asks: where nobody answers, `ray.init` tries for a quarter of an hour and cannot be stopped.
+    """
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise _refusal(address, f"no answer for {timeout_s:g} s") from None
+    if done.returncode:
+        # A traceback, at the end of which is the error: all lines that are not indented.
+        raised = takewhile(lambda line: not line.startswith(" "), reversed(done.stderr.rstrip().splitlines()))
+        raise _refusal(address, " ".join(reversed(list(raised))))
+
+
+def _refusal(address: str, reason: str) -> EngineError:
+    return EngineError(
+        f"the Ray cluster at {address} cannot be joined: {one_line(reason)}; see whether its head runs, and whether "
+        f"engine.address and RAY_ADDRESS are right"
+    )
 
 
 def node_resources() -> list[dict[str, float]]:

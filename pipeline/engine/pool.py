@@ -16,6 +16,7 @@ from pipeline.alfa import PromptEmbeddings
 from pipeline.engine.actors import ScoringActor
 from pipeline.engine.cluster import node_resources, plan_actors
 from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.relay import unpack
 from pipeline.scoring import Shard, ShardStats, Thresholds
 from pipeline.storage import Run
 from schemas.prompts import PromptEnsemble
@@ -70,7 +71,7 @@ class ScoringPool:
         object store for every actor."""
 
         def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
-            return actor.embed.remote(ensemble, references.get(ensemble.class_name, ()), self._run.run_id)
+            return _call(actor, "embed", ensemble, references.get(ensemble.class_name, ()), self._run.run_id)
 
         for embeddings in self._each(iter(ensembles), submit):
             name, memory = embeddings.ensemble.class_name, embeddings.memory
@@ -85,7 +86,7 @@ class ScoringPool:
         def submit(actor: Any, shard: Shard, deaths: int) -> Any:
             classes = shard.images.column("class_name").unique().to_pylist()
             prompts = {name: self._prompts[name] for name in classes}
-            return actor.score.remote(shard, self._run, prompts, isolate=deaths > 0)
+            return _call(actor, "score", shard, self._run, prompts, deaths > 0)
 
         return self._each(shards, submit)
 
@@ -94,7 +95,7 @@ class ScoringPool:
         shared = ray.put(thresholds)
 
         def submit(actor: Any, shard_id: str, _: int) -> Any:
-            return actor.mask.remote(shard_id, digest, shared, self._run)
+            return _call(actor, "mask", shard_id, digest, shared, self._run)
 
         return self._each(shard_ids, submit)
 
@@ -121,7 +122,7 @@ class ScoringPool:
                 worker, item, deaths = under_way.pop(reference)
                 worker.load -= 1
                 try:
-                    result = ray.get(reference)
+                    result = unpack(ray.get(reference))
                 except ray.exceptions.RayTaskError as error:
                     raise cause_of(error) from None
                 except ray.exceptions.RayError as error:
@@ -140,14 +141,14 @@ class ScoringPool:
         options = {"num_cpus": self.plan.cpus, "num_gpus": self.plan.gpus, "max_restarts": 0}
         remote = ray.remote(self._actor_class).options(**options, max_concurrency=_CALLS_AT_ONCE)
         worker = _Worker(remote.remote(*self._arguments))
-        self._starting[worker.actor.load.remote()] = worker
+        self._starting[_call(worker.actor, "load")] = worker
 
     def _receive(self, loaded: Any) -> None:
         """Takes in a worker that has loaded its model."""
         worker = self._starting.pop(loaded)
         self._workers.append(worker)
         try:
-            ray.get(loaded)
+            unpack(ray.get(loaded))
         except ray.exceptions.RayTaskError as error:
             raise cause_of(error) from None
         except ray.exceptions.RayError as error:
@@ -182,6 +183,11 @@ class ScoringPool:
                     self.plan.cpus,
                     self.plan.gpus,
                 )
+
+
+def _call(actor: Any, method: str, *arguments: Any) -> Any:
+    """Starts a call of an actor's method, under whose name Ray's dashboard shows it; what comes of it is a Reply."""
+    return actor.call.options(name=f"ScoringActor.{method}").remote(method, *arguments)
 
 
 def _takes_another(load: int, waiting: int, actors: int) -> bool:

@@ -280,7 +280,7 @@ def test_a_prompt_actor_killed_in_mid_call_asks_once_more_when_its_lease_is_over
 
     def kill_first(class_name: str) -> None:
         if not kills:
-            kills.append(kill_processes("ray::PromptActor|ray::alfa-prompts"))
+            kills.append(kill_processes("ray::PromptActor", os.getpid()))
 
     with LLMServer(on_request=kill_first) as server:
         done = alfa(

@@ -12,7 +12,7 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from tests.command import alfa
+from tests.command import alfa, lines_of_others
 from tests.places import DEMO
 
 NIGHT = "2026-01-02"
@@ -34,7 +34,10 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     done = score(folder / "in", folder / "out", "engine.shard_size=4", "engine.max_error_rate=0.5")
     assert done.returncode == 0, done.stderr
     assert "layout folders" in done.stderr and "13 images of 2 classes" in done.stderr
-    assert "12 ok; errors: 1" in done.stdout and "DEMONSTRATION" in done.stdout
+    assert lines_of_others(done.stderr) == []
+    assert "WARNING" not in done.stderr
+    assert "ray" not in done.stdout.replace(str(folder), "")
+    assert "12 ok; errors: 1" in done.stdout and "model  alfa-small" in done.stdout
     return folder / "in", folder / "out"
 
 
