@@ -177,7 +177,7 @@ def _finish(
     read = open_store(job.dataset.images, job.storage).read_uri
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
     # Not by the weights themselves: a finished run is measured where they need not be.
-    is_embedded = job.model.pretrained is None
+    is_embedded = job.model.is_embedded
     model = job.model.name if job.model.pretrained is None else f"{job.model.name}/{Path(job.model.pretrained).name}"
     evaluation = Evaluation(run_id, model, is_embedded, job.dataset.images, base, benchmark, scored, measured)
     if is_embedded:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.alfa.device import to_device
-from schemas.job import EMBEDDED_MODEL, Model
+from schemas.job import EMBEDDED_MODEL, FORMER_EMBEDDED_MODELS, Model
 
 _EMBEDDED = Path(__file__).parent / "models" / EMBEDDED_MODEL
 _TEXTS_AT_ONCE = 64
@@ -82,7 +82,7 @@ def locate_weights(model: Model) -> Weights:
         label = f"{model.name}/{path.name}"
     else:
         path, label = _download(model.name, model.pretrained), f"{model.name}/{model.pretrained}"
-    return Weights(path, _sha256(path), label, is_embedded=model.pretrained is None)
+    return Weights(path, _sha256(path), label, model.is_embedded)
 
 
 def text_fits(model: Model) -> Callable[[str], bool]:
@@ -291,6 +291,11 @@ def _config(name: str) -> dict[str, Any]:
     if name == EMBEDDED_MODEL:
         config: dict[str, Any] = json.loads((_EMBEDDED / f"{EMBEDDED_MODEL}.json").read_text())
         return config
+    if name in FORMER_EMBEDDED_MODELS:
+        raise ModelError(
+            f"{name} came with earlier versions of alfa and is no longer here; leave model.name out to score with "
+            f"{EMBEDDED_MODEL}, or name an open_clip ViT"
+        )
     found = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if found is None:
         near = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=3, cutoff=0.4)) or "none"

@@ -63,7 +63,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
     }
     context = {
         "report": report,
-        "embedded_note": EMBEDDED_NOTE if report.stats.get("embedded_model") else None,
+        "model_note": _model_note(report),
         "anomalous": sum(facts.anomalous for facts in report.classes),
         "failed": sum(report.errors.values()),
         "usage": {"calls": 0, **report.stats.get("usage", {})},
@@ -88,6 +88,15 @@ def render(report: Report, largest: int = LARGEST) -> str:
     without_photos = template.render(context, data=_script_json(data))
     _add_photos(exhibits, report.exhibits, largest - len(without_photos.encode("utf-8", "replace")))
     return template.render(context, data=_script_json(data))
+
+
+def _model_note(report: Report) -> tuple[str, str] | None:
+    """What must be known of the model before its scores are read, as a title and a sentence; None of a named one."""
+    if report.stats.get("embedded_model"):
+        return "Embedded model.", f"{report.model} is {EMBEDDED_NOTE}."
+    if report.stats.get("demonstration_model"):  # a night of an earlier version
+        return "Demonstration model.", f"The scores of {report.model} say nothing about real defects."
+    return None
 
 
 def _script_json(data: Any) -> Markup:

@@ -3,6 +3,7 @@
 from schemas.job.config import (
     EMBEDDED_MODEL,
     EMBEDDED_NOTE,
+    FORMER_EMBEDDED_MODELS,
     Dataset,
     JobConfig,
     Method,
@@ -17,6 +18,7 @@ from schemas.job.parsing import JobError, dump_job_yaml, parse_job, read_job_yam
 __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_NOTE",
+    "FORMER_EMBEDDED_MODELS",
     "Dataset",
     "JobConfig",
     "JobError",

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from pipeline.alfa import Encoder, ModelError, load_encoder, locate_weights, text_fits
 from pipeline.alfa.encoder import resize_positions
-from schemas.job import Model
+from schemas.job import Model, parse_job
 from tests.alfa.conftest import random_pixels, write_model
 
 
@@ -142,7 +142,21 @@ def test_embedded_model_loads() -> None:
     assert (weights.label, weights.is_embedded) == ("alfa-small", True)
     encoder = load_encoder(Model(), weights)
     assert (encoder.grid, encoder.embedding_dim) == ((16, 16), 192)
-    assert encoder.logit_scale == pytest.approx(28.7, abs=0.1)
+    assert encoder.logit_scale == pytest.approx(26.45, abs=0.01)
+
+
+def test_the_embedded_weights_are_those_of_their_card() -> None:
+    path = locate_weights(Model()).path
+    card = (path.parent / "MODEL_CARD.md").read_text()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    assert sorted(file.name for file in path.parent.parent.rglob("*.safetensors")) == ["alfa-small.safetensors"]
+
+
+def test_the_model_of_earlier_versions_scores_no_longer_but_its_jobs_can_be_read() -> None:
+    job = parse_job({"dataset": {"images": "in"}, "output": {"uri": "out"}, "model": {"name": "alfa-tiny"}})
+    assert job.aligner == "raw" and not job.model.is_embedded
+    with pytest.raises(ModelError, match=r"alfa-tiny came with earlier versions.*alfa-small"):
+        locate_weights(job.model)
 
 
 @pytest.mark.parametrize(

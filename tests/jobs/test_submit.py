@@ -48,12 +48,13 @@ def test_the_id_is_that_of_the_night_and_of_all_that_makes_its_rows() -> None:
     assert len(ids) == len(others) and submission_id not in ids
 
 
-def test_only_code_is_uploaded_and_stays_below_30_mb(tmp_path: Path) -> None:
+def test_only_code_is_uploaded_and_stays_below_60_mb(tmp_path: Path) -> None:
+    """Before Ray packs it: what is sent is smaller still (tests/integration/test_submit.py)."""
     copy_code(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path).parts[0] for path in files} == {"schemas", "pipeline", "jobs"}
     assert {path.suffix for path in files} <= {".py", ".json", ".md", ".safetensors", ".css", ".js", ".j2"}
-    assert sum(path.stat().st_size for path in files) < 30e6
+    assert sum(path.stat().st_size for path in files) < 60e6
 
 
 class FlakyHead:

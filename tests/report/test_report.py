@@ -134,10 +134,16 @@ def test_the_embedded_model_is_called_one(tmp_path: Path) -> None:
     photos = tmp_path / "in"
     commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], embedded_model=True)
     page = read(tmp_path / "out", commit)
-    assert (
-        "Embedded model. ViT-test/weights is the model that comes with alfa." in page.words
-        and "no record of its prompts" in page.words
-    )
+    assert "Embedded model. ViT-test/weights is the model that comes with alfa." in page.words
+    assert "0.98 on cookies" in page.words
+    assert "no record of its prompts" in page.words
+
+
+def test_a_night_of_the_former_demonstration_model_is_still_called_one(tmp_path: Path) -> None:
+    photos = tmp_path / "in"
+    commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], demonstration_model=True)
+    words = read(tmp_path / "out", commit).words
+    assert "Demonstration model. The scores of ViT-test/weights say nothing about real defects." in words
 
 
 @pytest.mark.parametrize("text", HOSTILE)
