@@ -5,10 +5,18 @@ May import: storage, tiling, schemas.
 """
 
 from pipeline.images.budget import FILE_BYTES, PIXELS, give_back_freed_memory
-from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, decode_mask, decode_thumbnail
+from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, fit_image
 from pipeline.images.isolation import decode_isolated
 from pipeline.images.layouts import GOOD, DatasetError, ImageSource, list_images, list_references, open_dataset
-from pipeline.images.masks import encode_empty_mask, encode_map, encode_mask, find_regions, split_regions, upsample
+from pipeline.images.masks import (
+    Region,
+    encode_empty_mask,
+    encode_map,
+    encode_mask,
+    find_regions,
+    split_regions,
+    upsample,
+)
 from pipeline.images.watchdog import HangGuard
 
 __all__ = [
@@ -21,6 +29,7 @@ __all__ = [
     "HangGuard",
     "ImageError",
     "ImageSource",
+    "Region",
     "decode_image",
     "decode_isolated",
     "decode_mask",
@@ -29,6 +38,7 @@ __all__ = [
     "encode_map",
     "encode_mask",
     "find_regions",
+    "fit_image",
     "give_back_freed_memory",
     "list_images",
     "list_references",

@@ -97,13 +97,37 @@ def decode_image(
     that is not cut is decoded at a reduced size. Raises ImageError alone, whatever the bytes. Waits while other
     threads decode as much as memory is planned for.
     """
-    with _opened(data, max_pixels, max(size) if cut is None else None) as (image, (width, height)):
-        if _turn_upright(image):
-            width, height = height, width
-        upright, how = _to_rgb(image), _INTERPOLATIONS[interpolation]
-        squashed = upright.resize((size[1], size[0]), how)
-        tiles = None if cut is None else _cut(upright, cut, size, how)
-        return Decoded(np.asarray(squashed), width, height, *(tiles or ()))
+    with _opened(data, max_pixels, max(size) if cut is None else None) as (image, stored):
+        return _fit(image, stored, size, interpolation, cut)
+
+
+def fit_image(
+    image: Image.Image, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+) -> Decoded:
+    """As decode_image, of an image that a caller has in memory already; it is left as it is.
+
+    Raises ImageError where it has more than max_pixels or its tiles are too many.
+    """
+    _require_fewer_pixels(image, max_pixels)
+    with PIXELS.hold(image.width * image.height):
+        return _fit(image.copy(), image.size, size, interpolation, cut)
+
+
+def _fit(
+    image: Image.Image, stored: tuple[int, int], size: tuple[int, int], interpolation: str, cut: Cut | None
+) -> Decoded:
+    """The model's view of an image, which is changed. stored: its width and height in the file."""
+    width, height = reversed(stored) if _turn_upright(image) else stored
+    upright, how = _to_rgb(image), _INTERPOLATIONS[interpolation]
+    squashed = upright.resize((size[1], size[0]), how)
+    tiles = None if cut is None else _cut(upright, cut, size, how)
+    return Decoded(np.asarray(squashed), width, height, *(tiles or ()))
+
+
+def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
+        raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
 
 
 def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
@@ -154,9 +178,7 @@ def _opened(data: bytes, max_pixels: int, wanted: int | None) -> Iterator[tuple[
         raise ImageError(ErrorType.EMPTY, "the file has no bytes")
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                message = f"{image.width} x {image.height} pixels are more than dataset.max_pixels ({max_pixels})"
-                raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
+            _require_fewer_pixels(image, max_pixels)
             stored, pixels = image.size, image.width * image.height
             if wanted is not None:
                 image.draft("RGB", (_DRAFT_MARGIN * wanted, _DRAFT_MARGIN * wanted))

@@ -33,6 +33,11 @@ class Region:
     peak: float
     defect: str | None
 
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in pixels, right and bottom exclusive, as Pillow's crop takes them."""
+        return self.x, self.y, self.x + self.width, self.y + self.height
+
 
 def upsample(grid: NDArray[np.float32], width: int, height: int, least: float | None = None) -> NDArray[np.float32]:
     """Bilinear from the patch grid [gh, gw] to the image [height, width] (pixel centres, edges held).

@@ -78,10 +78,7 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_
     fingerprint = recipe(config, class_name)
     key = set_key(class_name, fingerprint)
     if not config.asks_llm:
-        description = bundled_description(class_name) if config.described else None
-        source = "base" if description is None else "bundled"
-        made = _new_set(class_name, fingerprint, source=source, description=description)
-        return _store_set(store, key, made, config)
+        return _store_set(store, key, make_offline(class_name, described=config.described), config)
     try:
         return _ask(store, key, class_name, config, fingerprint, owner, lease_s)
     except llm.LLMError as error:
@@ -89,6 +86,17 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_
             raise
         logger.error("%s; going on with the base ensemble for class %r", error, class_name)
         return _new_set(class_name, fingerprint, source="base", description=None)
+
+
+def make_offline(class_name: str, *, described: bool = True) -> PromptSet:
+    """Makes the prompt set of a class without an LLM: of its bundled description, else of the base ensemble alone.
+
+    described: False takes the base ensemble alone in any case.
+    """
+    description = bundled_description(class_name) if described else None
+    source = "base" if description is None else "bundled"
+    fingerprint = recipe(Prompts(described=described), class_name)
+    return _new_set(class_name, fingerprint, source=source, description=description)
 
 
 def bundled_description(class_name: str) -> ClassDescription | None:

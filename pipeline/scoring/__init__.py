@@ -18,14 +18,17 @@ from pipeline.scoring.thresholds import (
     require_two,
     select_thresholds,
 )
+from pipeline.scoring.zero_shot import Prediction, ZeroShotDetector
 
 __all__ = [
     "HASHED",
     "Manifest",
+    "Prediction",
     "Shard",
     "ShardStats",
     "ThresholdError",
     "Thresholds",
+    "ZeroShotDetector",
     "batch_size",
     "batches",
     "build_memory",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL.Image import Image
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
-from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated
+from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated, fit_image
 from pipeline.storage import AddressError, Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import ErrorType
@@ -31,17 +32,23 @@ def batch_size(job: JobConfig) -> int:
 
 
 def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[[bytes], Decoded]:
-    """Decodes images as the detector wants them."""
-    preprocess = detector.encoder.preprocess
-    return functools.partial(
-        decode_isolated if isolate else decode_image,
-        size=preprocess.size,
-        interpolation=preprocess.interpolation,
-        max_pixels=job.dataset.max_pixels,
-        cut=None
-        if job.method.tile is None
-        else Cut(detector.encoder.grid, job.method.tile.size, job.method.tile.overlap),
-    )
+    """Decodes files as the detector wants to see them."""
+    return functools.partial(decode_isolated if isolate else decode_image, **_view(job, detector))
+
+
+def image_fitter(job: JobConfig, detector: Detector) -> Callable[[Image], Decoded]:
+    """Brings images that are in memory already to what the detector wants to see."""
+    return functools.partial(fit_image, **_view(job, detector))
+
+
+def _view(job: JobConfig, detector: Detector) -> dict[str, Any]:
+    preprocess, tile = detector.encoder.preprocess, job.method.tile
+    return {
+        "size": preprocess.size,
+        "interpolation": preprocess.interpolation,
+        "max_pixels": job.dataset.max_pixels,
+        "cut": None if tile is None else Cut(detector.encoder.grid, tile.size, tile.overlap),
+    }
 
 
 def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:

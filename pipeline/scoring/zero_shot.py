@@ -1,0 +1,199 @@
+"""The entrance for programs: photos to scores, maps and regions in this process, without Ray, a store or an LLM."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.alfa import (
+    Detection,
+    Detector,
+    Evidence,
+    ModelError,
+    PromptEmbeddings,
+    load_encoder,
+    locate_weights,
+    text_fits,
+)
+from pipeline.images import Decoded, ImageError, Region, find_regions, upsample
+from pipeline.prompts import compose_ensemble, make_offline
+from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, image_fitter
+from schemas.job import EMBEDDED_MODEL, JobConfig, Method, parse_job
+from schemas.prompts import PromptEnsemble, PromptSet
+
+Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+"""The path of a file, its bytes, a Pillow image, or RGB pixels [height, width, 3] (grey: [height, width]), uint8."""
+
+_Photo = TypeVar("_Photo", bound=Photo)
+_CLASSES = 64
+"""Classes whose encoded prompts a detector keeps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a photo is given.
+
+    score: 0 to 1, the higher the more anomalous; raw, so compare it within a class. width, height: of the photo in
+    pixels, upright. regions: connected parts of the mask, the highest peak first. grid: the anomaly map on the patches,
+    [rows, columns]. explanation: the prompts that decided, the weightiest first.
+    """
+
+    score: float
+    threshold: float
+    width: int
+    height: int
+    regions: tuple[Region, ...]
+    grid: NDArray[np.float32]
+    explanation: tuple[Evidence, ...]
+
+    @property
+    def is_anomalous(self) -> bool:
+        """Whether the score reaches the threshold."""
+        return self.score >= self.threshold
+
+    @property
+    def defect(self) -> str | None:
+        """Name of the defect nearest to the strongest region; None without a region or a description of the class."""
+        return self.regions[0].defect if self.regions else None
+
+    @functools.cached_property
+    def map(self) -> NDArray[np.float32]:
+        """The anomaly map at the photo's size [height, width], float32, made when it is first asked for."""
+        return upsample(self.grid, self.width, self.height)
+
+    @functools.cached_property
+    def mask(self) -> NDArray[np.bool_]:
+        """Where the map reaches the threshold, [height, width]."""
+        return self.map >= self.threshold
+
+
+class ZeroShotDetector:
+    """Scores photos of any class by language alone, as `alfa score` does. Make one with from_pretrained."""
+
+    def __init__(self, job: JobConfig) -> None:
+        """job: its model, method, dataset.max_pixels and threshold.value count; nothing is listed or written.
+
+        Raises ModelError where the model or its weights cannot be used.
+        """
+        self._job = job
+        self._weights = locate_weights(job.model)
+        self._detector = Detector(load_encoder(job.model, self._weights), job.method, job.aligner)
+        self._decode = image_decoder(job, self._detector)
+        self._fit = image_fitter(job, self._detector)
+        self._fits = text_fits(job.model)
+        self._prompts_of = functools.lru_cache(_CLASSES)(self._embed)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = EMBEDDED_MODEL,
+        tag: str | None = None,
+        *,
+        image_size: int | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        method: Method | None = None,
+        threshold: float = 0.5,
+    ) -> ZeroShotDetector:
+        """Loads any open_clip ViT; by default the model that comes with alfa, which needs no network.
+
+        tag: open_clip's pretrained tag, downloaded on first use, or the path of a weights file; required unless the
+        model is embedded. image_size: pixels a side, other than the model's own. threshold: from which a score, and a
+        value of the map, counts as anomalous. Raises JobError for options that do not go together, ModelError where
+        the model or its weights cannot be used.
+        """
+        document = {
+            "dataset": {"images": "given to predict"},
+            "output": {"uri": "returned by predict"},
+            "model": {"name": name, "pretrained": tag, "image_size": image_size, "device": device},
+            "method": {} if method is None else method.model_dump(),
+            "threshold": {"value": threshold},
+        }
+        return cls(parse_job(document))
+
+    @overload
+    def predict(
+        self, photos: list[_Photo], class_name: str, prompts: PromptSet | PromptEnsemble | None = None
+    ) -> list[Prediction]: ...
+
+    @overload
+    def predict(
+        self, photos: Photo, class_name: str, prompts: PromptSet | PromptEnsemble | None = None
+    ) -> Prediction: ...
+
+    def predict(
+        self,
+        photos: Photo | list[_Photo],
+        class_name: str,
+        prompts: PromptSet | PromptEnsemble | None = None,
+    ) -> Prediction | list[Prediction]:
+        """Scores a photo, or each of a list of photos, of one class.
+
+        class_name: as one would say it, such as `hazelnut` or `metal_nut`. prompts: what normal and defective look
+        like, such as a prompt set of the lake; default: the bundled description of the class where there is one (MVTec
+        AD and VisA), else the base ensemble. Raises OSError where a file cannot be read, ImageError where it is no
+        image, ValueError for an array of another type or shape.
+        """
+        if isinstance(photos, list):
+            return list(self._predict(photos, self._prompts_of(class_name, prompts)))
+        (prediction,) = self._predict([photos], self._prompts_of(class_name, prompts))
+        return prediction
+
+    def _predict(self, photos: Sequence[Photo], prompts: PromptEmbeddings) -> Iterator[Prediction]:
+        for batch in batches(iter(photos), batch_size(self._job)):
+            images = [self._open(photo) for photo in batch]
+            detections = detect(self._detector, images, [prompts] * len(images), self._job)
+            for image, detection in zip(images, detections, strict=True):
+                yield self._conclude(image, detection, prompts)
+
+    def _open(self, photo: Photo) -> Decoded:
+        if isinstance(photo, Image.Image):
+            return self._fit(photo)
+        if isinstance(photo, np.ndarray):
+            return self._fit(_from_array(photo))
+        if isinstance(photo, bytes):
+            return self._decode(photo)
+        try:
+            return self._decode(Path(photo).read_bytes())
+        except ImageError as error:
+            raise ImageError(error.error_type, f"{os.fspath(photo)}: {error.message}") from None
+
+    def _conclude(self, image: Decoded, detection: Detection, prompts: PromptEmbeddings) -> Prediction:
+        if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
+            raise ModelError(f"{self._weights.label} gave a score that is not a number; look at the weights")
+        threshold, width, height = self._job.threshold.value, image.source_width, image.source_height
+        regions: list[Region] = []
+        if (detection.grid >= threshold).any():  # between patches the map is never above them
+            marked = upsample(detection.grid, width, height, threshold)
+            regions = find_regions(marked >= threshold, marked, prompts.defects, detection.defect_grid)
+        return Prediction(
+            score=detection.score,
+            threshold=threshold,
+            width=width,
+            height=height,
+            regions=tuple(regions),
+            grid=detection.grid,
+            explanation=detection.explanation,
+        )
+
+    def _embed(self, class_name: str, prompts: PromptSet | PromptEnsemble | None) -> PromptEmbeddings:
+        if not isinstance(prompts, PromptEnsemble):
+            prompts = compose_ensemble(prompts or make_offline(class_name), self._fits)
+        return self._detector.embed(prompts)
+
+
+def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
+    """An image of pixels as Photo describes them. Raises ValueError for others."""
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
+        raise ValueError(
+            f"pixels must be uint8 [height, width, 3], RGB, or [height, width]; these are {pixels.dtype} "
+            f"{list(pixels.shape)}"
+        )
+    return Image.fromarray(pixels)
