@@ -30,7 +30,8 @@ def refusal(status: int, code: str) -> tuple[int, bytes]:
 class FaultProxy:
     """Context manager. faults: what may befall a request; share: of the requests; applies: to which (method, path).
 
-    The server's answers to all others pass unchanged. `injected` counts what was done, by kind.
+    The server's answers to all others pass unchanged. `injected` counts what was done, by kind; `written` holds the
+    path and the bytes of each PUT.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class FaultProxy:
     ) -> None:
         self.injected: Counter[str] = Counter()
         self.requests = 0
+        self.written: list[tuple[str, int]] = []
         self._upstream = urlsplit(upstream).netloc
         self._faults, self._share, self._applies = faults, share, applies
         self._random, self._lock = random.Random(seed), threading.Lock()
@@ -78,6 +80,8 @@ class FaultProxy:
 
             def _serve(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.command == "PUT":
+                    proxy.written.append((self.path, len(body)))
                 fault = proxy._draw(self.command, self.path)
                 if fault == "slow_down":
                     return self._answer(*refusal(503, "SlowDown"))

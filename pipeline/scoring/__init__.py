@@ -1,6 +1,7 @@
 """From a manifest to scored rows: shards, batches, masks, references and thresholds of a run.
 
-In: manifest, run, detector, prompts. Out: one Parquet file a shard, which is its commit record.
+In: manifest, run, detector, prompts. Out: one Parquet file a shard, which is its commit record. ZeroShotDetector is for
+programs that want scores and no run.
 May import: alfa, prompts, images, storage, tiling, schemas.
 """
 

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.command import COMMAND, alfa
+from tests.fault_proxy import FaultProxy
 from tests.places import ROOT
 from tests.processes import kill_processes
 from tests.ray_head import Head, run_head
@@ -79,6 +81,25 @@ def test_without_its_token_the_head_is_named_and_nothing_runs(head: Head, tmp_pa
     refused = alfa(*arguments(head, tmp_path), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
     assert refused.returncode == 1 and "set RAY_AUTH_MODE=token" in refused.stderr
     assert "Traceback" not in refused.stderr and not jobs_of(head, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_code_is_sent_once_and_is_small(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    with FaultProxy(head.address, faults=()) as proxy:
+        through = replace(head, address=proxy.endpoint)
+        for night in ("first", "second"):
+            command = [*arguments(through, tmp_path / night), "--images", str(tmp_path / "in"), "--no-wait"]
+            done = alfa(*command, **head.environment)
+            assert done.returncode == 0 and "submitted as" in done.stderr, done.stderr
+            (submission_id,) = jobs_of(head, tmp_path / night)
+            wait_for_end(head, submission_id)
+    ((package, size),) = proxy.written
+    assert package.startswith("/api/packages/gcs/") and 20e6 < size < 60e6
+    # Both jobs ran the code: they came as far as the folder that holds no images.
+    assert [
+        job["driver_exit_code"] for night in ("first", "second") for job in jobs_of(head, tmp_path / night).values()
+    ] == [2, 2]
 
 
 @pytest.mark.slow

@@ -49,7 +49,6 @@ def test_the_id_is_that_of_the_night_and_of_all_that_makes_its_rows() -> None:
 
 
 def test_only_code_is_uploaded_and_stays_below_60_mb(tmp_path: Path) -> None:
-    """Before Ray packs it: what is sent is smaller still (tests/integration/test_submit.py)."""
     copy_code(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path).parts[0] for path in files} == {"schemas", "pipeline", "jobs"}
