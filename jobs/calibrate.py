@@ -1,4 +1,4 @@
-"""`alfa calibrate`: thresholds by class from the scores of finished runs, as a file that jobs name."""
+"""`alfa calibrate`: sets each class's thresholds by the scores of finished runs, in a file that jobs then name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from jobs.console import make_table, print_line
 from pipeline.evaluation import calibrate_class, check_policy, merge_scores, read_scores
 from pipeline.scoring import ThresholdError
 from pipeline.storage import Store, open_store, paths
@@ -19,7 +19,7 @@ from schemas.thresholds import ThresholdTable
 logger = logging.getLogger(__name__)
 
 _FEW = 50
-"""Below so many good images a rate of some per cent is a guess."""
+"""With fewer good images than this, a false-positive rate of some per cent is a guess."""
 
 
 def run_calibrate(
@@ -32,9 +32,10 @@ def run_calibrate(
     storage: Storage,
     console: Console,
 ) -> int:
-    """Writes the thresholds of every class of the runs to `table` (a path or URI). Returns the exit code.
+    """Writes the thresholds of every class of the runs to a JSON file. Returns the exit code.
 
-    Raises ThresholdError where runs were not scored alike, or their images do not suffice.
+    table: path or URI of the file. policy: f1_max or fpr=RATE. all_good: the images of the runs are known to be good.
+    Raises ThresholdError where the runs were not scored alike, or their images do not suffice.
     """
     check_policy(policy)
     jobs = [_read_job(output, run_id) for run_id in run_ids]
@@ -42,8 +43,8 @@ def run_calibrate(
     for run_id, job, run in zip(run_ids, jobs, runs, strict=True):
         if (job.scoring_facts(), run.weights_sha256) != (jobs[0].scoring_facts(), runs[0].weights_sha256):
             raise ThresholdError(
-                f"run {run_id} was scored with another model, method or references than {run_ids[0]}; thresholds hold "
-                f"for one of them alone, so calibrate them one by one"
+                f"run {run_id} was scored with another model, method or references than {run_ids[0]}, so no threshold "
+                f"holds for both; calibrate each of them on its own"
             )
     classes = {name: calibrate_class(name, scores, policy) for name, scores in merge_scores(runs).items()}
     result = ThresholdTable(
@@ -59,11 +60,11 @@ def run_calibrate(
     store = open_store(folder or ".", storage)
     store.write(name, result.model_dump_json(indent=2).encode() + b"\n")
     _print(result, console)
-    console.print(f"written to {escape(store.uri(name))}; name it in a job:", highlight=False, soft_wrap=True)
-    console.print(escape(f"  threshold: {{policy: labels, table: {store.uri(name)}}}"), highlight=False, soft_wrap=True)
+    print_line(console, f"written to {store.uri(name)}; name it in a job:")
+    print_line(console, f"  threshold: {{policy: labels, table: {store.uri(name)}}}")
     for name, found in classes.items():
         if policy != "f1_max" and found.good < _FEW:
-            logger.warning("class %s: a false-positive rate set by %d good images is a guess", name, found.good)
+            logger.warning("class %s has %d good images: a false-positive rate by so few is a guess", name, found.good)
     return 0
 
 
@@ -76,10 +77,8 @@ def _read_job(output: Store, run_id: str) -> JobConfig:
 
 
 def _print(table: ThresholdTable, console: Console) -> None:
-    shown = Table(title=f"thresholds by {table.policy}", title_justify="left")
-    shown.add_column("class")
-    for column in ("good", "anomalous", "score from", "mask from", "false positives", "recall", "F1"):
-        shown.add_column(column, justify="right")
+    columns = ("class", "good", "anomalous", "score from", "mask from", "false positives", "recall", "F1")
+    shown = make_table(columns, left=("class",), title=f"thresholds by {table.policy}")
     for name, found in table.classes.items():
         rates = (found.false_positive_rate, found.recall, found.f1)
         shown.add_row(

@@ -1,48 +1,68 @@
-"""`alfa check`: everything that a night needs, tried before the night."""
+"""`alfa check`: tries everything that a night needs, before the night."""
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 
 import torch
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from jobs.console import print_json
 from pipeline.alfa import load_encoder, locate_weights
 from pipeline.engine import connect, node_resources, plan_actors
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import open_catalog
 from pipeline.prompts import missing_key
-from pipeline.storage import open_store
+from pipeline.storage import open_store, redact
 from schemas.job import EMBEDDED_NOTE, JobConfig
 
 
 class CheckError(RuntimeError):
-    """A check that failed, with what to do."""
+    """A check has failed; the message says what to do."""
 
 
-def run_check(job: JobConfig, console: Console) -> int:
-    """Runs all checks, also after one has failed; prints a line each. Returns 0, or 2 where one failed."""
-    checks: list[tuple[str, Callable[[JobConfig], str]]] = [
-        ("images readable", _check_images),
-        ("output writable", _check_output),
-        ("create-only writes", _check_create),
-        ("weights loadable", _check_weights),
-        ("LLM", _check_llm),
-        ("cluster", _check_cluster),
-    ]
+@dataclass(frozen=True)
+class Check:
+    """The outcome of a check. detail: what was found, or why it failed and what to do."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def run_check(job: JobConfig, console: Console, *, as_json: bool = False) -> int:
+    """Runs all checks, also after one has failed, and prints their outcomes. Returns 0, or 2 where one failed."""
+    checks = []
+    for check in _run_checks(job):
+        checks.append(check)
+        if not as_json:
+            mark = Text("ok  ", "green") if check.passed else Text("FAIL", "red")
+            console.print(Text.assemble(mark, f"  {check.name}: {check.detail}"), soft_wrap=True)
+    passed = all(check.passed for check in checks)
+    if as_json:
+        print_json({"passed": passed, "checks": [asdict(check) for check in checks]})
+    return 0 if passed else 2
+
+
+def _run_checks(job: JobConfig) -> Iterator[Check]:
+    checks: dict[str, Callable[[JobConfig], str]] = {
+        "images readable": _check_images,
+        "output writable": _check_output,
+        "create-only writes": _check_create,
+        "weights loadable": _check_weights,
+        "LLM": _check_llm,
+        "cluster": _check_cluster,
+    }
     if job.lake.format == "iceberg":
-        checks.append(("Iceberg catalog", _check_catalog))
-    failed = 0
-    for name, check in checks:
+        checks["Iceberg catalog"] = _check_catalog
+    for name, check in checks.items():
         try:
-            mark, text = "[green]ok  [/green]", check(job)
-        except Exception as error:  # a preflight reports every fault, of whatever kind
-            mark, text = "[red]FAIL[/red]", f"{error}" or type(error).__name__
-            failed += 1
-        console.print(f"{mark}  {name}: {escape(text)}", highlight=False, soft_wrap=True)
-    return 2 if failed else 0
+            yield Check(name, True, check(job))
+        except Exception as error:  # of whatever kind: the next check is run all the same
+            yield Check(name, False, redact(f"{error}" or type(error).__name__))
 
 
 def _check_images(job: JobConfig) -> str:
@@ -78,11 +98,11 @@ def _check_create(job: JobConfig) -> str:
     if not first or second:
         raise CheckError(
             "the store does not honour create-only writes (If-None-Match), so an LLM might be asked twice for a class; "
-            "use a store that does: S3, SeaweedFS, MinIO, GCS, a local disk"
+            "use a store that does, such as S3, SeaweedFS, MinIO, GCS or a local disk"
         )
     if not conditional:
-        return "honoured; conditional replaces (If-Match) are not, so leases alone keep two from publishing one night"
-    return "honoured, conditional replaces too"
+        return "honoured; conditional replaces (If-Match) are not: leases alone keep two jobs from publishing one night"
+    return "honoured, and conditional replaces too"
 
 
 def _check_weights(job: JobConfig) -> str:
@@ -95,9 +115,9 @@ def _check_weights(job: JobConfig) -> str:
 
 def _check_llm(job: JobConfig) -> str:
     if not job.prompts.asks_llm:
-        return "none configured; bundled prompts where the class is known, else the base ensemble"
+        return "none configured: known classes get bundled prompts, others the base ensemble"
     if (missing := missing_key(job.prompts)) is not None:
-        raise CheckError(f"{job.prompts.llm} needs {missing}, and not empty, in the environment of the workers")
+        raise CheckError(f"{job.prompts.llm} needs {missing}, and not empty, in the environment of driver and workers")
     return f"{job.prompts.llm}, key present"
 
 

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from jobs import exits, logs
-from jobs.flags import JobFlags, NightFlags, spread_flags
+from jobs.console import open_console
+from jobs.flags import Endpoint, JobFlags, NightFlags, spread_flags
 from jobs.logs import LogFormat
 from pipeline.storage import Store, open_store
-from schemas.job import Storage, without_credentials
+from schemas.job import Storage
 
 logger = logging.getLogger(__name__)
 
+RUN, LOOK, TUNE, KEEP = "Run a night", "Look at it", "Tune it", "Keep house"
+"""The panels of `alfa --help`."""
+
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Nightly, distributed, zero-shot visual inspection: a bucket of photos in, scores and masks out.",
+    epilog="Run a night: alfa score job.yaml\n\nLook at it: alfa status s3://lake/inspection\n\n"
+    "Tune it: alfa evaluate --preset mvtec --images DIR\n\nKeep house: alfa gc s3://lake/inspection\n\n"
+    "Each command shows an example of its own: alfa score --help. The shell completes commands and options after "
+    "alfa --install-completion.\n\nExit codes: 0 done, 1 stopped by a fault or past the error budget, 2 bad usage or "
+    "job, 130 interrupted; after 1 and 130, the same command resumes.",
 )
 
-
-def _check_endpoint(value: str | None) -> str | None:
-    try:
-        return value if value is None else without_credentials(value)
-    except ValueError as error:
-        exits.refuse(f"--endpoint {error}")
-
-
 Output = Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")]
-Endpoint = Annotated[str | None, typer.Option(help="S3 endpoint; default: AWS_ENDPOINT_URL.", callback=_check_endpoint)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, to stdout.")]
+Dialect = Literal["athena", "spark", "duckdb"]
+ExportFormat = Literal["coco", "fiftyone", "labelstudio"]
+Benchmark = Literal["mvtec", "visa"]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        try:
+            typer.echo(f"alfa {metadata.version('alfa-pipeline')}")
+        except metadata.PackageNotFoundError:  # code that was sent to a cluster
+            typer.echo("alfa, not installed")
+        raise typer.Exit
 
 
 @app.callback()
@@ -45,24 +56,54 @@ def options(
     log_format: Annotated[
         LogFormat, typer.Option(envvar="ALFA_LOG_FORMAT", help="json: one object a line, and no tables in a job's log.")
     ] = LogFormat.TEXT,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
     """Options of every command."""
     logs.configure(log_format)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog="Example: alfa demo --output out/demo")
+def demo(
+    output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
+) -> None:
+    """Score the images of the repository with the embedded model, offline."""
+    from jobs.demo import run_demo
+
+    exits.run(lambda: run_demo(output, open_console()))
+
+
+@app.command(rich_help_panel=RUN, epilog="Example: alfa check job.yaml --json")
+@spread_flags
+def check(flags: JobFlags, as_json: AsJson = False) -> None:
+    """Try everything that the job needs: stores, weights, LLM key, cluster."""
+    from jobs.check import run_check
+
+    exits.run(lambda: run_check(flags.read_job(), open_console(), as_json=as_json))
+
+
+@app.command(rich_help_panel=RUN, epilog="Example: alfa prompts job.yaml --llm openai/gpt-4o-mini")
+@spread_flags
+def prompts(flags: JobFlags) -> None:
+    """Make, show and check the prompts of a job's classes; no image is scored."""
+    from jobs.prompts import run_prompts
+
+    exits.run(lambda: run_prompts(flags.read_job(), open_console()))
+
+
+@app.command(rich_help_panel=RUN, epilog="Example: alfa score job.yaml --run-date 2026-01-02 --set engine.actors=4")
 @spread_flags
 def score(flags: NightFlags) -> None:
     """Score a night's images and publish the results. Run again, it resumes."""
     from jobs.score import run_score
 
     # A cluster writes stdout and stderr into one log.
-    quiet = logs.current_format() is LogFormat.JSON
-    console = Console(quiet=True, force_terminal=False) if quiet else _console()
+    console = open_console(quiet=logs.current_format() is LogFormat.JSON)
     exits.run(lambda: run_score(flags.read_job(), console))
 
 
-@app.command()
+@app.command(rich_help_panel=RUN, epilog="Example: alfa submit job.yaml --address http://head:8265")
 @spread_flags
 def submit(
     flags: NightFlags,
@@ -75,28 +116,72 @@ def submit(
     from jobs.submit import run_submit
 
     options = {"upload": upload, "wait": wait, "again": again}
-    exits.run(lambda: run_submit(flags.read_job(), address, _console(), logs.current_format(), **options))
+    exits.run(lambda: run_submit(flags.read_job(), address, open_console(), logs.current_format(), **options))
 
 
-@app.command()
-@spread_flags
-def prompts(flags: JobFlags) -> None:
-    """Make, show and check the prompts of a job's classes; no image is scored."""
-    from jobs.prompts import run_prompts
+@app.command(rich_help_panel=LOOK, epilog="Example: alfa status s3://lake/inspection --json")
+def status(
+    output: Output,
+    as_json: AsJson = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Show the runs of an output: progress, errors, what is published."""
+    from jobs.status import print_status
 
-    exits.run(lambda: run_prompts(flags.read_job(), _console()))
-
-
-@app.command()
-@spread_flags
-def check(flags: JobFlags) -> None:
-    """Try everything that the job needs: stores, weights, LLM key, cluster."""
-    from jobs.check import run_check
-
-    exits.run(lambda: run_check(flags.read_job(), _console()))
+    exits.run(lambda: print_status(_open(output, endpoint), open_console(), as_json=as_json))
 
 
-@app.command()
+@app.command(rich_help_panel=LOOK, epilog="Example: alfa report s3://lake/inspection --run-date 2026-01-02")
+def report(
+    output: Output,
+    run_id: Annotated[str | None, typer.Argument(metavar="RUN_ID", help="Default: the last night's run.")] = None,
+    run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD.")] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Render the report of a published night anew."""
+    from jobs.report import run_report
+
+    exits.run(lambda: run_report(_open(output, endpoint), run_id, run_date, open_console()))
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: alfa diff s3://lake/inspection --fail-on-drift")
+def diff(
+    output: Output,
+    before: Annotated[str | None, typer.Argument(metavar="NIGHT_A", help="Default: the one before NIGHT_B.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="NIGHT_B", help="Default: the last published.")] = None,
+    psi: Annotated[float, typer.Option(help="PSI from which a class's scores count as shifted.")] = 0.25,
+    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 1 where a class drifts.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Compare two nights: what is newly anomalous, whether scores drift, how runs go."""
+    from jobs.diff import run_diff
+
+    options: dict[str, Any] = {"psi": psi, "fail_on_drift": fail_on_drift, "json_file": json_file}
+    exits.run(lambda: run_diff(_open(output, endpoint), before, after, open_console(), **options))
+
+
+@app.command(rich_help_panel=LOOK, epilog="Example: alfa export s3://lake/inspection 2026-01-02 --to coco")
+def export(
+    output: Output,
+    run: Annotated[str, typer.Argument(help="A night (YYYY-MM-DD) or the id of the run that it belongs to.")],
+    to: Annotated[ExportFormat, typer.Option(help="The tool's format.")],
+    target: Annotated[
+        str | None, typer.Option("--output", help="Folder or URI; default: exports/<run>/<format> in the output.")
+    ] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Write a published night for annotation and dataset tools."""
+    from jobs.export import run_export
+
+    storage = Storage(endpoint_url=endpoint)
+    exits.run(lambda: run_export(_open(output, endpoint), run, to, target, storage, open_console()))
+
+
+@app.command(
+    rich_help_panel=TUNE,
+    epilog="Example: alfa evaluate --images mvtec/ --output out/eval --compare method.aligner=raw,ridge",
+)
 @spread_flags
 def evaluate(
     flags: JobFlags,
@@ -107,7 +192,7 @@ def evaluate(
     shots: Annotated[
         str | None, typer.Option(metavar="K1,K2", help="Compare with so many known-good images a class, too: 0,1,2,4.")
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="A paper's setting: mvtec or visa.")] = None,
+    preset: Annotated[Benchmark | None, typer.Option(help="The setting of a paper's benchmark.")] = None,
 ) -> None:
     """Measure scores and maps against ground truth: AUROC, AUPR, F1-max, PRO.
 
@@ -116,114 +201,23 @@ def evaluate(
     from jobs import evaluate as evaluation
 
     if run is not None:
-        output, overrides = flags.output, flags.overrides or ()
+        output = flags.output
         if preset or compare or shots or flags.images or flags.file or not output:
             exits.refuse("--run wants --output, and takes neither a job, --images, --compare, --shots nor --preset")
-        exits.run(lambda: evaluation.run_evaluate_run(output, run, overrides, _console()))
-    benchmark = next((known for known in evaluation.PRESETS if known == preset), None)
-    if preset is not None and benchmark is None:
-        exits.refuse(f"--preset {preset}: known are {', '.join(evaluation.PRESETS)}")
+        overrides = flags.overrides or ()
+        exits.run(lambda: evaluation.run_evaluate_run(output, run, overrides, open_console(), endpoint=flags.endpoint))
     if shots and not re.fullmatch(r"\d+(,\d+)*", shots):
         exits.refuse(f"--shots {shots}: write it as numbers with commas between, such as 0,1,2,4")
     counts = [int(count) for count in shots.split(",")] if shots else []
-    defaults = dict(evaluation.PRESETS[benchmark]) if benchmark else {}
+    defaults = dict(evaluation.PRESETS[preset]) if preset else {}
     if flags.model or any(item.startswith("model.name=") for item in flags.overrides or ()):
         defaults.pop("model", None)  # weights and size belong to the preset's model
-    exits.run(lambda: evaluation.run_evaluate(flags.read_job(defaults), compare or (), counts, benchmark, _console()))
+    exits.run(lambda: evaluation.run_evaluate(flags.read_job(defaults), compare or (), counts, preset, open_console()))
 
 
-@app.command()
-def status(
-    output: Output,
-    endpoint: Endpoint = None,
-) -> None:
-    """Show the runs of an output: progress, errors, what is published."""
-    from jobs.status import print_status
-
-    exits.run(lambda: print_status(_open(output, endpoint), _console()))
-
-
-@app.command()
-def report(
-    output: Output,
-    run_id: Annotated[str | None, typer.Argument(metavar="[RUN_ID]", help="Default: the last night's run.")] = None,
-    run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD.")] = None,
-    endpoint: Endpoint = None,
-) -> None:
-    """Render the report of a published night anew."""
-    from jobs.report import run_report
-
-    exits.run(lambda: run_report(_open(output, endpoint), run_id, run_date, _console()))
-
-
-@app.command()
-def gc(
-    output: Output,
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
-    ] = False,
-    older_than: Annotated[float, typer.Option(min=1, help="Hours for which a file must have lain untouched.")] = 24,
-    endpoint: Endpoint = None,
-) -> None:
-    """Remove what no commit refers to: superseded versions, masks and shards; those of unfinished runs, too."""
-    from jobs.gc import run_gc
-
-    exits.run(lambda: run_gc(_open(output, endpoint), _console(), older_than, delete))
-
-
-@app.command()
-def schema(
-    dialect: Annotated[str, typer.Option(help="athena, spark or duckdb.")],
-    output: Annotated[
-        str, typer.Option(help="Output folder or URI of the jobs: where the table is.")
-    ] = "s3://bucket/lake",
-) -> None:
-    """Print the DDL of the scores table."""
-    from pipeline.lake import DIALECTS, render_ddl
-
-    if dialect not in DIALECTS:
-        exits.refuse(f"--dialect {dialect}: allowed are {', '.join(DIALECTS)}")
-    typer.echo(render_ddl(dialect, output), nl=False)
-
-
-@app.command()
-def export(
-    output: Output,
-    run: Annotated[str, typer.Argument(help="A night (YYYY-MM-DD) or the id of the run that it belongs to.")],
-    to: Annotated[str, typer.Option(help="coco, fiftyone or labelstudio.")],
-    target: Annotated[
-        str | None, typer.Option("--output", help="Folder or URI; default: exports/<run>/<format> in the output.")
-    ] = None,
-    endpoint: Endpoint = None,
-) -> None:
-    """Write a published night for annotation and dataset tools."""
-    from jobs.export import run_export
-    from pipeline.lake import FORMATS
-
-    if to not in FORMATS:
-        exits.refuse(f"--to {to}: allowed are {', '.join(FORMATS)}")
-    storage = Storage(endpoint_url=endpoint)
-    exits.run(lambda: run_export(_open(output, endpoint), run, to, target, storage, _console()))
-
-
-@app.command()
-def diff(
-    output: Output,
-    before: Annotated[str | None, typer.Argument(metavar="[NIGHT_A]", help="Default: the one before NIGHT_B.")] = None,
-    after: Annotated[str | None, typer.Argument(metavar="[NIGHT_B]", help="Default: the last published.")] = None,
-    psi: Annotated[float, typer.Option(help="PSI from which a class's scores count as shifted.")] = 0.25,
-    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 1 where a class drifts.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
-    endpoint: Endpoint = None,
-) -> None:
-    """Compare two nights: what is newly anomalous, whether scores drift, how runs go."""
-    from jobs.diff import run_diff
-
-    options: dict[str, Any] = {"psi": psi, "fail_on_drift": fail_on_drift, "json_file": json_file}
-    exits.run(lambda: run_diff(_open(output, endpoint), before, after, _console(), **options))
-
-
-@app.command()
+@app.command(
+    rich_help_panel=TUNE, epilog="Example: alfa calibrate s3://lake/inspection RUN_ID --table s3://lake/thresholds.json"
+)
 def calibrate(
     output: Annotated[str, typer.Argument(help="Output folder or URI of the runs.")],
     run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids of finished runs, as status shows them.")],
@@ -235,18 +229,44 @@ def calibrate(
     """Set thresholds by the scores of finished runs, for jobs to name."""
     from jobs.calibrate import run_calibrate
 
-    options: dict[str, Any] = {"all_good": all_good, "storage": Storage(endpoint_url=endpoint), "console": _console()}
-    exits.run(lambda: run_calibrate(_open(output, endpoint), run_ids, table, by, **options))
+    options: dict[str, Any] = {"all_good": all_good, "storage": Storage(endpoint_url=endpoint)}
+    exits.run(lambda: run_calibrate(_open(output, endpoint), run_ids, table, by, console=open_console(), **options))
 
 
-@app.command()
-def demo(
-    output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
+@app.command(rich_help_panel=KEEP, epilog="Example: alfa gc s3://lake/inspection --older-than 48 --delete")
+def gc(
+    output: Output,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
+    ] = False,
+    older_than: Annotated[float, typer.Option(min=1, help="Hours for which a file must have lain untouched.")] = 24,
+    as_json: AsJson = False,
+    endpoint: Endpoint = None,
 ) -> None:
-    """Score the images of the repository with the embedded model, offline."""
-    from jobs.demo import run_demo
+    """Remove files that no published night needs: superseded versions, masks and shards; also of unfinished runs."""
+    from jobs.gc import run_gc
 
-    exits.run(lambda: run_demo(output, _console()))
+    exits.run(lambda: run_gc(_open(output, endpoint), open_console(), older_than, delete, as_json=as_json))
+
+
+@app.command(
+    rich_help_panel=KEEP,
+    epilog="Examples: alfa schema --dialect athena --output s3://lake/inspection; alfa schema --job > job.schema.json, "
+    "which editors use where the first line of a job.yaml is: # yaml-language-server: $schema=job.schema.json",
+)
+def schema(
+    dialect: Annotated[Dialect | None, typer.Option(help="DDL of the scores table, for this engine.")] = None,
+    job: Annotated[bool, typer.Option("--job", help="JSON schema of job files, by which editors complete.")] = False,
+    output: Annotated[
+        str, typer.Option(help="Output folder or URI of the jobs: where the table is.")
+    ] = "s3://bucket/lake",
+) -> None:
+    """Print what the scores table is (--dialect), or what a job file can be (--job)."""
+    from jobs.schema import print_ddl, print_job_schema
+
+    if (dialect is None) is not job:
+        exits.refuse("schema wants either --dialect or --job")
+    exits.run(print_job_schema if dialect is None else lambda: print_ddl(dialect, output))
 
 
 def main() -> None:
@@ -254,7 +274,7 @@ def main() -> None:
     # A cluster stops a job with SIGTERM; it ends as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app()
+        app(prog_name="alfa")
     except Exception:
         logger.critical("a fault in alfa itself; please report it with what follows", exc_info=True)
         sys.exit(exits.ERRORS)
@@ -262,11 +282,6 @@ def main() -> None:
 
 def _open(output: str, endpoint: str | None) -> Store:
     return open_store(output, Storage(endpoint_url=endpoint))
-
-
-def _console() -> Console:
-    """A log or a pipe has no width; tables get more than a terminal's 80 columns there."""
-    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What `alfa evaluate --compare` asks for: jobs that differ from one in some keys."""
+"""The jobs that `alfa evaluate --compare` asks for: each differs from the given one in some keys."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ logger = logging.getLogger(__name__)
 BASE = "base"
 
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")
-"""Between alternatives, not inside a list such as [-1,-2]."""
+"""A comma between alternatives, not one inside a list such as [-1,-2]."""
 
 
 def expand(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> dict[str, JobConfig]:
-    """The job itself as `base`, then what each comparison adds, by name; what gives the same as another is left out.
+    """Builds the jobs to compare, by name: the given one as `base`, then those that the comparisons describe.
 
-    A comparison is `key=v1,v2 key2=v3,v4`: all combinations of the alternatives. Several comparisons are one list.
-    shots: numbers of reference images to try, 0 for none; where the job names no references, the train images.
-    Raises JobError for what no job can be, or what would change the images.
+    A job that would give the same scores as one before it is left out. A comparison `key=v1,v2 key2=v3,v4` stands for
+    all combinations of its alternatives; several comparisons follow one another. shots: numbers of reference images to
+    try, 0 for none; they are taken from the job's references, or from the train images where it has none.
+    Raises JobError where a combination is no valid job, or would change the images.
     """
     document = job.model_dump(mode="json")
     found: dict[str, JobConfig] = {BASE: job}
@@ -60,7 +61,7 @@ def _with_shots(job: JobConfig, count: int) -> JobConfig:
 
 
 def describe_base(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> str:
-    """What the compared keys are in the job itself: `adaptation=mean, aligner=raw, shots=0`."""
+    """Says what the compared keys are in the given job, such as `adaptation=mean, aligner=raw, shots=0`."""
     resolved = {**job.model_dump(mode="json"), **_facts(job)}
     keys = dict.fromkeys(key for comparison in comparisons for key, _ in map(_axis, _split(comparison)))
     described = [f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys]
@@ -70,7 +71,7 @@ def describe_base(job: JobConfig, comparisons: Sequence[str], shots: Sequence[in
 
 
 def _facts(job: JobConfig) -> dict[str, Any]:
-    """What determines the scores of given images."""
+    """The options that determine the scores of given images."""
     elsewhere = {"dataset", "output", "storage", "run_date", "engine", "threshold"}
     document = job.model_dump(mode="json", exclude=elsewhere)
     document["method"]["aligner"] = job.aligner

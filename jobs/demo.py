@@ -1,4 +1,4 @@
-"""`alfa demo`: the whole pipeline, offline, on real images that lie in the repository."""
+"""`alfa demo`: runs the whole pipeline, offline, on real images that lie in the repository."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from jobs.console import make_table
 from jobs.score import run_score
 from schemas.job import parse_job, read_job_yaml
 
@@ -17,13 +17,13 @@ DEMO = Path(__file__).parent.parent / "infra" / "demo"
 
 
 class DemoError(RuntimeError):
-    """The demo's files are not there."""
+    """The demo's images are missing."""
 
 
 def run_demo(output: str, console: Console) -> int:
     """Scores the demo's images into a folder and shows the most anomalous of them. Returns the exit code."""
     if not DEMO.is_dir():
-        raise DemoError(f"the demo's images lie in a checkout of the repository, at infra/demo; {DEMO} is not there")
+        raise DemoError(f"{DEMO} is missing; the demo's images are in a checkout of the repository, at infra/demo")
     job = parse_job(
         read_job_yaml((DEMO / "job.yaml").read_text()),
         flags={"dataset.images": str(DEMO / "images"), "output.uri": output},
@@ -36,9 +36,8 @@ def run_demo(output: str, console: Console) -> int:
 def _print_most_anomalous(night: Path, console: Console, most: int = 8) -> None:
     partitions = pa.schema([("class_name", pa.string())])
     rows = ds.dataset(night, partitioning=ds.partitioning(partitions, flavor="hive")).to_table()
-    table = Table(title="most anomalous images", title_justify="left")
-    for column in ("score", "class", "image", "defect nearest to its strongest region", "mask"):
-        table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+    left = ("class", "image", "defect nearest to its strongest region", "mask")
+    table = make_table(("score", *left), left=left, title="most anomalous images")
     for row in rows.sort_by([("score", "descending")]).slice(0, most).to_pylist():
         photo, mask = Path(row["image_uri"]), Path(row["mask_uri"])
         defect = row["regions"][0]["defect"] if row["regions"] else "none"

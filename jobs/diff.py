@@ -1,4 +1,4 @@
-"""`alfa diff`: two nights side by side."""
+"""`alfa diff`: compares two nights: changed verdicts, drift of scores, the trend of the last nights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
+from jobs.console import make_table, print_line
 from pipeline.report import ClassDrift, drift
 from pipeline.storage import Store
 
@@ -25,7 +25,7 @@ _STYLES = {"drifts": "bold red", "no photos any more": "yellow"}
 
 
 class NightError(ValueError):
-    """A night that was asked for is not published."""
+    """A night to compare is not published."""
 
 
 def run_diff(
@@ -38,10 +38,11 @@ def run_diff(
     fail_on_drift: bool = False,
     json_file: Path | None = None,
 ) -> int:
-    """Compares two published nights; by default the last one with the one before it. Returns the exit code: 1 where a
-    class drifts and fail_on_drift asks for it, else 0.
+    """Compares two published nights, by default the last one with the one before it. Returns the exit code.
 
-    json_file: where to write all of it as JSON too. Raises NightError.
+    That is 1 where a class drifts and fail_on_drift is set, else 0. psi: the population stability index from which a
+    class counts as drifting. json_file: also write all of it there, as JSON. Raises NightError where a night is not
+    published.
     """
     published = drift.published_nights(output)
     pair = _choose(published, before, after, output)
@@ -86,9 +87,8 @@ def _choose(published: Sequence[str], before: str | None, after: str | None, out
 
 
 def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: float, console: Console) -> None:
-    table = Table(title=f"{pair[0]} to {pair[1]}", title_justify="left")
-    for column in ("class", "images", "errors", "anomalous", "median score", "PSI", "KS", "p", "verdict"):
-        table.add_column(column, justify="left" if column in ("class", "verdict") else "right")
+    columns = ("class", "images", "errors", "anomalous", "median score", "PSI", "KS", "p", "verdict")
+    table = make_table(columns, left=("class", "verdict"), title=f"{pair[0]} to {pair[1]}")
     for item in classes:
         changed = f" ({' and '.join(item.changed)} changed)" if item.changed else ""
         table.add_row(
@@ -99,11 +99,10 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
             Text.assemble((item.verdict, _STYLES.get(item.verdict, "")), changed),
         )
     console.print(table)
-    console.print(
-        f"A class drifts where PSI >= {psi:g} (how far its scores have moved; below 0.1 is calm) and p < "
-        f"{drift.P_VALUE:g} (KS: that chance does so).",
-        highlight=False,
-        soft_wrap=True,
+    print_line(
+        console,
+        f"A class drifts where PSI, how far its scores have moved, is {psi:g} or more (below 0.1 is calm), and p, how "
+        f"likely chance alone moves them so (Kolmogorov-Smirnov), is below {drift.P_VALUE:g}.",
     )
 
 
@@ -116,20 +115,17 @@ def _print_images(images: pa.Table, console: Console) -> None:
     for change in images.column("change").to_pylist():
         counts[change] += 1
     said = ", ".join(f"{count} {drift.CHANGES[change]}" for change, count in counts.items())
-    console.print(f"\nanomalous now, or no longer: {said}", highlight=False)
+    print_line(console, f"\nanomalous now, or no longer: {said}")
     for row in images.slice(0, _SHOWN).to_pylist():
         scores = f"{_number(row['score_before'])} > {_number(row['score_after'])}"
         change = f"{drift.CHANGES[row['change']]:<12}"
-        line = f"  {change}  {scores}  {escape(row['class_name'])}  {escape(row['image_uri'])}"
-        console.print(line, highlight=False, soft_wrap=True)
+        print_line(console, f"  {change}  {scores}  {row['class_name']}  {row['image_uri']}")
     if images.num_rows > _SHOWN:
-        console.print(f"  and {images.num_rows - _SHOWN} more; --json FILE holds all", highlight=False)
+        print_line(console, f"  and {images.num_rows - _SHOWN} more; --json FILE holds all of them")
 
 
 def _print_trend(trend: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table(title="last nights", title_justify="left")
-    for column in ("night", "images", "errors", "anomalous", "images/s"):
-        table.add_column(column, justify="left" if column == "night" else "right")
+    table = make_table(("night", "images", "errors", "anomalous", "images/s"), left=("night",), title="last nights")
     for night in trend:
         rate = night["images_per_second"]
         table.add_row(

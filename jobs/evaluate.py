@@ -1,4 +1,4 @@
-"""`alfa evaluate`: scores against ground truth, of a labelled data set or of a finished run."""
+"""`alfa evaluate`: measures scores against ground truth, of a labelled data set or of a finished run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from jobs.compare import BASE, describe_base, expand
+from jobs.console import make_table, print_line
 from jobs.score import find_references, name_run, obtain_ensembles
 from pipeline.alfa import locate_weights
 from pipeline.evaluation import (
@@ -67,7 +67,7 @@ PRESETS: dict[Benchmark, dict[str, Any]] = {
     }
     for benchmark in PUBLISHED
 }
-"""The papers' setting: with the data at dataset.images, `alfa evaluate --preset` needs nothing else."""
+"""By benchmark, the setting of the papers: with --preset, a job needs dataset.images and nothing else."""
 
 _THREADS = max(4, 2 * (os.cpu_count() or 1))
 _SAY_EVERY_S = 30.0
@@ -76,11 +76,11 @@ _SAY_EVERY_S = 30.0
 def run_evaluate(
     job: JobConfig, comparisons: Sequence[str], shots: Sequence[int], benchmark: Benchmark | None, console: Console
 ) -> int:
-    """Scores the labelled images of a job in this process, in every configuration; prints and stores the metrics.
+    """Scores the labelled images of a job in every configuration; prints and stores the metrics. Returns the exit code.
 
-    comparisons, shots: see jobs.compare.expand.
-    benchmark: whose published results are shown beside; a comparison takes that of its layout.
-    Returns the exit code: 0, or 1 past the error budget. Raises JobError and the pipeline's errors.
+    That is 0, or 1 past the error budget. All is done in this process, without Ray. comparisons, shots: see
+    jobs.compare.expand. benchmark: whose published results are shown beside the measured ones; None: where there are
+    comparisons, that of the layout. Raises JobError and the pipeline's errors.
     """
     jobs = expand(job, comparisons, shots)
     output = open_store(job.output.uri, job.storage)
@@ -98,7 +98,7 @@ def run_evaluate(
 
 
 def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
-    """score_variants, with a bar on a terminal and a line now and then in a log."""
+    """Scores the variants, with a bar on a terminal and a line now and then in a log."""
     total = len(images) * len(group_variants(variants))
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -117,19 +117,21 @@ def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source:
         return score_variants(images, variants, source, _THREADS, advance)
 
 
-def run_evaluate_run(output_uri: str, run_id: str, overrides: Sequence[str], console: Console) -> int:
-    """Holds a finished run in an output against the labels of its manifest.
+def run_evaluate_run(
+    output_uri: str, run_id: str, overrides: Sequence[str], console: Console, *, endpoint: str | None = None
+) -> int:
+    """Measures a finished run in an output against the labels of its manifest. Returns the exit code.
 
-    overrides: of the run's job, as key=value. Returns the exit code; raises as run_evaluate does.
+    overrides: of the run's job, as key=value. endpoint: of the S3 that holds the output. Raises as run_evaluate does.
     """
-    job = _read_run_job(output_uri, run_id, overrides)
+    job = _read_run_job(output_uri, run_id, overrides, endpoint)
     output = open_store(job.output.uri, job.storage)
     return _finish(run_id, {BASE: job}, "", None, read_run(output, run_id, BASE), output, console)
 
 
-def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> JobConfig:
-    """The job of a finished run, in the output as it is addressed now. Raises JobError where there is no such run."""
-    here = {"output.uri": output_uri}
+def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str], endpoint: str | None) -> JobConfig:
+    """Reads the job of a finished run, with the output's present address. Raises JobError where the run is missing."""
+    here = {"output.uri": output_uri, "storage.endpoint_url": endpoint}
     storage = parse_job({"dataset": {"images": "unread"}}, overrides, here).storage
     output = open_store(output_uri, storage)
     try:
@@ -144,7 +146,7 @@ def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str]) -> Job
 def _plan(
     jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], source: ImageSource, output: Store
 ) -> tuple[str, list[Variant]]:
-    """What to score with, and the run that it is: of several configurations together, a run of its own."""
+    """Plans what to score with. Returns a run's id and the variants; several together are a run of their own."""
     classes = sorted({image.class_name for image in images})
     weights = {job.model: locate_weights(job.model) for job in jobs.values()}
     prompts: dict[tuple[Prompts, str], RunPrompts] = {}
@@ -171,12 +173,12 @@ def _finish(
     output: Store,
     console: Console,
 ) -> int:
-    """Measures, stores and prints."""
+    """Measures, stores and prints. Returns the exit code."""
     job = jobs[BASE]
-    # Masks and photos are read by their addresses, wherever they lie in the file system of the images.
+    # Masks and photos are read by their addresses, which need not be below dataset.images.
     read = open_store(job.dataset.images, job.storage).read_uri
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
-    # Not by the weights themselves: a finished run is measured where they need not be.
+    # A finished run can be measured on a machine that does not have its weights.
     is_embedded = job.model.is_embedded
     model = job.model.name if job.model.pretrained is None else f"{job.model.name}/{Path(job.model.pretrained).name}"
     evaluation = Evaluation(run_id, model, is_embedded, job.dataset.images, base, benchmark, scored, measured)
@@ -192,7 +194,7 @@ def _finish(
 
 
 def _store(evaluation: Evaluation, jobs: Mapping[str, JobConfig], output: Store, blocks: Sequence[Block]) -> None:
-    """Pictures and tables first, the document that names them last."""
+    """Writes the results into the output: pictures and tables first, the document that names them last."""
 
     def write(name: str, data: bytes) -> None:
         output.write(paths.evaluation_key(evaluation.run_id, name), data)
@@ -240,12 +242,11 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
 
 
 def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
-    """Classes and their mean; of several configurations, the means. What was published for these data comes below."""
+    """Prints classes and their mean, or of several configurations the means; below, what was published for the data."""
     several = len(evaluation.scored.configurations) > 1
-    table = Table(title=f"evaluation of run {evaluation.run_id}, percent", title_justify="left")
-    table.add_column("configuration" if several else "class", overflow="fold")
-    for header in ("good", "anomalous", *HEADERS):
-        table.add_column(header, justify="right")
+    first = "configuration" if several else "class"
+    columns = (first, "good", "anomalous", *HEADERS)
+    table = make_table(columns, left=(first,), title=f"evaluation of run {evaluation.run_id}, percent")
     for row in evaluation.rows("mean" if several else "class"):
         name = row["configuration"] if several else row["class_name"]
         table.add_row(escape(one_line(name)), str(row["good"]), str(row["anomalous"]), *metric_cells(row))
@@ -259,13 +260,10 @@ def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
             table.add_row(f"{item.method} ({item.note})", "", "", *published_cells(item))
     console.print(table)
     if several:
-        console.print(f"{BASE}: {escape(evaluation.base)}", highlight=False, soft_wrap=True)
+        print_line(console, f"{BASE}: {evaluation.base}")
     if evaluation.benchmark is not None:
-        console.print(
-            f"published: means over {TITLES[evaluation.benchmark]}, zero-shot unless it says otherwise", highlight=False
-        )
+        print_line(console, f"published: means over {TITLES[evaluation.benchmark]}, zero-shot unless it says otherwise")
     for line in facts(evaluation):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        print_line(console, line)
     for name in ("metrics.md", "evaluation.html", "metrics.parquet"):
-        where = output.uri(paths.evaluation_key(evaluation.run_id, name))
-        console.print(escape(where), highlight=False, soft_wrap=True)
+        print_line(console, output.uri(paths.evaluation_key(evaluation.run_id, name)))

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jobs import logs
 from jobs.logs import LogFormat
+from pipeline.storage import AddressError
 from schemas.job import JobError
 
 ERRORS, USAGE, INTERRUPTED = 1, 2, 130
@@ -19,7 +20,43 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Callable[[], int]) -> NoReturn:
-    """Runs a job and exits with what it returns; what the pipeline raises becomes one clear line and an exit code."""
+    """Runs a job and exits with the code that it returns.
+
+    What the pipeline raises becomes one clear line. The exit code is then 2 where the job has to change, 1 where the
+    same command can succeed later, 130 where it was interrupted. Other exceptions are faults in alfa, and pass.
+    """
+    logs.adopt_libraries()
+    try:
+        code = job()
+    except KeyboardInterrupt:
+        _complain("stopped; finished shards are kept. Run the same command again to resume")
+        code = INTERRUPTED
+    except (AddressError, JobError) as error:
+        refuse(str(error))
+    except OSError as error:
+        code = _give_up(error)
+    except Exception as error:
+        refusals, failures = _errors_of_the_pipeline()
+        if isinstance(error, refusals):
+            refuse(str(error))
+        if not isinstance(error, failures):
+            raise
+        code = _give_up(error)
+    raise typer.Exit(code)
+
+
+def refuse(fault: str) -> NoReturn:
+    """Exits with the code for bad usage. fault: one line for each thing that is wrong."""
+    for line in fault.splitlines():
+        _complain(line)
+    raise typer.Exit(USAGE) from None
+
+
+def _errors_of_the_pipeline() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
+    """Errors after which the job has to change, and those after which the same command can succeed.
+
+    They are imported when one is met: torch and Ray, which come with them, take seconds that `alfa status` has not.
+    """
     from jobs.demo import DemoError
     from jobs.diff import NightError
     from pipeline.alfa import ModelError
@@ -29,32 +66,17 @@ def run(job: Callable[[], int]) -> NoReturn:
     from pipeline.prompts import LLMError, PromptLibraryError
     from pipeline.report import ReportError
     from pipeline.scoring import ThresholdError
-    from pipeline.storage import AddressError, LeaseLostError
+    from pipeline.storage import LeaseLostError
 
-    logs.adopt_libraries()
-    refusals = (
-        *(AddressError, JobError, DatasetError, ModelError, PromptLibraryError),
-        *(DemoError, ExportError, LakeError, NightError, ReportError, ThresholdError),
-    )
-    try:
-        code = job()
-    except KeyboardInterrupt:
-        _complain("stopped; finished shards are kept. Run the same command again to resume")
-        code = INTERRUPTED
-    except refusals as error:
-        refuse(str(error))
-    except (EngineError, LLMError, LeaseLostError, OSError) as error:
-        _complain(f"{error}")
-        _complain("what was finished is kept; run the same command again to resume")
-        code = ERRORS
-    raise typer.Exit(code)
+    of_job = (DatasetError, ModelError, PromptLibraryError, ThresholdError)
+    of_command = (DemoError, ExportError, LakeError, NightError, ReportError)
+    return (*of_job, *of_command), (EngineError, LLMError, LeaseLostError)
 
 
-def refuse(fault: str) -> NoReturn:
-    """Exits as one does who was asked for what cannot be done. fault: one line for each thing that is wrong."""
-    for line in fault.splitlines():
-        _complain(line)
-    raise typer.Exit(USAGE) from None
+def _give_up(error: Exception) -> int:
+    _complain(f"{error}")
+    _complain("what was finished is kept; run the same command again to resume")
+    return ERRORS
 
 
 def _complain(line: str) -> None:

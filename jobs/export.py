@@ -1,4 +1,4 @@
-"""`alfa export`: a published night for annotation and dataset tools."""
+"""`alfa export`: writes a published night for annotation and dataset tools."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
+from jobs.console import print_line
 from pipeline.lake import export_rows, find_night, read_rows
 from pipeline.storage import Store, open_store, paths
 from schemas.job import Storage, parse_job, read_job_yaml
 
 
 def run_export(output: Store, run: str, kind: str, target: str | None, storage: Storage, console: Console) -> int:
-    """Writes the files of a format to `target`, default exports/<run_id>/<format> in the output. Returns the exit code.
+    """Writes the files of a format, and prints how many images and regions they hold. Returns the exit code.
 
-    Raises ExportError where the run is not published.
+    run: a night (YYYY-MM-DD) or a run's id. kind: coco, fiftyone or labelstudio. target: folder or URI for the files;
+    None: exports/<run_id>/<format> in the output. Raises ExportError where the run is not published.
     """
     commit = find_night(output, run)
     job = parse_job(read_job_yaml(output.read(paths.run_key(commit["run_id"], "job.yaml")).decode()))
@@ -29,9 +30,6 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
         for path in sorted(Path(scratch).iterdir()):
             folder.upload(prefix + path.name, path)
     left_out = f"; {count.errors} error rows are left out" if count.errors else ""
-    console.print(
-        f"{count.images} images, {count.regions} regions to {escape(folder.uri(prefix.rstrip('/')))}{left_out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    where = folder.uri(prefix.rstrip("/"))
+    print_line(console, f"{count.images} images with {count.regions} regions are written to {where}{left_out}")
     return 0

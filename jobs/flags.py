@@ -1,4 +1,4 @@
-"""The flags of a job, declared once for all commands that take one, and the job that they and its file make."""
+"""The flags of a job, declared once for all commands that take a job, and the job that they and its file make."""
 
 from __future__ import annotations
 
@@ -11,17 +11,33 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs import exits
 from pipeline.storage import open_store
-from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml
+from schemas.job import JobConfig, JobError, Storage, parse_job, read_job_yaml, without_credentials
+
+
+def _check_endpoint(value: str | None) -> str | None:
+    try:
+        return value if value is None else without_credentials(value)
+    except ValueError as error:
+        exits.refuse(f"--endpoint {error}")
+
+
+Endpoint = Annotated[
+    str | None,
+    typer.Option(help="URL of an S3 that is not AWS's; default: AWS_ENDPOINT_URL.", callback=_check_endpoint),
+]
+"""The flag --endpoint, of every command that opens a store."""
 
 
 @dataclass(frozen=True)
 class JobFlags:
     """What was given on the command line; None where a flag was not."""
 
-    file: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job file (YAML): a path or a URI.")] = None
+    file: Annotated[str | None, typer.Argument(metavar="JOB", help="Job file (YAML): a path or a URI.")] = None
     images: Annotated[str | None, typer.Option(help="Folder, table or URI of the images.")] = None
     output: Annotated[str | None, typer.Option(help="Folder or URI for the results.")] = None
+    endpoint: Endpoint = None
     layout: Annotated[str | None, typer.Option(help="auto, folders, flat, mvtec, visa or table.")] = None
     class_name: Annotated[str | None, typer.Option("--class", help="Class of all images (layout flat).")] = None
     llm: Annotated[str | None, typer.Option(help="litellm model that describes classes.")] = None
@@ -31,22 +47,27 @@ class JobFlags:
     ] = None
 
     def read_job(self, defaults: Mapping[str, Any] | None = None) -> JobConfig:
-        """The job of the file, --set and the flags, the later ones winning.
+        """Reads the job from its file, --set and the flags; the later ones win.
 
-        defaults: sections of a job for where its file has none. Raises JobError where the file cannot be read or the
-        job is not valid.
+        defaults: sections that the job has where its file has none. Raises JobError where the file cannot be read or
+        the job is not valid.
         """
-        document = read_job_yaml(_read_text(self.file)) if self.file else {}
+        document = read_job_yaml(_read_text(self.file, self.storage())) if self.file else {}
         return parse_job({**(defaults or {}), **document}, self.overrides or (), self._keys())
 
+    def storage(self) -> Storage:
+        """How stores are reached before there is a job: to read its file."""
+        return Storage(endpoint_url=self.endpoint)
+
     def _keys(self) -> dict[str, Any]:
-        """The job's keys that flags stand for."""
+        """The keys of a job that flags set."""
         name, _, pretrained = (self.model or "").partition("/")
         return {
             "dataset.images": self.images,
             "dataset.layout": self.layout,
             "dataset.class_name": self.class_name,
             "output.uri": self.output,
+            "storage.endpoint_url": self.endpoint,
             "prompts.llm": self.llm,
             "model.name": name or None,
             "model.pretrained": pretrained or None,
@@ -55,7 +76,7 @@ class JobFlags:
 
 @dataclass(frozen=True)
 class NightFlags(JobFlags):
-    """Those of a command whose job is one night's."""
+    """The flags of a job, and which night it is of."""
 
     run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD; default: today, UTC.")] = None
 
@@ -64,7 +85,7 @@ class NightFlags(JobFlags):
 
 
 def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """What typer is to see of a command whose first parameter is JobFlags or NightFlags: each flag as a parameter."""
+    """Makes each flag of JobFlags or NightFlags, the first parameter of a command, a parameter that typer sees."""
     first, *others = inspect.signature(command, eval_str=True).parameters.values()
     kind = first.annotation
     flags = inspect.signature(kind, eval_str=True).parameters
@@ -77,11 +98,11 @@ def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
     return spread
 
 
-def _read_text(location: str) -> str:
+def _read_text(location: str, storage: Storage) -> str:
     try:
         if "://" in location:
             folder, _, name = location.rpartition("/")
-            return open_store(folder, Storage()).read(name).decode()
+            return open_store(folder, storage).read(name).decode()
         return Path(location).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"the job file {location} cannot be read: {error}") from None

@@ -1,4 +1,4 @@
-"""What a job logs, and how: for people, or a JSON object a line for machines; secrets are blanked in both."""
+"""How a job logs: lines for people, or a JSON object a line for machines; secrets are blanked in both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _format = LogFormat.TEXT
 
 
 class RedactingFilter(logging.Filter):
-    """Blanks secrets in every record, traceback included; it refuses none."""
+    """Blanks secrets in every record and its traceback, and lets it pass."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact_lines(record.getMessage()), None
@@ -38,7 +38,8 @@ class RedactingFilter(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """A record as one JSON object on one line: time (UTC), level, logger, message, what bind() has said, exception."""
+    """Formats a record as a JSON object on one line: time (UTC), level, logger, message, the facts of bind(), and the
+    exception if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -54,17 +55,17 @@ class JsonFormatter(logging.Formatter):
 
 
 def redact_lines(text: str) -> str:
-    """redact() for each line of a text, which keeps its lines."""
+    """Blanks the secrets in each line of a text."""
     return "\n".join(redact(line) for line in text.splitlines())
 
 
 def bind(**facts: Any) -> None:
-    """What every JSON line says from now on, such as run_id=..."""
+    """Adds facts to every JSON line from now on, such as run_id=..."""
     _facts.update(facts)
 
 
 def configure(log_format: LogFormat) -> None:
-    """Sets up logging of this process to stderr; calling it again replaces what was set up."""
+    """Sets up logging of this process to stderr, in place of what was set up before."""
     global _format
     _format = log_format
     handler = _handler(log_format)
@@ -88,7 +89,7 @@ def adopt_libraries() -> None:
 
 
 def current_format() -> LogFormat:
-    """What configure() was last called with."""
+    """The format that configure() has set up."""
     return _format
 
 

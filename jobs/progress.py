@@ -1,4 +1,4 @@
-"""How far a run is: stats.json and metrics.prom in the lake, a bar on a terminal, plain lines in a log."""
+"""How far a run is: stats.json and metrics.prom in the lake, a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -22,17 +22,25 @@ _STATS_EVERY_S = 15.0
 
 
 class RunProgress:
-    """Counts what finished shards report. Use it as a context manager around the loop."""
+    """Counts what finished shards report, and tells the lake and the console. A context manager around the loop."""
 
-    def __init__(self, facts: dict[str, Any], output: Store, console: Console, images: int, actors: int) -> None:
-        """facts: what stats.json says of the run besides its counts (run_id, images, shards, source, ...)."""
+    def __init__(
+        self, facts: dict[str, Any], output: Store, console: Console, images: int, actors: int, job_started: float
+    ) -> None:
+        """facts: what stats.json says of the run besides its counts (run_id, images, shards, source, ...).
+
+        images: how many are left to score. job_started: when the whole job began, by time.monotonic.
+        """
         self.facts = {**facts, "started_at": _now()}
         self.scored = 0
         self.errors: Counter[str] = Counter()
         self.anomalies: Counter[str] = Counter()
         self._output = output
         self._console = console
+        self._job_started = job_started
         self._started = self._written = time.monotonic()
+        self._scoring_from: float | None = None
+        self._scored_until = self._started
         self._bar = Progress(
             TextColumn("scoring"),
             BarColumn(),
@@ -60,13 +68,23 @@ class RunProgress:
         elif error is not None:
             self.write("failed", error=redact(f"{error}" or type(error).__name__))
 
+    def start_scoring(self) -> None:
+        """Starts the clock of the scoring rate: the actors have their models and prompts."""
+        self._scoring_from = time.monotonic()
+
+    @property
+    def scoring_s(self) -> float:
+        """Seconds from start_scoring to the last finished shard."""
+        return 0.0 if self._scoring_from is None else max(self._scored_until - self._scoring_from, 0.0)
+
     @property
     def rate(self) -> float:
-        """Images a second since the start of the loop."""
-        return self.scored / max(time.monotonic() - self._started, 1e-9)
+        """Images a second while scoring."""
+        return self.scored / self.scoring_s if self.scored and self.scoring_s else 0.0
 
     def add(self, stats: ShardStats) -> None:
         """Counts a finished shard, and now and then tells the lake."""
+        self._scored_until = time.monotonic()
         self.scored += stats.images
         self.errors.update(stats.errors)
         self.anomalies.update(stats.anomalies)
@@ -84,14 +102,20 @@ class RunProgress:
                 logger.info("%d images scored, %.1f images/s, %d errors, %d anomalous", done, self.rate, errors, found)
 
     def write(self, state: str, **more: Any) -> dict[str, Any]:
-        """Writes stats.json, and the same as metrics.prom; returns the former. more: error, or the totals."""
-        self._written = time.monotonic()
+        """Writes stats.json, and the same facts as metrics.prom. Returns the content of stats.json.
+
+        state: running, done, failed or interrupted. more: the error, or the totals of the published night.
+        """
+        now = self._written = time.monotonic()
         stats = {
             **self.facts,
             "state": state,
             "updated_at": _now(),
             "scored_by_this_job": self.scored,
-            "images_per_second": round(self.rate, 2),
+            "images_per_second": round(self.scored / max(now - self._started, 1e-9), 2),
+            "scoring_images_per_second": round(self.rate, 2),
+            "scoring_seconds": round(self.scoring_s, 1),
+            "total_seconds": round(now - self._job_started, 1),
             "errors": dict(self.errors),
             "anomalies": dict(self.anomalies),
             **more,

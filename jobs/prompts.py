@@ -1,4 +1,4 @@
-"""`alfa prompts`: makes, shows and checks the prompts of a job's classes without scoring an image."""
+"""`alfa prompts`: makes, shows and checks the prompts of a job's classes, without scoring an image."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
+from jobs.console import print_line
 from pipeline.alfa import text_fits
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
@@ -24,9 +25,9 @@ _CALLS_AT_ONCE = 8
 
 
 def run_prompts(job: JobConfig, console: Console) -> int:
-    """Obtains every class's prompt set (an LLM is asked only for those that have none) and prints what CLIP will read.
+    """Obtains the prompt set of every class and prints it. Returns the exit code.
 
-    Returns the exit code. Raises LLMError, PromptLibraryError, DatasetError.
+    An LLM is asked only for classes that have no set yet. Raises LLMError, PromptLibraryError and DatasetError.
     """
     output = open_store(job.output.uri, job.storage)
     source = open_dataset(job.dataset, job.storage)
@@ -39,24 +40,21 @@ def run_prompts(job: JobConfig, console: Console) -> int:
     for prompt_set in sets:
         _show(prompt_set, compose_ensemble(prompt_set, fits), console)
     calls = sum(item.usage.calls for item in sets)
-    console.print(f"{len(sets)} classes; {calls} LLM calls are recorded in their stored sets", highlight=False)
-    console.print(f"edit them below {escape(output.uri('prompts'))}; an edit is used by the next run", soft_wrap=True)
+    print_line(console, f"{len(sets)} classes; {calls} LLM calls have been made for their prompt sets so far")
+    print_line(console, f"the sets are files below {output.uri('prompts')}; the next run uses them as you edit them")
     return 0
 
 
 def _show(prompt_set: PromptSet, ensemble: PromptEnsemble, console: Console) -> None:
     sides = [prompt.side for prompt in ensemble.prompts]
     source = f"{prompt_set.source}, {prompt_set.model}" if prompt_set.model else prompt_set.source
-    console.print(
-        f"\n[bold]{escape(prompt_set.class_name)}[/bold]  source {escape(source)}, recipe {prompt_set.recipe}, "
-        f"{sides.count('normal')} normal and {sides.count('anomalous')} anomalous prompts",
-        highlight=False,
-        soft_wrap=True,
-    )
+    counts = f"{sides.count('normal')} normal and {sides.count('anomalous')} anomalous prompts"
+    facts = f"  source {source}, recipe {prompt_set.recipe}, {counts}"
+    console.print(Text.assemble("\n", (prompt_set.class_name, "bold"), facts), soft_wrap=True)
     if prompt_set.description is None:
-        console.print("  only the base ensemble: no LLM is configured and the bundled pack does not know this class")
+        print_line(console, "  only the base ensemble: no LLM is configured, and no bundled prompts are for this class")
         return
     for phrase in prompt_set.description.normal:
-        console.print(f"  normal   {escape(phrase)}", highlight=False, soft_wrap=True)
+        print_line(console, f"  normal   {phrase}")
     for defect in prompt_set.description.defects:
-        console.print(f"  defect   {escape(defect.name)}: {escape(defect.look)}", highlight=False, soft_wrap=True)
+        print_line(console, f"  defect   {defect.name}: {defect.look}")

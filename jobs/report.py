@@ -1,4 +1,4 @@
-"""`alfa report`: renders the report of a published night anew."""
+"""`alfa report`: renders the report of a published night again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
+from jobs.console import print_line
 from pipeline.lake import read_commit
 from pipeline.report import ReportError, published_nights, write_report
 from pipeline.storage import Store, paths, redact
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def run_report(output: Store, run_id: str | None, run_date: str | None, console: Console) -> int:
-    """Writes the report of a run, of a night, or of the last night, and prints where it lies. Returns the exit code.
+    """Writes the report of a published night, and prints where it is. Returns the exit code.
 
-    Raises ReportError where no such night is published.
+    run_id, run_date: which night; neither: the last. Raises ReportError where that night is not published.
     """
     night = run_date or (run_id[:10] if run_id else _last_night(output))
     commit = read_commit(output, night)
@@ -27,14 +27,14 @@ def run_report(output: Store, run_id: str | None, run_date: str | None, console:
         raise ReportError(f"night {night} is not published at {output.uri('')}; alfa status shows its runs")
     if run_id is not None and commit["run_id"] != run_id:
         raise ReportError(f"night {night} is published by run {commit['run_id']}, not by {run_id}")
-    console.print(escape(write_report(output, commit)), highlight=False, soft_wrap=True)
+    print_line(console, write_report(output, commit))
     return 0
 
 
 def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str | None:
-    """The report at the end of a night: written if `anew` or missing; returns where it lies, None where it failed.
+    """Writes the report at the end of a night. Returns its address, or None where it could not be written.
 
-    The results are published by then, so whatever is wrong with their picture is a warning.
+    anew: also where there is one already. The night is published by then, so a report that fails is a warning only.
     """
     key = paths.report_key(commit["run_id"])
     try:

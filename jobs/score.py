@@ -1,4 +1,4 @@
-"""`alfa score`: one night from listing to commit."""
+"""`alfa score`: scores and publishes a night, from the listing of its images to its commit."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import logging
 import platform
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from jobs import logs
+from jobs.console import make_table, print_line
 from jobs.progress import RunProgress
 from jobs.report import report_night
 from pipeline.alfa import Weights, locate_weights, text_fits
@@ -52,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """A night before its first image is scored."""
+    """What is known of a night before its first image is scored."""
 
     run: Run
     weights: Weights
@@ -60,27 +61,29 @@ class Plan:
     manifest: Manifest
     prompts: RunPrompts
     usage: Usage
-    """What this job spent on prompts; sets that were there already cost nothing."""
+    """What this job has spent on prompts; sets that were stored already cost nothing."""
     references: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Manifest rows of the images that each class is compared with (few-shot)."""
+    """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
     thresholds: Mapping[str, Thresholds]
-    """By class, where a calibrated table holds them (threshold.policy labels)."""
+    """By class, from the calibrated table; empty unless threshold.policy is labels."""
     table: bytes
-    """That table."""
+    """The calibrated table, as its file holds it."""
 
 
 def run_score(job: JobConfig, console: Console) -> int:
     """Scores and publishes a night. Returns the exit code: 0, or 1 past the error budget.
 
-    Run again, it resumes, or finds itself done. Raises the pipeline's errors; KeyboardInterrupt leaves finished shards.
+    Run again, it resumes, or finds the night published. Raises the pipeline's errors. Where it is interrupted or fails,
+    the shards that were finished are kept.
     """
+    started = time.monotonic()
     output = open_store(job.output.uri, job.storage)
     if job.lake.format == "iceberg":
         open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, Path(scratch), output)
         logs.bind(run_id=plan.run.run_id)
-        commit, stats = _run_or_wait(plan, output, console)
+        commit, stats = _run_or_wait(plan, output, console, started)
         if job.lake.format == "iceberg":
             publish_snapshot(job, output, leases.new_owner())
     report = report_night(output, commit, anew=stats.get("state") == "done")
@@ -94,7 +97,7 @@ def run_score(job: JobConfig, console: Console) -> int:
 
 
 def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
-    """Lists the images, obtains the prompts, and thereby knows the run."""
+    """Lists the images, obtains the prompts, and works out which run this is."""
     source = open_dataset(job.dataset, job.storage)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
     manifest = write_manifest(list_images(source), scratch)
@@ -113,9 +116,10 @@ def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
 
 
 def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The reference images of each class that has some, as manifest rows; none where the job is zero-shot.
+    """Chooses the reference images of each class, as manifest rows; classes without any are left out.
 
-    Raises DatasetError where there are none at all, ThresholdError where policy reference needs more of them.
+    Empty where the job is zero-shot. Raises DatasetError where no class has any, ThresholdError where
+    threshold.policy reference needs more of them.
     """
     if job.references is None:
         return {}
@@ -130,7 +134,7 @@ def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str])
 
 
 def _read_table(job: JobConfig) -> bytes:
-    """The calibrated thresholds that the job names; empty where it names none."""
+    """Reads the file of calibrated thresholds that the job names; empty where it names none."""
     if job.threshold.policy != "labels" or job.threshold.table is None:
         return b""
     folder, _, name = job.threshold.table.rpartition("/")
@@ -138,12 +142,12 @@ def _read_table(job: JobConfig) -> bytes:
         return open_store(folder or ".", job.storage).read(name)
     except FileNotFoundError:
         raise ThresholdError(
-            f"threshold.table {job.threshold.table} is not there; write it with alfa calibrate, or take another policy"
+            f"threshold.table {job.threshold.table} is missing; write it with alfa calibrate, or take another policy"
         ) from None
 
 
 def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
-    """The prompts of the classes, and what was spent now on an LLM that described them."""
+    """Obtains the prompts of the classes. Returns them, and what was spent now on an LLM that describes classes."""
     sets, usage = _prompt_sets(job, classes, output)
     for prompt_set in sets:
         logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
@@ -158,7 +162,10 @@ def name_run(
     references: Mapping[str, Sequence[Mapping[str, Any]]],
     table: bytes = b"",
 ) -> Run:
-    """The run of a job: its id hashes what determines its rows. table: of calibrated thresholds."""
+    """Names the run of a job; its id hashes all that determines its rows.
+
+    references: manifest rows of the reference images, by class. table: the file of calibrated thresholds.
+    """
     prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
     image_ids = [image["image_id"] for _, images in sorted(references.items()) for image in images]
     digest = hashlib.sha256(table).hexdigest()
@@ -167,7 +174,7 @@ def name_run(
 
 
 def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
-    """Stored and bundled sets are read here; Ray and its actor are needed only where an LLM is to be asked."""
+    """Reads stored and bundled sets here; Ray and its prompt actor are needed only where an LLM is to be asked."""
     stored = {name: find(output, name, job.prompts) for name in classes}
     missing = [name for name, prompt_set in stored.items() if prompt_set is None]
     made: dict[str, PromptSet] = {}
@@ -190,8 +197,12 @@ def _sum_usage(items: Sequence[Usage]) -> Usage:
     )
 
 
-def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Does the run. Where another driver is at it, waits: it finishes, or dies and this one goes on from there."""
+def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Executes the run. Returns its commit and its stats.
+
+    Where another driver works on the run, this one waits until that has published it, or has died, and then goes on
+    from there.
+    """
     run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, leases.new_owner()
     published: dict[str, Any] = {}
 
@@ -202,17 +213,21 @@ def _run_or_wait(plan: Plan, output: Store, console: Console) -> tuple[dict[str,
         return bool(published)
 
     def say(holder: str) -> None:
-        logger.warning("%s works on run %s; waiting until it is done, or silent for %g s", holder, run.run_id, lease_s)
+        logger.warning(
+            "%s works on run %s; waiting until it is done, or has been silent for %g s", holder, run.run_id, lease_s
+        )
 
     lease = leases.acquire(output, paths.driver_lease(run.run_id), owner, lease_s, is_published, say)
     if lease is None:
         logger.info("run %s is already published; nothing to do", run.run_id)
         return published, {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
     with lease.held(lease_s):
-        return _execute(plan, output, console, lease)
+        return _execute(plan, output, console, lease, started)
 
 
-def _execute(plan: Plan, output: Store, console: Console, lease: leases.Lease) -> tuple[dict[str, Any], dict[str, Any]]:
+def _execute(
+    plan: Plan, output: Store, console: Console, lease: leases.Lease, started: float
+) -> tuple[dict[str, Any], dict[str, Any]]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(paths.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
@@ -241,9 +256,10 @@ def _execute(plan: Plan, output: Store, console: Console, lease: leases.Lease) -
     with connect(job):
         pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
         try:
-            with RunProgress(facts, output, console, left, pool.plan.count) as progress:
+            with RunProgress(facts, output, console, left, pool.plan.count, started) as progress:
                 if len(finished) < len(shard_ids):
                     pool.embed(plan.prompts.ensembles, plan.references)
+                    progress.start_scoring()
                     for stats in pool.score(waiting):
                         progress.add(stats)
                         lease.check()
@@ -256,17 +272,17 @@ def _execute(plan: Plan, output: Store, console: Console, lease: leases.Lease) -
 
 
 def versions() -> dict[str, str]:
-    """What this driver runs on."""
+    """The versions of Python and of the packages that this driver runs with."""
     found = {"python": platform.python_version()}
     for name in ("alfa-pipeline", "open_clip_torch", "ray", "torch"):
-        # Code that was sent to a cluster is not installed there.
+        # Code that was uploaded to a cluster is not installed there.
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
 
 def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, lease: leases.Lease) -> str:
-    """The folder of the shards to publish; where thresholds are not in the job itself, masks are made now."""
+    """Returns the folder of the shards to publish. Where thresholds follow from the scores, masks are made now."""
     run = plan.run
     if fixed_thresholds(run.job) is not None:
         return run.shards
@@ -318,17 +334,10 @@ def print_summary(
     output: Store,
     console: Console,
 ) -> None:
-    """What a person wants to know at the end: how many, what failed, what it cost, where it lies."""
+    """Prints what a person wants to know at the end: how many images, what failed, what it cost, where it all is."""
     run, totals = plan.run, _totals(commit)
-    table = Table(title=f"run {run.run_id}", title_justify="left")
-    for column, justify in (
-        ("class", "left"),
-        ("images", "right"),
-        ("anomalous", "right"),
-        ("errors", "right"),
-        ("prompts", "left"),
-    ):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    columns = ("class", "images", "anomalous", "errors", "prompts")
+    table = make_table(columns, left=("class", "prompts"), title=f"run {run.run_id}")
     sources = {item.class_name: item.source for item in plan.prompts.ensembles}
     for entry in commit["files"]:
         errors = sum(entry["errors"].values())
@@ -345,7 +354,7 @@ def print_summary(
     lines = [
         ("images", f"{commit['rows']}, {commit['rows'] - sum(errors.values())} ok; errors: {listed}"),
         ("LLM", spent),
-        ("rate", f"{stats['images_per_second']} images/s" if stats["scored_by_this_job"] else "nothing left to score"),
+        *_describe_speed(stats),
         ("table", output.uri(paths.TABLE)),
         ("masks", output.uri(f"masks/run_date={run.job.run_date}")),
         ("run", output.uri(paths.run_key(run.run_id, "").rstrip("/"))),
@@ -355,7 +364,17 @@ def print_summary(
     if plan.weights.is_embedded:
         lines.insert(0, ("model", f"{run.model}, {EMBEDDED_NOTE}"))
     for name, text in lines:
-        console.print(f"{name:>7}  {escape(text)}", highlight=False, soft_wrap=True)
+        print_line(console, f"{name:>7}  {text}")
+
+
+def _describe_speed(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not stats["scored_by_this_job"]:
+        return [("rate", "nothing was left to score")]
+    rate, scoring_s = stats["scoring_images_per_second"], stats["scoring_seconds"]
+    return [
+        ("rate", f"{rate:g} images/s, over {scoring_s:g} s of scoring"),
+        ("time", f"{stats['total_seconds']:g} s in total, with listing, start of Ray and models, and publishing"),
+    ]
 
 
 def _origin(prompt_set: PromptSet) -> str:

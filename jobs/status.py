@@ -3,56 +3,99 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from jobs.console import make_table, print_json, print_line
 from pipeline.storage import Store, paths
 
 _SILENT_AFTER_S = 300
+"""A driver writes its stats four times a minute; one that has not for so long is taken for dead."""
 
 
-def print_status(output: Store, console: Console) -> int:
-    """A row a run, the newest night first. Returns the exit code."""
-    keys = [info.key for info in output.list("runs") if info.key.endswith("/stats.json")]
-    if not keys:
-        console.print(f"no runs at {escape(output.uri(''))}")
+@dataclass(frozen=True)
+class RunStatus:
+    """A run as its stats.json and its finished shards tell of it.
+
+    state: running, done, failed or interrupted, as its driver last wrote. silent_s: for how many seconds a running one
+    has written nothing; None where that is normal. images_per_second: while it scored.
+    """
+
+    run_id: str
+    state: str
+    silent_s: int | None
+    published: bool
+    shards: int
+    finished_shards: int
+    images: int
+    errors: Mapping[str, int]
+    anomalies: Mapping[str, int]
+    images_per_second: float
+    updated_at: str
+
+
+def print_status(output: Store, console: Console, *, as_json: bool = False) -> int:
+    """Prints the runs of an output, the newest night first. Returns the exit code."""
+    runs = read_status(output)
+    if as_json:
+        print_json({"output": output.uri(""), "runs": [asdict(run) for run in runs]})
         return 0
-    published = {
-        commit["run_id"]
-        for info in output.list("commits")
-        if info.key.endswith(".json") and (commit := json.loads(output.read(info.key)))
-    }
-    table = Table()
-    for column in ("run", "state", "shards", "images", "errors", "anomalous", "images/s", "updated"):
-        table.add_column(column, justify="left" if column in ("run", "state") else "right", no_wrap=column == "run")
-    for key in sorted(keys, reverse=True):
-        stats = json.loads(output.read(key))
-        finished = len(paths.finished_shards(output, paths.run_key(stats["run_id"], "shards")))
-        state = _state(stats) + (", published" if stats["run_id"] in published else "")
+    if not runs:
+        print_line(console, f"no runs at {output.uri('')}")
+        return 0
+    columns = ("run", "state", "shards", "images", "errors", "anomalous", "images/s", "updated")
+    table = make_table(columns, left=("run", "state"))
+    for run in runs:
         table.add_row(
-            escape(stats["run_id"]),
-            state,
-            f"{finished}/{stats['shards']}",
-            str(stats["images"]),
-            _errors(stats["errors"]),
-            str(sum(stats["anomalies"].values())),
-            str(stats["images_per_second"]),
-            stats["updated_at"],
+            escape(run.run_id),
+            _describe_state(run),
+            f"{run.finished_shards}/{run.shards}",
+            str(run.images),
+            ", ".join(f"{count} {kind}" for kind, count in sorted(run.errors.items())) or "0",
+            str(sum(run.anomalies.values())),
+            f"{run.images_per_second:g}",
+            run.updated_at,
         )
     console.print(table)
     return 0
 
 
-def _state(stats: dict[str, Any]) -> str:
-    silent = (datetime.now(timezone.utc) - datetime.fromisoformat(stats["updated_at"])).total_seconds()
-    if stats["state"] == "running" and silent > _SILENT_AFTER_S:
-        return f"no sign of life for {silent / 60:.0f} min; run the same command again to resume"
-    return str(stats["state"])
+def read_status(output: Store) -> list[RunStatus]:
+    """Reads the runs of an output, the newest night first."""
+    published = {
+        json.loads(output.read(info.key))["run_id"] for info in output.list("commits") if info.key.endswith(".json")
+    }
+    keys = [info.key for info in output.list("runs") if info.key.endswith("/stats.json")]
+    return [_read_run(output, key, published) for key in sorted(keys, reverse=True)]
 
 
-def _errors(errors: dict[str, int]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(errors.items())) or "0"
+def _read_run(output: Store, key: str, published: set[str]) -> RunStatus:
+    stats = json.loads(output.read(key))
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(stats["updated_at"])
+    is_silent = stats["state"] == "running" and age.total_seconds() > _SILENT_AFTER_S
+    return RunStatus(
+        run_id=stats["run_id"],
+        state=stats["state"],
+        silent_s=int(age.total_seconds()) if is_silent else None,
+        published=stats["run_id"] in published,
+        shards=stats["shards"],
+        finished_shards=len(paths.finished_shards(output, paths.run_key(stats["run_id"], "shards"))),
+        images=stats["images"],
+        errors=stats["errors"],
+        anomalies=stats["anomalies"],
+        # Runs of older versions have one rate, which counts from the start of Ray.
+        images_per_second=stats.get("scoring_images_per_second", stats["images_per_second"]),
+        updated_at=stats["updated_at"],
+    )
+
+
+def _describe_state(run: RunStatus) -> str:
+    if run.silent_s is not None:
+        state = f"no sign of life for {run.silent_s // 60} min; run the same command again to resume"
+    else:
+        state = run.state
+    return state + (", published" if run.published else "")

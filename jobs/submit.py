@@ -1,8 +1,8 @@
-"""`alfa submit`: a night as a job of a Ray cluster; however often it is submitted, one such job runs at a time.
+"""`alfa submit`: runs a night as a job of a Ray cluster; submitted again, the same job is joined.
 
-The job is read here and travels as `--set` options of `alfa score`, so that a job file is needed on this machine alone,
-and the command that Ray's dashboard shows is the whole job. The night is fixed here too: a job that waits in the
-cluster past midnight is still of the night that it was submitted for.
+The job is read on this machine and travels as `--set` options of `alfa score`. So the cluster needs no job file, and
+the command that Ray's dashboard shows is the whole job. The night is fixed here too: a job that waits in the cluster
+past midnight still scores the night that it was submitted for.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _ROOT = Path(__file__).parents[1]
 _CODE = ("schemas", "pipeline", "jobs")
 _POLL_S = 1.0
 _HEAD_SILENT_S = 120.0
-"""For so long the head may not answer before the job is no longer followed."""
+"""How long the head may stay silent before alfa stops following the job."""
 
 
 def _passes(error: BaseException) -> bool:
-    """A head that is away, or that has just come up and whose agent has not."""
+    """Whether an error can pass: the head is away, or has come up so lately that its agent has not yet."""
     return isinstance(error, OSError) or "No available agent" in str(error)
 
 
@@ -66,10 +66,10 @@ def run_submit(
 ) -> int:
     """Submits the night, or joins its job where that is running, and follows its log. Returns the job's exit code.
 
-    address: of the head's job server, such as http://head:8265; None: where RAY_API_SERVER_ADDRESS or RAY_ADDRESS
-    says. log_format: of the job. upload: send the code of this machine along; else the cluster's nodes have `alfa`
-    installed. wait: False returns 0 as soon as the job is accepted. again: submit a night that has succeeded once more.
-    Raises EngineError where the cluster refuses, OSError where it does not answer.
+    address: of the head's job server, such as http://head:8265; None: RAY_API_SERVER_ADDRESS or RAY_ADDRESS names it.
+    log_format: of the job. upload: send the code of this machine along; without it, the nodes need `alfa` installed.
+    wait: follow the log; without it, 0 is returned as soon as the job is accepted. again: also submit a night that has
+    succeeded already. Raises EngineError where the cluster refuses, OSError where it does not answer.
     """
     job = _with_absolute_paths(job)
     client = _connect(address)
@@ -93,30 +93,31 @@ def run_submit(
 
 
 def submission_id_of(job: JobConfig) -> str:
-    """The id of the night's job: alfa-<run_date>-<12 hex digits>.
+    """Names the night's job: alfa-<run_date>-<12 hex digits>.
 
-    It hashes what is known before the night of what makes a run: weights by their name, prompts by the settings that
-    they come from, and where the results go. How fast it runs (engine) does not count, as in a run's id.
+    The digits hash what determines the run, as far as it is known before the night: for weights that is their name, for
+    prompts the settings that they come from. Where the results go counts too; how fast the job runs (engine) does not.
     """
     settings = [part.model_dump_json() for part in (job.output, job.storage, job.prompts)]
     return f"alfa-{job.run_date}-{job.result_fingerprint(job.model.pretrained or '', ''.join(settings))}"
 
 
 def entrypoint_of(job: JobConfig, log_format: LogFormat = LogFormat.TEXT, *, upload: bool) -> str:
-    """The shell command that scores the job on the cluster; keys that have their default are left out.
+    """Writes the shell command that scores the job on the cluster. Keys that have their default are left out.
 
-    A job holds no credentials (schemas.job refuses them), so none reach Ray's metadata.
+    upload: whether the code travels along. A job holds no credentials (schemas.job refuses them), so none reach Ray's
+    metadata.
     """
     keys = job.model_dump(mode="json", exclude_defaults=True, exclude={"run_date": True, "engine": {"address"}})
     sets = [part for key, value in _flatten(keys) for part in ("--set", f"{key}={_as_yaml(value)}")]
-    command = ["python", "-m", "jobs.cli"] if upload else ["alfa"]
+    command = ["python", "-m", "jobs"] if upload else ["alfa"]
     if log_format is not LogFormat.TEXT:
         command += ["--log-format", log_format.value]
     return shlex.join([*command, "score", "--run-date", str(job.run_date), *sets])
 
 
 def copy_code(folder: Path) -> None:
-    """Copies alfa's packages, embedded model included, into a folder: what a submission uploads, and nothing else."""
+    """Copies what a submission uploads into a folder: alfa's packages with the embedded model, and nothing else."""
     for name in _CODE:
         shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -130,7 +131,7 @@ def _flatten(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _as_yaml(value: Any) -> str:
-    """Bare where YAML reads it back as it is; else as JSON, which YAML contains."""
+    """Writes a value so that YAML reads it back: bare where that does, else as JSON, which is YAML too."""
     if isinstance(value, str):
         try:
             if yaml.safe_load(value) == value:
@@ -141,7 +142,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _with_absolute_paths(job: JobConfig) -> JobConfig:
-    """Relative paths would start in another folder on the cluster."""
+    """Makes the job's local paths absolute: on the cluster, relative ones would start in another folder."""
     pretrained = job.model.pretrained
     weights = str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
     return job.model_copy(
@@ -159,7 +160,7 @@ def _absolute(uri: str) -> str:
 
 def _connect(address: str | None) -> JobSubmissionClient:
     if address is not None:
-        # Ray lets its environment variables win over what its caller says; this one is the first that it looks at.
+        # Ray's environment variables win over an argument, and this one over the others.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
@@ -167,8 +168,8 @@ def _connect(address: str | None) -> JobSubmissionClient:
         return JobSubmissionClient(address)
     except AuthenticationError:
         raise EngineError(
-            "the Ray head asks for its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to "
-            "the token that the head was started with"
+            "the Ray head refuses a client without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to the token that the head was started with"
         ) from None
     except RuntimeError as error:
         raise EngineError(f"no Ray head can be used at {address or 'the default address'}: {error}") from None
@@ -177,9 +178,10 @@ def _connect(address: str | None) -> JobSubmissionClient:
 def find_or_submit(
     client: JobSubmissionClient, first_id: str, entrypoint: str, *, upload: bool, again: bool
 ) -> tuple[str, JobStatus | None]:
-    """The id of the night's job and its status, None where this call submitted it.
+    """Finds the night's job, or submits it. Returns its id, and its status or None where this call submitted it.
 
-    Attempts are numbered: a job that failed or was stopped has a successor with -2, -3 behind its id.
+    Attempts are numbered: a job that has failed or was stopped gets a successor, with -2, -3 and so on behind its id.
+    upload, again: see run_submit. Raises EngineError where the cluster does not accept the job.
     """
     attempt = 1
     while True:
@@ -191,7 +193,7 @@ def find_or_submit(
             except RuntimeError as error:
                 if _status_of(client, submission_id) is None:
                     raise EngineError(f"the cluster did not accept the job: {error}") from None
-                continue  # another one has submitted it in the meantime
+                continue  # somebody else has submitted it in the meantime
             logger.info("submitted as %s", submission_id)
             return submission_id, None
         if not status.is_terminal():
@@ -218,7 +220,10 @@ def _submit(client: JobSubmissionClient, entrypoint: str, submission_id: str, *,
 
 
 def follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
-    """Prints the job's log as it grows, until the job has ended, also across a head that is away for a while."""
+    """Prints the job's log as it grows, until the job has ended; a head may be away for a while. Returns the details.
+
+    Raises EngineError where the head has lost the job, OSError where it stays away.
+    """
     log = _Log(client, submission_id)
     while True:
         try:
@@ -233,7 +238,7 @@ def follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
 
 @dataclass
 class _Log:
-    """The log of a job, each part of which is printed once. Ray sends it from the beginning whenever it is asked."""
+    """The log of a job. Ray sends it from its beginning on every request; each part is printed once."""
 
     client: JobSubmissionClient
     submission_id: str
@@ -241,7 +246,7 @@ class _Log:
     """Characters."""
 
     async def print_rest(self) -> None:
-        """Prints what is new, until the job ends or the connection does."""
+        """Prints what is new, until the job or the connection ends."""
         sent = 0
         async for chunk in self.client.tail_job_logs(self.submission_id):
             new = chunk[max(0, self.printed - sent) :]
@@ -255,11 +260,11 @@ def _info(client: JobSubmissionClient, submission_id: str) -> JobDetails:
     try:
         return _patiently(client.get_job_info)(submission_id)
     except RuntimeError as error:
-        raise EngineError(f"the cluster forgot job {submission_id}, its head was replaced ({error})") from None
+        raise EngineError(f"the head no longer knows job {submission_id}; it was replaced ({error})") from None
 
 
 def _exit_code(info: JobDetails) -> int:
-    """That of `alfa score`; 128 + n where signal n ended it, 130 where the job was stopped."""
+    """Returns the exit code of `alfa score`: 128 + n where signal n ended it, 130 where the job was stopped."""
     if info.status is JobStatus.SUCCEEDED:
         return 0
     if info.status is JobStatus.STOPPED:

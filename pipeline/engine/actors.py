@@ -1,4 +1,4 @@
-"""The actors: one asks for prompts, the others each hold a model and score shards."""
+"""The actors: one obtains prompts, the others each hold a model and score shards."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptActor:
-    """Obtains prompt sets: single flight for each class inside a job. Between jobs the library's leases do the same."""
+    """Obtains prompt sets, in one call for each class of a job; between jobs, the leases of the library see to that."""
 
     def __init__(self, job: JobConfig, owner: str) -> None:
         self._job = job
@@ -39,11 +39,14 @@ class PromptActor:
         self._warnings = WarningKeeper()
 
     async def ask(self, class_name: str) -> Reply:
-        """obtain(), as a reply that brings this actor's warnings along."""
+        """Calls obtain(); the reply brings this actor's warnings along."""
         return self._warnings.reply(await self.obtain(class_name))
 
     async def obtain(self, class_name: str) -> PromptSet:
-        """The prompt set of a class; callers of the same class share one call. Raises LLMError, PromptLibraryError."""
+        """Obtains the prompt set of a class. Callers who ask for the same class share one call to the LLM.
+
+        Raises LLMError and PromptLibraryError, as pipeline.prompts.obtain does.
+        """
         flight = self._flights.get(class_name)
         if flight is None or (flight.done() and flight.exception() is not None):
             flight = asyncio.create_task(asyncio.to_thread(self._obtain, class_name))
@@ -84,7 +87,7 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
 
 
 class ScoringActor:
-    """One model on one GPU (or on some CPU cores). Shards have it in turns; threads do the I/O around it."""
+    """Holds a model, on a GPU or on CPU cores. Shards use it in turns, and threads do the I/O around it."""
 
     def __init__(self, job: JobConfig, weights_sha256: str, source_uri: str, cpus: int) -> None:
         self._job = job
@@ -106,7 +109,10 @@ class ScoringActor:
         return self._warnings.reply(getattr(self, method)(*arguments))
 
     def load(self) -> None:
-        """Loads the model; to be called first. What __init__ raises, Ray would report as a death of the actor."""
+        """Loads the model; to be called before all else. Raises EngineError and ModelError.
+
+        It is not part of __init__, because Ray reports what that raises as the death of the actor.
+        """
         weights = locate_weights(self._job.model)
         if weights.sha256 != self._weights_sha256:
             raise EngineError(
@@ -119,8 +125,10 @@ class ScoringActor:
         self._detector = Detector(encoder, self._job.method, self._job.aligner, self._job.references)
 
     def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
-        """The prompts of a class as embeddings, with the memory of its reference images (manifest rows), if it has any;
-        done once a run, for all actors."""
+        """Embeds the prompts of a class, once a run for all actors; with the memory of its reference images, if any.
+
+        references: their manifest rows.
+        """
         with self._turn:
             embeddings = self._detector.embed(ensemble)
             if not references:
@@ -130,7 +138,11 @@ class ScoringActor:
     def score(
         self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
     ) -> ShardStats:
-        """score_shard; embeddings are fetched from Ray's object store the first time that a class comes by."""
+        """Scores a shard (see pipeline.scoring.score_shard), and counts its images for Ray's metrics.
+
+        prompts: by class, where the embeddings are in Ray's object store; they are fetched when a class is first met.
+        isolate: decode each image in a process of its own.
+        """
         for class_name, reference in prompts.items():
             if class_name not in self._prompts:
                 self._prompts[class_name] = ray.get(reference)
@@ -154,5 +166,5 @@ class ScoringActor:
         return stats
 
     def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
-        """mask_shard."""
+        """Makes the masks of a scored shard; see pipeline.scoring.mask_shard."""
         return mask_shard(shard_id, digest, thresholds, run, self._output, self._threads)

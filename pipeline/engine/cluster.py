@@ -1,4 +1,4 @@
-"""Which cluster a job uses, and how many actors of what size it starts there."""
+"""Connects a job to its Ray cluster, and plans how many actors of what size it starts there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNI
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """How many scoring actors, and what each holds; actors that share a GPU hold a part of it."""
+    """How many scoring actors to start, and the CPU cores and GPUs of each; a shared GPU is a fraction."""
 
     count: int
     cpus: int
@@ -102,16 +102,16 @@ def _refusal(address: str, reason: str) -> EngineError:
 
 
 def node_resources() -> list[dict[str, float]]:
-    """CPU and GPU of each node alive of the connected cluster."""
+    """Lists the resources (CPU, GPU and so on) of each node of the connected cluster that is alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
 def plan_actors(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
-    """What to start on a cluster; nodes: the resources (CPU, GPU) of each one alive.
+    """Plans the scoring actors on a cluster. nodes: the resources (CPU, GPU) of each node that is alive.
 
-    auto: engine.actors_per_gpu to each GPU; without GPUs one a node, with all its cores. Raises EngineError where none
-    would fit.
+    With engine.actors auto, each GPU gets engine.actors_per_gpu of them; without GPUs, each node gets one, with all of
+    its cores. Raises EngineError where no actor fits.
     """
     gpus = 0 if job.model.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
     if job.model.device == "cuda" and not gpus:

@@ -1,4 +1,4 @@
-"""What goes wrong on a cluster, as one clear error."""
+"""The error of the engine, and how errors of remote calls become ours again."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ class EngineError(RuntimeError):
 
 
 def cause_of(error: ray.exceptions.RayTaskError) -> Exception:
-    """Our own exception of a remote call."""
+    """The exception that a remote call raised, without Ray's wrapping and its remote traceback."""
     return error.cause if isinstance(error.cause, Exception) else EngineError(str(error))

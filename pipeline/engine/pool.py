@@ -1,4 +1,4 @@
-"""The scoring pool: actors that die are replaced, and a bounded loop feeds them with shards."""
+"""The scoring pool: a bounded loop that feeds actors with shards, and replaces actors that die."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
 
 _CALLS_AT_ONCE = 2
-"""Calls that each actor works on: while one shard has the model, the other reads ahead or writes its last masks."""
+"""Calls that an actor works on at the same time: while one shard uses the model, another reads its images or writes its
+last masks."""
 
 _PATIENCE_S = 60.0
-"""After so long without any event, the driver looks whether there is anyone to wait for."""
+"""After this time without an event, the driver checks whether any actor has started at all."""
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A scoring actor as the driver sees it. load: calls that are under way."""
+    """A scoring actor, as the driver knows it. load: how many of its calls are under way."""
 
     actor: Any
     load: int = 0
@@ -43,8 +44,8 @@ class _Worker:
 class ScoringPool:
     """The scoring actors of a run, and the bounded loop that feeds them.
 
-    An actor that dies is replaced, and what it held is done again by whoever is free. Where the node is gone too, the
-    new one may find no place: the others do its work.
+    An actor that dies is replaced, and another one scores its shards again. Where its node is gone too, the new actor
+    may find no place; then the others do its work.
     """
 
     def __init__(
@@ -62,13 +63,16 @@ class ScoringPool:
             self._start()
 
     def close(self) -> None:
-        """Stops the actors; what they were scoring is scored again by the next run."""
+        """Stops the actors. Shards that are not finished are left to the next job that works on the run."""
         for worker in [*self._workers, *self._starting.values()]:
             ray.kill(worker.actor)
 
     def embed(self, ensembles: Sequence[PromptEnsemble], references: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Encodes all prompts and reference images (manifest rows, by class), once; what comes of them stays in Ray's
-        object store for every actor."""
+        """Encodes the prompts and reference images of all classes, once, and puts the embeddings where every actor can
+        fetch them (Ray's object store). To be called before score().
+
+        references: manifest rows of the reference images, by class.
+        """
 
         def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
             return _call(actor, "embed", ensemble, references.get(ensemble.class_name, ()), self._run.run_id)
@@ -81,7 +85,10 @@ class ScoringPool:
             self._prompts[name] = ray.put(embeddings)
 
     def score(self, shards: Iterator[Shard]) -> Iterator[ShardStats]:
-        """Scores shards, in the order in which they finish. One that a worker died over is decoded in isolation."""
+        """Scores shards, and yields their stats in the order in which they finish.
+
+        A shard over which a worker died is decoded image by image, each in a process of its own.
+        """
 
         def submit(actor: Any, shard: Shard, deaths: int) -> Any:
             classes = shard.images.column("class_name").unique().to_pylist()
@@ -91,7 +98,7 @@ class ScoringPool:
         return self._each(shards, submit)
 
     def mask(self, shard_ids: Iterator[str], digest: str, thresholds: Mapping[str, Thresholds]) -> Iterator[ShardStats]:
-        """The second pass: masks of scored shards."""
+        """Makes the masks of shards that are scored, once their thresholds are known; yields stats as they finish."""
         shared = ray.put(thresholds)
 
         def submit(actor: Any, shard_id: str, _: int) -> Any:
@@ -100,9 +107,9 @@ class ScoringPool:
         return self._each(shard_ids, submit)
 
     def _each(self, items: Iterator[_Item], submit: Callable[[Any, _Item, int], Any]) -> Iterator[Any]:
-        """The results of submit(actor, item, deaths) for all items, as they come; see _takes_another for who gets them.
+        """Yields the results of submit(actor, item, deaths) for all items, as they come.
 
-        deaths: how many workers have died over the item.
+        deaths: how many workers have died over the item. _takes_another decides which worker gets the next one.
         """
         waiting: deque[tuple[_Item, int]] = deque()
         under_way: dict[Any, tuple[_Worker, _Item, int]] = {}
@@ -133,7 +140,7 @@ class ScoringPool:
                     yield result
 
     def _find_worker(self, waiting: int) -> _Worker | None:
-        """The worker that takes one of the items that wait; None: they are to go on waiting."""
+        """Finds the worker that takes one of the waiting items; None where all of them have to go on waiting."""
         worker = min(self._workers, key=lambda one: one.load, default=None)
         return worker if worker is not None and _takes_another(worker.load, waiting, self.plan.count) else None
 
@@ -144,7 +151,7 @@ class ScoringPool:
         self._starting[_call(worker.actor, "load")] = worker
 
     def _receive(self, loaded: Any) -> None:
-        """Takes in a worker that has loaded its model."""
+        """Moves a worker that has loaded its model from those that start to those that work."""
         worker = self._starting.pop(loaded)
         self._workers.append(worker)
         try:
@@ -160,7 +167,7 @@ class ScoringPool:
             return
         self._workers.remove(worker)
         self._deaths += 1
-        # One that is merely cut off would go on in the dark.
+        # It may only be cut off from here, and would then go on working unseen.
         ray.kill(worker.actor)
         reason = " ".join(str(error).split())[:400]
         most = self._run.job.engine.max_restarts
@@ -191,9 +198,9 @@ def _call(actor: Any, method: str, *arguments: Any) -> Any:
 
 
 def _takes_another(load: int, waiting: int, actors: int) -> bool:
-    """Whether a worker with `load` calls takes one of the items that wait; actors: as many as are planned.
+    """Whether a worker with `load` calls takes one of the waiting items. actors: how many are planned.
 
-    A second one only while every other actor, those that still start too, can have one: the last items wait for
-    whoever is free, not behind a busy model while another has nothing to do.
+    It takes a second one only while there is an item for every other actor, including those that are still starting. So
+    the last items wait for whoever is free first, and not behind a busy model while another one is idle.
     """
     return load == 0 or (load < _CALLS_AT_ONCE and waiting >= actors)

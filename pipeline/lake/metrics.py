@@ -25,7 +25,10 @@ def exposition(stats: Mapping[str, Any]) -> bytes:
         state.labels(name).set(name == stats["state"])
     gauge("images", "Images of the night.").set(stats["images"])
     gauge("scored_images", "Images that this job has scored.").set(stats["scored_by_this_job"])
-    gauge("images_per_second", "Rate of this job.").set(stats["images_per_second"])
+    gauge("images_per_second", "Images a second since actors were started.").set(stats["images_per_second"])
+    rate = gauge("scoring_images_per_second", "Images a second while scoring, without the start of actors.")
+    rate.set(stats["scoring_images_per_second"])
+    gauge("total_seconds", "Seconds since this job began.").set(stats["total_seconds"])
     errors = gauge("errors", "Images without a score, by reason.", "error_type")
     for name, count in stats["errors"].items():
         errors.labels(name).set(count)

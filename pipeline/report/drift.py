@@ -127,7 +127,8 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
                 "images": commit["rows"],
                 "error_rate": errors / commit["rows"] if commit["rows"] else 0.0,
                 "anomalous": sum(entry["anomalies"] for entry in commit["files"]),
-                "images_per_second": stats.get("images_per_second"),
+                # Runs of older versions have one rate, which counts from the start of Ray.
+                "images_per_second": stats.get("scoring_images_per_second", stats.get("images_per_second")),
             }
         )
     return trend

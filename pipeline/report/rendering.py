@@ -20,7 +20,7 @@ from pipeline.report.drift import ClassDrift
 from pipeline.report.loading import gather
 from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.storage import Store, paths
-from schemas.job import EMBEDDED_NOTE, dump_job_yaml
+from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
 from schemas.prompts import UsedPrompts
 from schemas.text import one_line
 
@@ -318,6 +318,14 @@ def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "Weights, SHA-256", f"{report.weights_sha256[:16]}…"
     yield "Adaptation", job.method.adaptation
     yield "Aligner", job.aligner
-    yield "Threshold", f"quantile {job.threshold.quantile:g}" if job.threshold.policy == "quantile" else "fixed"
+    yield "Threshold", _describe_threshold(job)
     yield "Scored by the last job", f"{stats.get('scored_by_this_job', 0):,} images"
     yield from stats.get("versions", {}).items()
+
+
+def _describe_threshold(job: JobConfig) -> str:
+    """Says where thresholds come from, in the words of the rows, and with the number that sets them."""
+    options = job.threshold
+    numbers = {"fixed": options.value, "quantile": options.quantile, "reference": options.reference_quantile}
+    number = numbers.get(options.policy)
+    return options.source if number is None else f"{options.source} {number:g}"

@@ -117,7 +117,7 @@ def test_a_driver_killed_in_mid_run_is_told_by_its_exit_code_and_submitted_again
     follower = start(head, *arguments(head, tmp_path))
     while len(list(tmp_path.glob("runs/*/shards/*.parquet"))) < 2:
         assert head.jobs()[submission_id]["status"] == "RUNNING"
-    assert kill_processes(f"jobs.cli score .*{tmp_path}") >= 1
+    assert kill_processes(f"-m jobs score .*{tmp_path}") >= 1
     out, error = follower.communicate(timeout=120)
     assert follower.returncode == 137 and "exit code 137; submit it again to resume" in error, (out, error)
     assert rows(tmp_path) == 0

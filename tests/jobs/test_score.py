@@ -37,6 +37,8 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert lines_of_others(done.stderr) == []
     assert "WARNING" not in done.stderr
     assert "ray" not in done.stdout.replace(str(folder), "")
+    assert re.search(r"^   rate  [\d.]+ images/s, over [\d.]+ s of scoring$", done.stdout, re.MULTILINE)
+    assert re.search(r"^   time  [\d.]+ s in total", done.stdout, re.MULTILINE)
     assert "12 ok; errors: 1" in done.stdout and "model  alfa-small" in done.stdout
     return folder / "in", folder / "out"
 
@@ -94,6 +96,15 @@ def test_quantile_thresholds_mark_the_share_asked_for(night: tuple[Path, Path], 
     assert all(1 <= marked <= 3 for _, _, marked, _ in rows)
 
 
+def test_the_rate_of_scoring_is_told_apart_from_the_time_of_the_whole_job(night: tuple[Path, Path]) -> None:
+    (folder,) = (night[1] / "runs").glob(f"{NIGHT}-*[0-9a-f]")
+    stats = json.loads((folder / "stats.json").read_text())
+    assert stats["scored_by_this_job"] == 13
+    assert stats["scoring_images_per_second"] == pytest.approx(13 / stats["scoring_seconds"], rel=0.1)
+    assert 0 < stats["scoring_seconds"] < stats["total_seconds"]
+    assert stats["images_per_second"] < stats["scoring_images_per_second"]
+
+
 def test_a_run_leaves_its_facts_as_metrics_and_lineage(night: tuple[Path, Path]) -> None:
     (folder,) = (night[1] / "runs").glob(f"{NIGHT}-*[0-9a-f]")
     series = (folder / "metrics.prom").read_text().splitlines()
@@ -138,12 +149,17 @@ def test_status_shows_runs(night: tuple[Path, Path]) -> None:
 
 
 def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path, Path], tmp_path: Path) -> None:
-    good = alfa("check", "--images", night[0], "--output", tmp_path)
-    assert good.returncode == 0 and good.stdout.count("ok  ") == 6, good.stdout
+    good = alfa("check", "--images", night[0], "--output", tmp_path, "--json")
+    assert good.returncode == 0, good.stdout
+    document = json.loads(good.stdout)
+    assert document["passed"] is True
+    names = ["images readable", "output writable", "create-only writes", "weights loadable", "LLM", "cluster"]
+    assert [(check["name"], check["passed"]) for check in document["checks"]] == [(name, True) for name in names]
     places = ("--images", tmp_path / "none", "--output", "/proc/alfa")
     models = ("--model", "ViT-B-16/no-such-tag", "--llm", "openai/gpt-4o")
     bad = alfa("check", *places, *models, OPENAI_API_KEY="")
     assert bad.returncode == 2
+    assert [line[:4] for line in bad.stdout.splitlines()] == ["FAIL"] * 5 + ["ok  "]
     for words in ("no images", "output writable", "no-such-tag", "needs OPENAI_API_KEY, and not empty"):
         assert words in bad.stdout
 

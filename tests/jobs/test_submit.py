@@ -29,7 +29,7 @@ def test_the_command_makes_the_same_job_on_the_cluster(upload: bool) -> None:
     )  # fmt: skip
     words = shlex.split(entrypoint_of(job, upload=upload))
     end = words.index("score") + 1
-    assert words[:end] == (["python", "-m", "jobs.cli", "score"] if upload else ["alfa", "score"])
+    assert words[:end] == (["python", "-m", "jobs", "score"] if upload else ["alfa", "score"])
     assert words[end : end + 2] == ["--run-date", "2026-01-02"] and set(words[end + 2 :: 2]) == {"--set"}
     assert parse_job(None, words[end + 3 :: 2], {"run_date": words[end + 1]}) == job
 

@@ -142,7 +142,9 @@ def test_a_night_published_again_while_garbage_is_collected_keeps_its_files(tmp_
     assert {f"runs/2026-01-02-aaa/shards/{shard}.parquet" for shard in ("one", "two")} <= keys(output)
 
 
-def test_the_command_counts_by_kind_and_removes_only_when_told(tmp_path: Path) -> None:
+def test_the_command_counts_by_kind_and_removes_only_when_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = Store(str(tmp_path))
     make_lake(output)
     age(tmp_path)
@@ -154,6 +156,16 @@ def test_the_command_counts_by_kind_and_removes_only_when_told(tmp_path: Path) -
         line.split("│")[1].strip(): line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") == 4
     }
     assert counts["shards"] == "4" and counts["masks"] == counts["maps"] == "3" and counts["manifests"] == "3"
+    capsys.readouterr()
+    assert run_gc(output, console, 24, delete=False, as_json=True) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["deleted"] is False
+    assert {kind: found["files"] for kind, found in document["kinds"].items()} == {
+        kind: int(counts[kind]) for kind in counts if kind not in ("kind", "all")
+    }
+    assert document["files"] == int(counts["all"])
+    assert document["bytes"] == sum(found["bytes"] for found in document["kinds"].values()) > 0
+    assert keys(output) == before
     assert run_gc(output, console, 24, delete=True) == 0 and len(keys(output)) < len(before)
 
 
@@ -163,4 +175,4 @@ def test_without_any_commit_nothing_is_removed(tmp_path: Path) -> None:
     age(tmp_path)
     before, console = keys(output), Console(record=True)
     assert run_gc(output, console, 24, delete=True) == 0
-    assert keys(output) == before and "no night is committed" in console.export_text()
+    assert keys(output) == before and "no night is published" in console.export_text()

@@ -19,6 +19,8 @@ STATS: dict[str, Any] = {
     "images": 10,
     "scored_by_this_job": 6,
     "images_per_second": 2.5,
+    "scoring_images_per_second": 4.5,
+    "total_seconds": 9.5,
     "errors": {"corrupt": 2},
     "anomalies": {'we"ird\n\\class': 3},
     "usage": {"calls": 1, "prompt_tokens": 20, "completion_tokens": 30, "cost_usd": None},
@@ -35,6 +37,8 @@ def test_prometheus_reads_back_what_stats_say() -> None:
     }
     assert samples["alfa_run_info", "ViT-B-16/openai", "2026-01-02", "2026-01-02-abc"] == 1
     assert [samples["alfa_run_state", state] for state in ("running", "done", "failed")] == [0, 0, 1]
+    assert samples[("alfa_run_scoring_images_per_second",)] == 4.5
+    assert samples[("alfa_run_total_seconds",)] == 9.5
     assert samples["alfa_run_anomalous_images", 'we"ird\n\\class'] == 3
     assert samples["alfa_run_errors", "corrupt"] == 2 and samples["alfa_run_llm_tokens", "completion"] == 30
     assert samples[("alfa_run_updated_timestamp_seconds",)] - samples[("alfa_run_started_timestamp_seconds",)] == 10

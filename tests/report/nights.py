@@ -94,17 +94,20 @@ def publish(
     rows: Sequence[Mapping[str, Any]],
     sets: Sequence[PromptSet] = (),
     night: str = NIGHT,
+    overrides: Sequence[str] = (),
     **stats: Any,
 ) -> dict[str, Any]:
-    """Publishes rows as a night; returns the commit."""
+    """Publishes rows as a night, with a job of these overrides; returns the commit."""
     output = Store(str(folder))
-    job = parse_job({"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": night})
+    document = {"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": night}
+    job = parse_job(document, overrides)
     run = Run(f"{night}-{'a' * 12}", job, "ViT-test/weights", "0" * 64)
     records = record_prompts(sets, [compose_ensemble(item, lambda _: True) for item in sets])
     prompts = {item.ensemble.class_name: item.ensemble.prompts for item in records.classes}
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(paths.run_key(run.run_id, "prompts.json"), records.model_dump_json().encode())
-    facts = {"scored_by_this_job": len(rows), "images_per_second": 12.5, "embedded_model": False}
+    rates = {"images_per_second": 7.5, "scoring_images_per_second": 12.5}
+    facts = {"scored_by_this_job": len(rows), **rates, "embedded_model": False}
     usage = {"calls": 4, "prompt_tokens": 600, "completion_tokens": 200, "cost_usd": 0.025}
     output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({**facts, "usage": usage, **stats}).encode())
     shards = []

@@ -39,7 +39,7 @@ def read(folder: Path, commit: dict[str, Any]) -> tuple[Any, Page]:
 def two_nights(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
     """Bolts fall from an even spread to 0; one nut is newly anomalous, one is new, one an error."""
     even = {f"bolt/{n}.jpg": 0.05 + 0.1 * n for n in range(10)}
-    first = night(tmp_path, BEFORE, {**even, "nut/a.jpg": 0.5, "nut/c.jpg": 0.5}, images_per_second=8)
+    first = night(tmp_path, BEFORE, {**even, "nut/a.jpg": 0.5, "nut/c.jpg": 0.5}, scoring_images_per_second=8)
     second = {**dict.fromkeys(even, 0.0), "nut/a.jpg": 0.9, "nut/b.jpg": 0.7, "nut/c.jpg": None}
     return tmp_path, [first, night(tmp_path, NIGHT, second)]
 

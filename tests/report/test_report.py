@@ -130,6 +130,22 @@ def test_classes_that_look_alike_stay_apart(tmp_path: Path) -> None:
     assert data["classes"] == ["a b"] * 3 and sorted(data["images"]["class"]) == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["threshold.value=0.4"], "fixed 0.4"),
+        (["threshold.policy=quantile"], "quantile 0.95"),
+        (["threshold.policy=reference", "references.images=train"], "reference 0.99"),
+        (["threshold.policy=labels", "threshold.table=s3://lake/cut.json"], "labels s3://lake/cut.json"),
+    ],
+)
+def test_the_policy_of_thresholds_is_said(tmp_path: Path, overrides: list[str], said: str) -> None:
+    photos = tmp_path / "photos"
+    save_photo(photos / "bolt/a.jpg", 0)
+    commit = publish(tmp_path, photos, [scored("bolt/a.jpg", "bolt", 0.7, photos)], overrides=overrides)
+    assert f"Threshold{said}Scored by" in read(tmp_path, commit).words
+
+
 def test_the_embedded_model_is_called_one(tmp_path: Path) -> None:
     photos = tmp_path / "in"
     commit = publish(tmp_path / "out", photos, [scored("a", "nut", 0.5, photos)], embedded_model=True)
