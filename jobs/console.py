@@ -23,14 +23,18 @@ def open_console(*, quiet: bool = False) -> Console:
     return Console(quiet=quiet, width=None if sys.stdout.isatty() else _UNLIMITED)
 
 
-def make_table(columns: Sequence[str], *, left: Collection[str] = (), title: str | None = None) -> Table:
+def make_table(
+    columns: Sequence[str], *, left: Collection[str] = (), whole: Collection[str] = (), title: str | None = None
+) -> Table:
     """Makes an empty table, whose columns are set right unless they are named in `left`.
 
-    On a narrow terminal, cells are folded; nothing is cut off.
+    On a narrow terminal cells are folded, save those of the columns in `whole`; nothing is cut off.
     """
     table = Table(title=None if title is None else Text(title), title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", overflow="fold")
+        table.add_column(
+            column, justify="left" if column in left else "right", overflow="fold", no_wrap=column in whole
+        )
     return table
 
 

@@ -46,7 +46,7 @@ class RunProgress:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:.1f} images/s"),
-            TextColumn("{task.fields[errors]} errors, {task.fields[anomalies]} anomalous"),
+            TextColumn("{task.fields[findings]}"),
             TextColumn(f"{actors} actor{'s' * (actors != 1)}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
@@ -54,7 +54,7 @@ class RunProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("scoring", total=images, rate=0.0, errors=0, anomalies=0)
+        self._task = self._bar.add_task("scoring", total=images, rate=0.0, findings="")
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -88,18 +88,16 @@ class RunProgress:
         self.scored += stats.images
         self.errors.update(stats.errors)
         self.anomalies.update(stats.anomalies)
-        self._bar.update(
-            self._task,
-            advance=stats.images,
-            rate=self.rate,
-            errors=self.errors.total(),
-            anomalies=self.anomalies.total(),
-        )
+        self._bar.update(self._task, advance=stats.images, rate=self.rate, findings=self._findings())
         if time.monotonic() - self._written >= _STATS_EVERY_S:
             self.write("running")
             if not self._console.is_terminal:
-                done, errors, found = self.scored, self.errors.total(), self.anomalies.total()
-                logger.info("%d images scored, %.1f images/s, %d errors, %d anomalous", done, self.rate, errors, found)
+                logger.info("%d images scored, %.1f images/s, %s", self.scored, self.rate, self._findings())
+
+    def _findings(self) -> str:
+        """Errors and anomalies so far; thresholds that follow from the scores find none before the end."""
+        anomalies = f", {self.anomalies.total()} anomalous" if self.anomalies.total() else ""
+        return f"{self.errors.total()} errors{anomalies}"
 
     def write(self, state: str, **more: Any) -> dict[str, Any]:
         """Writes stats.json, and the same facts as metrics.prom. Returns the content of stats.json.

@@ -47,8 +47,8 @@ def print_status(output: Store, console: Console, *, as_json: bool = False) -> i
     if not runs:
         print_line(console, f"no runs at {output.uri('')}")
         return 0
-    columns = ("run", "state", "shards", "images", "errors", "anomalous", "images/s", "updated")
-    table = make_table(columns, left=("run", "state"))
+    columns = ("run", "state", "shards", "images", "errors", "anomalous", "images/s", "updated, UTC")
+    table = make_table(columns, left=("run", "state"), whole=("run",))
     for run in runs:
         table.add_row(
             escape(run.run_id),
@@ -58,7 +58,7 @@ def print_status(output: Store, console: Console, *, as_json: bool = False) -> i
             ", ".join(f"{count} {kind}" for kind, count in sorted(run.errors.items())) or "0",
             str(sum(run.anomalies.values())),
             f"{run.images_per_second:g}",
-            run.updated_at,
+            f"{datetime.fromisoformat(run.updated_at):%Y-%m-%d %H:%M}",
         )
     console.print(table)
     return 0

@@ -150,8 +150,10 @@ def test_help_in_a_pipe_is_plain_and_whole(command: tuple[str, ...]) -> None:
 
 def test_a_narrow_terminal_folds_cells_and_has_colours_unless_there_are_to_be_none(tmp_path: Path) -> None:
     write_stats(tmp_path)
-    plain = re.sub(r"\x1b\[[0-9;]*m|[│\s]", "", on_a_terminal("status", tmp_path))
-    assert "…" not in plain
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", on_a_terminal("status", tmp_path))
+    assert RUN_ID in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
     red = "\x1b[31m"
     assert red in on_a_terminal("status", "s4://lake")
     assert red not in on_a_terminal("status", "s4://lake", NO_COLOR="1")

@@ -131,7 +131,7 @@ def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path) -> Non
         (["--images", str(DEMO), "--compare", "method.adaptation"], "write it as key=value"),
         (["--images", str(DEMO), "--compare", "method.aligner=raw,sharp"], "method.aligner"),
         (["--images", str(DEMO), "--compare", "dataset.max_pixels=5"], "the same images"),
-        (["--images", str(DEMO), "--preset", "mvtek"], "known are mvtec, visa"),
+        (["--images", str(DEMO), "--preset", "mvtek"], "'mvtek' is not one of 'mvtec', 'visa'"),
         (["--run", "2026-01-02-0123"], "there is no run 2026-01-02-0123"),
         (["--run", "2026-01-02-0123", "--images", "x"], "--run wants --output"),
     ],
