@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo pictures test test-all lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -18,6 +18,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/alfa demo --output out/demo
 
+# the pictures of the README, from the demo's own output; that of the report needs chromium and chromedriver
+pictures: $(READY)
+	$(BIN)/python -m infra.demo.pictures
+
 test: $(READY) lint
 	$(BIN)/pytest -m 'not slow'
 
@@ -25,8 +29,8 @@ test-all: $(READY) lint
 	$(BIN)/pytest
 
 lint: $(READY)
-	$(BIN)/ruff check schemas pipeline jobs tests
-	$(BIN)/ruff format --check schemas pipeline jobs tests
+	$(BIN)/ruff check schemas pipeline jobs tests infra/demo
+	$(BIN)/ruff format --check schemas pipeline jobs tests infra/demo
 	$(BIN)/mypy
 
 # prints ratios measured side by side in one run
