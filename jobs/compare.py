@@ -74,7 +74,7 @@ def _facts(job: JobConfig) -> dict[str, Any]:
     """The options that determine the scores of given images."""
     elsewhere = {"dataset", "output", "storage", "run_date", "engine", "threshold"}
     document = job.model_dump(mode="json", exclude=elsewhere)
-    document["method"]["aligner"] = job.aligner
+    document["method"] = job.resolved_method.model_dump(mode="json")
     return document
 
 

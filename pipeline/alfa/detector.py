@@ -94,13 +94,16 @@ class _Leaning:
 class Detector:
     """ALFA with the options of a Method."""
 
-    def __init__(self, encoder: Encoder, method: Method, aligner: str, references: References | None = None) -> None:
-        """Raises ModelError where levels or depth do not exist in the model."""
+    def __init__(self, encoder: Encoder, method: Method, references: References | None = None) -> None:
+        """method: of a job, JobConfig.resolved_method; left open, the aligner is `value` and the level the last block.
+
+        Raises ModelError where levels or depth do not exist in the model.
+        """
         self.encoder = encoder
         self._method = method
-        self._aligner = aligner
-        self._value_depth = _value_depth(encoder.blocks, method) if aligner == "value" else None
-        self._levels = _resolve_levels(encoder.blocks, method.levels, self._value_depth)
+        self._aligner = method.aligner or "value"
+        self._value_depth = _value_depth(encoder.blocks, method) if self._aligner == "value" else None
+        self._levels = _resolve_levels(encoder.blocks, method.levels or (-1,), self._value_depth)
         self._reference_levels = _reference_levels(encoder.blocks, references) if references is not None else ()
 
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:

@@ -122,7 +122,7 @@ class ScoringActor:
         torch.set_num_threads(self._cpus)
         give_back_freed_memory()
         encoder = load_encoder(self._job.model, weights)
-        self._detector = Detector(encoder, self._job.method, self._job.aligner, self._job.references)
+        self._detector = Detector(encoder, self._job.resolved_method, self._job.references)
 
     def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
         """Embeds the prompts of a class, once a run for all actors; with the memory of its reference images, if any.

@@ -126,7 +126,7 @@ def _judges(encoder: Encoder, variants: Sequence[Variant]) -> list[_Judge]:
     judges = []
     for variant in variants:
         job = variant.job
-        detector = Detector(encoder, job.method, job.aligner, job.references)
+        detector = Detector(encoder, job.resolved_method, job.references)
         for name, ensemble in variant.ensembles.items():
             if (name, ensemble.fingerprint) not in embedded:
                 embedded[name, ensemble.fingerprint] = detector.embed(ensemble)

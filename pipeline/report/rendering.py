@@ -317,7 +317,7 @@ def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "Model", report.model
     yield "Weights, SHA-256", f"{report.weights_sha256[:16]}…"
     yield "Adaptation", job.method.adaptation
-    yield "Aligner", job.aligner
+    yield "Aligner", str(job.resolved_method.aligner)
     yield "Threshold", _describe_threshold(job)
     yield "Scored by the last job", f"{stats.get('scored_by_this_job', 0):,} images"
     yield from stats.get("versions", {}).items()

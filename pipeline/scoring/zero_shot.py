@@ -85,7 +85,7 @@ class ZeroShotDetector:
         """
         self._job = job
         self._weights = locate_weights(job.model)
-        self._detector = Detector(load_encoder(job.model, self._weights), job.method, job.aligner)
+        self._detector = Detector(load_encoder(job.model, self._weights), job.resolved_method)
         self._decode = image_decoder(job, self._detector)
         self._fit = image_fitter(job, self._detector)
         self._fits = text_fits(job.model)

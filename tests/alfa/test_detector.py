@@ -30,7 +30,7 @@ def assert_same(one: Detection, other: Detection, atol: float = 1e-5) -> None:
 @pytest.mark.parametrize("aligner", ["value", "ridge", "raw"])
 @pytest.mark.parametrize("adaptation", ["none", "mean", "rank", "interval", "soft"])
 def test_mixed_classes_in_a_batch_are_as_one_image_at_a_time(encoder: Encoder, aligner: str, adaptation: str) -> None:
-    detector = Detector(encoder, Method.model_validate({"adaptation": adaptation}), aligner)
+    detector = Detector(encoder, Method.model_validate({"adaptation": adaptation, "aligner": aligner}))
     classes = [detector.embed(prompts) for prompts in ENSEMBLES]
     pixels = random_pixels(7, (64, 64))
     prompts = [classes[i % 3] for i in range(7)]
@@ -48,7 +48,7 @@ def test_mixed_classes_in_a_batch_are_as_one_image_at_a_time(encoder: Encoder, a
 
 
 def test_deterministic_and_order_free(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(levels=(-1, -2)), "value")
+    detector = Detector(encoder, Method(aligner="value", levels=(-1, -2)))
     prompts = [detector.embed(ENSEMBLES[0])] * 4
     pixels = random_pixels(4, (64, 64))
     first, second = detector.detect(pixels, prompts), detector.detect(pixels, prompts)
@@ -63,7 +63,7 @@ def test_deterministic_and_order_free(encoder: Encoder) -> None:
 @pytest.mark.parametrize("kind", ["square", "wide"])
 def test_one_and_many_images(kind: str, count: int, request: pytest.FixtureRequest, load: Any) -> None:
     encoder: Encoder = load(request.getfixturevalue(kind))
-    detector = Detector(encoder, Method(), "value")
+    detector = Detector(encoder, Method(aligner="value"))
     found = detector.detect(random_pixels(count, encoder.preprocess.size), [detector.embed(ENSEMBLES[0])] * count)
     assert len(found) == count
     for detection in found:
@@ -76,24 +76,24 @@ def test_one_and_many_images(kind: str, count: int, request: pytest.FixtureReque
 
 def test_equal_keys_are_equal_features(encoder: Encoder) -> None:
     pixels = random_pixels(2, (64, 64))
-    first = Detector(encoder, Method(), "value")
+    first = Detector(encoder, Method(aligner="value"))
     prompts = [first.embed(ENSEMBLES[0])] * 2
-    same = Detector(encoder, Method(adaptation="none", local_weight=0.2, ridge_lambda=3.0), "value")
+    same = Detector(encoder, Method(aligner="value", adaptation="none", local_weight=0.2, ridge_lambda=3.0))
     assert same.features_key == first.features_key
     for one, other in zip(same.judge(first.features(pixels), prompts), same.detect(pixels, prompts), strict=True):
         assert_same(one, other)
     others = [
-        Detector(encoder, Method(), "raw"),
-        Detector(encoder, Method(), "ridge"),
-        Detector(encoder, Method(ridge_lambda=3.0), "ridge"),
-        Detector(encoder, Method(value_depth=1), "value"),
-        Detector(encoder, Method(levels=(-1, -2)), "value"),
+        Detector(encoder, Method(aligner="raw")),
+        Detector(encoder, Method(aligner="ridge")),
+        Detector(encoder, Method(aligner="ridge", ridge_lambda=3.0)),
+        Detector(encoder, Method(aligner="value", value_depth=1)),
+        Detector(encoder, Method(aligner="value", levels=(-1, -2))),
     ]
     assert len({first.features_key, *(detector.features_key for detector in others)}) == 6
 
 
 def detect_one(encoder: Encoder, **options: Any) -> Detection:
-    detector = Detector(encoder, Method.model_validate(options), "raw")
+    detector = Detector(encoder, Method.model_validate({"aligner": "raw", **options}))
     return detector.detect(random_pixels(1, (64, 64)), [detector.embed(ENSEMBLES[0])])[0]
 
 
@@ -112,7 +112,7 @@ def test_local_score_is_the_mean_of_the_highest_patches(encoder: Encoder) -> Non
 
 
 def test_global_score_and_map_by_hand_without_adaptation(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(adaptation="none"), "raw")
+    detector = Detector(encoder, Method(aligner="raw", adaptation="none"))
     prompts, pixels = detector.embed(ENSEMBLES[1]), random_pixels(1, (64, 64))
     detection = detector.detect(pixels, [prompts])[0]
     features = encoder.encode_images(pixels, (3,))
@@ -135,7 +135,7 @@ def test_mean_filter_averages_real_patches_only() -> None:
 
 
 def test_embeddings_of_prompts_and_defects(encoder: Encoder) -> None:
-    prompts = Detector(encoder, Method(), "raw").embed(ENSEMBLES[0])
+    prompts = Detector(encoder, Method(aligner="raw")).embed(ENSEMBLES[0])
     assert prompts.defects == ("crack", "hole") and prompts.is_anomalous.tolist() == [False] * 4 + [True] * 5
     expected = prompts.embeddings[5:7].mean(0)
     torch.testing.assert_close(prompts.defect_embeddings[0], expected / expected.norm())
@@ -167,11 +167,11 @@ def test_what_the_model_does_not_have_is_refused(
     encoder: Encoder, options: dict[str, Any], aligner: str, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
-        Detector(encoder, Method.model_validate(options), aligner)
+        Detector(encoder, Method.model_validate({"aligner": aligner, **options}))
 
 
 def test_prompts_that_cannot_decide_are_refused(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(), "raw")
+    detector = Detector(encoder, Method(aligner="raw"))
     one_sided = ENSEMBLES[0].model_copy(update={"prompts": ENSEMBLES[0].prompts[:4]})
     with pytest.raises(ValueError, match="nut have none of the anomalous side"):
         detector.embed(one_sided)
@@ -180,7 +180,7 @@ def test_prompts_that_cannot_decide_are_refused(encoder: Encoder) -> None:
 
 
 def test_equal_classes_embedded_twice_give_the_same(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(), "value")
+    detector = Detector(encoder, Method(aligner="value"))
     prompts = detector.embed(ENSEMBLES[0])
     pixels = random_pixels(1, (64, 64)).repeat(2, 1, 1, 1)
     assert_same(*detector.detect(pixels, [prompts, replace(prompts)]))

@@ -69,19 +69,20 @@ def test_fake_tensors_find_what_a_gpu_would() -> None:
 def test_a_batch_is_given_to_the_gpu_without_waiting_for_it(
     encoder: Encoder, request: pytest.FixtureRequest, aligner: str, adaptation: str
 ) -> None:
-    method, references = Method.model_validate({"adaptation": adaptation}), References(images="train")
-    here = Detector(encoder, method, aligner, references)
+    method = Method.model_validate({"adaptation": adaptation, "aligner": aligner})
+    references = References(images="train")
+    here = Detector(encoder, method, references)
     known = [here.embed(prompts) for prompts in CLASSES]
     known[1] = replace(known[1], memory=here.remember(random_pixels(2, (64, 64)).split(1)))
     request.getfixturevalue("gpu")
     pixels = torch.zeros(5, 3, 64, 64, dtype=torch.uint8)
-    there = Detector(on_gpu(encoder), method, aligner, references)
+    there = Detector(on_gpu(encoder), method, references)
     assert callable(there.start(pixels, [known[number % 3] for number in range(5)]))
 
 
 def test_tiles_are_given_to_the_gpu_without_waiting_for_it(encoder: Encoder, request: pytest.FixtureRequest) -> None:
-    known = Detector(encoder, Method(), "value").embed(CLASSES[0])
+    known = Detector(encoder, Method(aligner="value")).embed(CLASSES[0])
     request.getfixturevalue("gpu")
     whole, tiles = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    there = Detector(on_gpu(encoder), Method(), "value")
+    there = Detector(on_gpu(encoder), Method(aligner="value"))
     assert callable(there.start_tiled(whole, tiles, Tiling((4, 6), (4, 4), ((0, 0), (0, 2))), known, 16))

@@ -154,7 +154,7 @@ def test_the_embedded_weights_are_those_of_their_card() -> None:
 
 def test_the_model_of_earlier_versions_scores_no_longer_but_its_jobs_can_be_read() -> None:
     job = parse_job({"dataset": {"images": "in"}, "output": {"uri": "out"}, "model": {"name": "alfa-tiny"}})
-    assert job.aligner == "raw" and not job.model.is_embedded
+    assert job.resolved_method.aligner == "raw" and not job.model.is_embedded
     with pytest.raises(ModelError, match=r"alfa-tiny came with earlier versions.*alfa-small"):
         locate_weights(job.model)
 

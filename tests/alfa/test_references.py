@@ -18,7 +18,7 @@ from tests.alfa.conftest import ensemble, random_pixels
 
 
 def detector_of(encoder: Encoder, *levels: int) -> Detector:
-    return Detector(encoder, Method(), "raw", References(images="train", levels=levels or None))
+    return Detector(encoder, Method(aligner="raw"), References(images="train", levels=levels or None))
 
 
 def test_distances_by_hand() -> None:

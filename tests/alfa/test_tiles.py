@@ -18,7 +18,7 @@ NUT = ensemble("nut", 4, ("crack", "hole"))
 
 
 def test_a_tile_over_the_whole_photo_gives_what_the_whole_gives(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(), "value")
+    detector = Detector(encoder, Method(aligner="value"))
     prompts, pixels = detector.embed(NUT), random_pixels(1, (64, 64))
     tiling = plan_tiling(64, 64, encoder.grid, 64, 0)
     (plain,) = detector.detect(pixels, [prompts])
@@ -31,7 +31,7 @@ def test_a_tile_over_the_whole_photo_gives_what_the_whole_gives(encoder: Encoder
 @pytest.mark.parametrize("at_once", [1, 2, 16])
 def test_tiles_are_blended_as_a_slow_reference_does(encoder: Encoder, at_once: int) -> None:
     """Weights of 4 patches: 1 2 2 1 along each axis; the prompts are chosen by the whole, not by a tile."""
-    detector = Detector(encoder, Method(), "raw", References(images="train"))
+    detector = Detector(encoder, Method(aligner="raw"), References(images="train"))
     whole, *tiles = random_pixels(6, (64, 64))
     memory = detector.remember(random_pixels(2, (64, 64), seed=9).split(1))
     prompts = replace(detector.embed(NUT), memory=memory)
@@ -56,7 +56,7 @@ def test_tiles_are_blended_as_a_slow_reference_does(encoder: Encoder, at_once: i
 
 
 def test_a_large_defect_grid_is_averaged(encoder: Encoder) -> None:
-    detector = Detector(encoder, Method(), "raw")
+    detector = Detector(encoder, Method(aligner="raw"))
     whole, tile = random_pixels(2, (64, 64))
     places = tuple((top, left) for top in range(0, 128, 4) for left in range(0, 4, 4))
     tiling = Tiling((128, 4), (4, 4), places)

@@ -40,7 +40,7 @@ def main() -> None:
 
     runs: dict[str, Callable[[], object]] = {"bare encode_image": run_bare}
     for aligner in ("raw", "value", "ridge"):
-        detector = Detector(encoder, Method(), aligner)
+        detector = Detector(encoder, Method.model_validate({"aligner": aligner}))
         prompts = [detector.embed(ensemble)] * options.batch
         runs[f"detector, {aligner}"] = functools.partial(run_detector, detector, prompts)
     seconds = measure(runs, options.repetitions, SETTLE)

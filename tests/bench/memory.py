@@ -93,7 +93,7 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     shards = cut_shards(list_images(source), batch)
     torch.set_num_threads(cpus)
     give_back_freed_memory()
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
+    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
     prompts = {CLASS: detector.embed(compose_base(CLASS))}
     loaded = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

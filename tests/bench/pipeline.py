@@ -47,7 +47,7 @@ class TimelessDetector(Detector):
     """Its model sees nothing anew: every batch of a size has the features of the first."""
 
     def __init__(self, encoder: Encoder, method: Method) -> None:
-        super().__init__(encoder, method, "value")
+        super().__init__(encoder, method)
         self._known: dict[int, Features] = {}
 
     def features(self, pixels: torch.Tensor) -> Features:
@@ -100,7 +100,7 @@ class Actor:
 
 
 def build_actor(encoder: Encoder, job: JobConfig, cpus: int) -> Actor:
-    detector = Detector(encoder, job.method, "value")
+    detector = Detector(encoder, job.method)
     prompts = {"part": detector.embed(compose_base("part"))}
     run = Run("bench", job, "bench", "0" * 64)
     return Actor(run, detector, prompts, Store(job.dataset.images), Store(job.output.uri), cpus)

@@ -30,7 +30,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture(scope="module")
 def prompts(encoder: Encoder) -> PromptEmbeddings:
-    return Detector(encoder, Method(), "raw").embed(ensemble("hazelnut", 3, ("hole",)))
+    return Detector(encoder, Method(aligner="raw")).embed(ensemble("hazelnut", 3, ("hole",)))
 
 
 @pytest.fixture(scope="module")

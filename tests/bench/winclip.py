@@ -90,7 +90,7 @@ def main() -> None:
     clip, encoder = build(options.model)
     pixels = torch.randint(0, 256, (options.batch, 3, *encoder.preprocess.size), dtype=torch.uint8)
     ready = pixels.to(DEVICE).float()
-    detector = Detector(encoder, Method(), "value")
+    detector = Detector(encoder, Method(aligner="value"))
     prompts = detector.embed(compose_base("part"))
     runs: dict[str, Callable[[], object]] = {
         "bare encode_image": lambda: encode_bare(clip, ready),

@@ -38,7 +38,7 @@ def main(images: str, output_uri: str, pixels: int) -> None:
         "model": {"batch_size": 16},
     }  # full with whole photos
     job = parse_job({**document, **settings})
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
+    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
     output = Store(job.output.uri)
     prompts = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="test"), lambda _: True))
 

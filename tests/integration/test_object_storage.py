@@ -78,7 +78,7 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
     uris.append("s3://no-such-bucket/d.jpg")
     (tmp_path / "table.csv").write_text("uri,class_name\n" + "".join(f"{uri},hazelnut\n" for uri in uris))
     job = job_for(tmp_path / "table.csv", tmp_path / "out")
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.method, "raw")
+    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
     (shard,), output = shards_of(job), Store(job.output.uri)
     run, prompts = Run("run", job, "alfa-small", "0" * 64), embed(detector, job, "hazelnut")
     score_shard(shard, run, detector, prompts, Store(str(tmp_path)), output, 2)

@@ -81,3 +81,25 @@ def test_what_determines_rows_makes_another_run(override: str) -> None:
 
 def test_weights_and_prompts_make_another_run() -> None:
     assert len({changed().result_fingerprint(w, p) for w in "ab" for p in "ab"}) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "aligner", "levels"),
+    [
+        ([], "raw", (-1, -2)),
+        (["method.levels=[-1]"], "raw", (-1,)),
+        (["method.aligner=value"], "value", (-1,)),
+        (["model.pretrained=tuned.safetensors"], "raw", (-1, -2)),
+        (["model.name=ViT-B-16", "model.pretrained=openai"], "value", (-1,)),
+        (["model.name=ViT-B-16", "model.pretrained=openai", "method.aligner=raw"], "raw", (-1,)),
+        (["model.name=alfa-tiny"], "raw", (-1,)),
+    ],
+)
+def test_aligner_and_levels_follow_from_the_model(overrides: list[str], aligner: str, levels: tuple[int, ...]) -> None:
+    job = changed(*overrides)
+    assert (job.resolved_method.aligner, job.resolved_method.levels) == (aligner, levels)
+    facts = job.scoring_facts()["method"]
+    assert (facts["aligner"], facts["levels"]) == (aligner, list(levels))
+    assert job.result_fingerprint("w", "p") == changed(*overrides, f"method.levels={list(levels)}").result_fingerprint(
+        "w", "p"
+    )

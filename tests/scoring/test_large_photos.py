@@ -32,7 +32,7 @@ def score(folder: Path, overrides: list[str]) -> dict[str, Any]:
     document = {"dataset": {"images": str(folder / "in")}, "output": {"uri": str(folder / "out")}}
     job = parse_job(document, ["run_date=2026-01-02", "threshold.mask_value=1.9", *overrides])
     encoder = load_encoder(job.model, locate_weights(job.model))
-    detector = Detector(encoder, job.method, job.aligner, job.references)
+    detector = Detector(encoder, job.resolved_method, job.references)
     prompts, output = embed(detector, job, "hazelnut"), Store(job.output.uri)
     if job.references is not None:
         known = open_dataset(job.dataset.model_copy(update={"images": job.references.images}), job.storage)

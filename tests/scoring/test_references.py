@@ -55,7 +55,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def detector(dataset: Path) -> Detector:
     job = job_for(dataset, dataset)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner, job.references)
+    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method, job.references)
 
 
 def references_of(job: JobConfig) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.method, job.aligner)
+    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
 
 
 def shards_of(job: JobConfig) -> list[Shard]:
@@ -145,7 +145,7 @@ class AsynchronousDetector(Detector):
     """Its device is done with a batch only when it has been given the one after it."""
 
     def __init__(self, detector: Detector, job: JobConfig, batches: int) -> None:
-        super().__init__(detector.encoder, job.method, job.aligner)
+        super().__init__(detector.encoder, job.resolved_method)
         self._last = batches - 1
         self._given = [threading.Event() for _ in range(batches)]
         self._numbers = itertools.count()
@@ -287,5 +287,5 @@ def test_scores_that_are_not_numbers_become_error_rows(tmp_path: Path) -> None:
     encoder = load_encoder(job.model, locate_weights(job.model))
     with torch.no_grad():
         encoder._visual.proj.fill_(torch.nan)
-    rows = score(Detector(encoder, job.method, job.aligner), job, "hazelnut")
+    rows = score(Detector(encoder, job.resolved_method), job, "hazelnut")
     assert {row["error_type"] for row in rows} == {"internal"} and len(rows) == 12
