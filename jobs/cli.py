@@ -86,7 +86,7 @@ def check(flags: JobFlags, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel=RUN, epilog="Example: alfa prompts job.yaml --llm openai/gpt-4o-mini")
 @spread_flags
 def prompts(flags: JobFlags) -> None:
-    """Make, show and check the prompts of a job's classes; no image is scored."""
+    """Make, show and check the prompts of a job's classes, without scoring an image."""
     from jobs.prompts import run_prompts
 
     exits.run(lambda: run_prompts(flags.read_job(), open_console()))
@@ -108,9 +108,9 @@ def score(flags: NightFlags) -> None:
 def submit(
     flags: NightFlags,
     address: Annotated[str | None, typer.Option(help="Ray head, http://HOST:8265; default: RAY_ADDRESS.")] = None,
-    upload: Annotated[bool, typer.Option(help="Send this code along, or use what the nodes have installed.")] = True,
+    upload: Annotated[bool, typer.Option(help="Send this machine's code along; else the nodes need alfa.")] = True,
     wait: Annotated[bool, typer.Option(help="Follow the log and pass the job's exit code on.")] = True,
-    again: Annotated[bool, typer.Option("--again", help="Submit a night that has succeeded once more.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also submit a night that has succeeded already.")] = False,
 ) -> None:
     """Score a night on a Ray cluster, as a job of its own. Submitted twice, it runs once."""
     from jobs.submit import run_submit
@@ -138,7 +138,7 @@ def report(
     run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD.")] = None,
     endpoint: Endpoint = None,
 ) -> None:
-    """Render the report of a published night anew."""
+    """Render the report of a published night again."""
     from jobs.report import run_report
 
     exits.run(lambda: run_report(_open(output, endpoint), run_id, run_date, open_console()))
@@ -154,7 +154,7 @@ def diff(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
     endpoint: Endpoint = None,
 ) -> None:
-    """Compare two nights: what is newly anomalous, whether scores drift, how runs go."""
+    """Compare two nights: newly anomalous photos, drift of scores, the trend of the last nights."""
     from jobs.diff import run_diff
 
     options: dict[str, Any] = {"psi": psi, "fail_on_drift": fail_on_drift, "json_file": json_file}
@@ -187,10 +187,11 @@ def evaluate(
     flags: JobFlags,
     run: Annotated[str | None, typer.Option(help="A finished run in --output, instead of scoring.")] = None,
     compare: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=V1,V2", help="Score in these ways too, such as method.aligner=raw.")
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2", help="Also score with these values, such as method.aligner=raw."),
     ] = None,
     shots: Annotated[
-        str | None, typer.Option(metavar="K1,K2", help="Compare with so many known-good images a class, too: 0,1,2,4.")
+        str | None, typer.Option(metavar="K1,K2", help="Also score with this many known-good images a class: 0,1,2,4.")
     ] = None,
     preset: Annotated[Benchmark | None, typer.Option(help="The setting of a paper's benchmark.")] = None,
 ) -> None:
@@ -226,7 +227,7 @@ def calibrate(
     all_good: Annotated[bool, typer.Option("--all-good", help="The runs' images are known to be good.")] = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Set thresholds by the scores of finished runs, for jobs to name."""
+    """Set each class's thresholds by the scores of finished runs, in a file that jobs then name."""
     from jobs.calibrate import run_calibrate
 
     options: dict[str, Any] = {"all_good": all_good, "storage": Storage(endpoint_url=endpoint)}
@@ -239,7 +240,7 @@ def gc(
     delete: Annotated[
         bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
     ] = False,
-    older_than: Annotated[float, typer.Option(min=1, help="Hours for which a file must have lain untouched.")] = 24,
+    older_than: Annotated[float, typer.Option(min=1, help="Only files that were not written for so many hours.")] = 24,
     as_json: AsJson = False,
     endpoint: Endpoint = None,
 ) -> None:

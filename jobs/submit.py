@@ -31,12 +31,15 @@ from tenacity import retry, retry_if_exception, stop_after_delay, wait_exponenti
 from jobs.logs import LogFormat
 from pipeline.engine import EngineError
 from schemas.job import JobConfig
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).parents[1]
 _CODE = ("schemas", "pipeline", "jobs")
 _POLL_S = 1.0
+_ANSWER_S = 60.0
+"""How long the head may take for the answer to one request."""
 _HEAD_SILENT_S = 120.0
 """How long the head may stay silent before alfa stops following the job."""
 
@@ -52,6 +55,13 @@ _patiently = retry(
     stop=stop_after_delay(_HEAD_SILENT_S),
     reraise=True,
 )
+
+
+class _Client(JobSubmissionClient):
+    """Ray's client, which by itself waits forever for a head that takes a request and does not answer."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> Any:
+        return super()._do_request(*arguments, **{"timeout": _ANSWER_S, **options})
 
 
 def run_submit(
@@ -165,14 +175,19 @@ def _connect(address: str | None) -> JobSubmissionClient:
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
     try:
-        return JobSubmissionClient(address)
+        return _Client(address)
     except AuthenticationError:
         raise EngineError(
             "the Ray head refuses a client without its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
             "RAY_AUTH_TOKEN_PATH to the token that the head was started with"
         ) from None
-    except RuntimeError as error:
-        raise EngineError(f"no Ray head can be used at {address or 'the default address'}: {error}") from None
+    except (OSError, RuntimeError) as error:
+        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "the default"
+        reason = one_line(str(error)).rstrip(".")
+        raise EngineError(
+            f"the Ray head at {where} cannot be used: {reason}; see whether it runs, and whether --address and "
+            f"RAY_ADDRESS name its job server, such as http://head:8265"
+        ) from None
 
 
 def find_or_submit(

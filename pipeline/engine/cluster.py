@@ -96,7 +96,7 @@ def _ask_head(address: str, timeout_s: float) -> None:
 
 def _refusal(address: str, reason: str) -> EngineError:
     return EngineError(
-        f"the Ray cluster at {address} cannot be joined: {one_line(reason)}; see whether its head runs, and whether "
+        f"the Ray cluster at {address} cannot be joined: {one_line(reason).rstrip('.')}; see whether its head runs, and whether "
         f"engine.address and RAY_ADDRESS are right"
     )
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.job_submission import JobDetails, JobStatus
+from rich.console import Console
 
 from jobs import submit
-from jobs.submit import copy_code, entrypoint_of, find_or_submit, follow, submission_id_of
+from jobs.logs import LogFormat
+from jobs.submit import copy_code, entrypoint_of, find_or_submit, follow, run_submit, submission_id_of
+from pipeline.engine import EngineError
 from schemas.job import JobConfig, parse_job
 
 
@@ -107,3 +111,12 @@ def test_a_head_that_comes_up_is_waited_for_and_attempts_are_numbered() -> None:
     ]
     assert outcomes == [("alfa-x", None), ("alfa-x-2", None), ("alfa-x-2", JobStatus.PENDING)]
     assert head.submits == 3
+
+
+def test_a_head_that_takes_requests_and_does_not_answer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "_ANSWER_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setenv("RAY_API_SERVER_ADDRESS", address)  # set by run_submit: it is to be as before afterwards
+        with pytest.raises(EngineError, match=f"^the Ray head at {address} cannot be used: .*timed out.*--address"):
+            run_submit(job_of(), address, Console(), LogFormat.TEXT, upload=True, wait=False)
