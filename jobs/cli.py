@@ -188,7 +188,7 @@ def evaluate(
     run: Annotated[str | None, typer.Option(help="A finished run in --output, instead of scoring.")] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="Also score with these values, such as method.aligner=raw."),
+        typer.Option(metavar="KEY=V1,V2", help="Also score with these, such as method.aligner=raw."),
     ] = None,
     shots: Annotated[
         str | None, typer.Option(metavar="K1,K2", help="Also score with this many known-good images a class: 0,1,2,4.")

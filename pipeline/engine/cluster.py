@@ -44,8 +44,9 @@ def connect(job: JobConfig, timeout_s: float = 60.0) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    # Factories have closed networks, and a driver's environment never belongs in a cluster's metadata.
+    # Ray would report its usage over the internet, which factories are not connected to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Older versions of Ray warn, at the start of each actor without a GPU, that this setting will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = job.engine.address or os.environ.get("RAY_ADDRESS") or "local"
     with internals.without_prints():
@@ -81,7 +82,7 @@ def _join(address: str, timeout_s: float) -> None:
 def _ask_head(address: str, timeout_s: float) -> None:
     """Raises EngineError where the head of a cluster does not answer in time.
 
-    A process of its own asks: where nobody answers, `ray.init` tries for a quarter of an hour and cannot be stopped.
+    A process of its own asks: where nobody answers, `ray.init` tries for more than ten minutes, deaf to signals.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
@@ -95,9 +96,10 @@ def _ask_head(address: str, timeout_s: float) -> None:
 
 
 def _refusal(address: str, reason: str) -> EngineError:
+    said = one_line(reason).rstrip(".")
     return EngineError(
-        f"the Ray cluster at {address} cannot be joined: {one_line(reason).rstrip('.')}; see whether its head runs, and whether "
-        f"engine.address and RAY_ADDRESS are right"
+        f"the Ray cluster at {address} cannot be joined: {said}; see whether its head runs, and whether engine.address "
+        f"and RAY_ADDRESS are right"
     )
 
 
