@@ -28,7 +28,7 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
         rows = read_rows(output, commit, masks=kind == "coco")
         count = export_rows(kind, rows, commit, source.key_of, Path(scratch))
         for path in sorted(Path(scratch).iterdir()):
-            folder.upload(prefix + path.name, path)
+            folder.write(prefix + path.name, path)
     left_out = f"; {count.errors} error rows are left out" if count.errors else ""
     where = folder.uri(prefix.rstrip("/"))
     print_line(console, f"{count.images} images with {count.regions} regions are written to {where}{left_out}")

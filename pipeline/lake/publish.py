@@ -16,13 +16,13 @@ what it found when it began, which the store itself compares (see Store.replace 
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import logging
 import tempfile
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.storage import Run, Store, leases, paths, read_shards
+from pipeline.lake.sorting import RowSorter
+from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
 from schemas.tables import SCHEMA_VERSION, SCORES
 
 logger = logging.getLogger(__name__)
@@ -46,8 +47,9 @@ def publish_night(
 ) -> dict[str, Any]:
     """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
 
-    Memory is that of the largest class. The commit is written last: a night that has it is published as a whole. Of two
-    who publish the same night, one waits for the other; the later commit wins. owner: who publishes, for the lease.
+    Memory is bounded whatever the number of rows. A local scratch folder (TMPDIR) holds the rows, compressed, and the
+    table's files. The commit is written last: a night that has it is published as a whole. Of two who publish the same
+    night, one waits for the other; the later commit wins. owner: who publishes, for the lease.
     """
     lease_s = run.job.engine.lease_s
     lease = leases.acquire(output, paths.night_lease(run.job.run_date), owner, lease_s)
@@ -66,20 +68,14 @@ def _publish(
     commit_version = output.version(paths.commit_key(run_date))
     found = {info.key: output.version(info.key) for info in output.list(f"{paths.TABLE}/run_date={run_date}")}
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
-        parts = _split_by_class(Path(scratch), read_shards(output, folder, shard_ids, _COLUMNS))
-        entries = []
-        for class_name, path in sorted(parts.items()):
-            with pa.ipc.open_stream(path) as rows:
-                table = rows.read_all().sort_by(_ORDER)
-            path.write_bytes(data := _encode(table, run))
-            entry = _entry(run, manifest_digest, class_name, table, data)
+        files = _write_files(run, read_shards(output, folder, shard_ids, _COLUMNS), Path(scratch))
+        entries = [_entry(run, manifest_digest, file) for file in files]
+        for file, entry in zip(files, entries, strict=True):
             if not output.exists(entry["key"]):
-                output.write(entry["key"], data)
-            entries.append(entry)
-        for entry in entries:
+                output.write(entry["key"], file.path)
+        for file, entry in zip(files, entries, strict=True):
             lease.check()
-            key = entry["table_key"]
-            _replace(output, key, parts[entry["class_name"]].read_bytes(), found.get(key), lease)
+            _replace(output, entry["table_key"], file.path, found.get(entry["table_key"]), lease)
     for key in found.keys() - {entry["table_key"] for entry in entries}:
         output.delete(key)
     commit = _commit(run, manifest_digest, folder, entries)
@@ -89,8 +85,8 @@ def _publish(
     return commit
 
 
-def _replace(output: Store, key: str, data: bytes, version: str | None, lease: leases.Lease) -> None:
-    if output.replace(key, data, version) or output.read(key) == data:
+def _replace(output: Store, key: str, data: bytes | Path, version: str | None, lease: leases.Lease) -> None:
+    if output.replace(key, data, version) or output.holds(key, data):
         return
     lease.check()  # says who it was, where that is known
     raise leases.LeaseLostError(f"{output.uri(key)} was written by another while this process published; it stops")
@@ -105,63 +101,94 @@ def read_commit(output: Store, run_date: Any) -> dict[str, Any] | None:
     return commit
 
 
-def _split_by_class(folder: Path, tables: Iterable[pa.Table]) -> dict[str, Path]:
-    """One local file a class, since a shard may hold several classes and all shards together do not fit in memory.
+@dataclass
+class _Facts:
+    """What is counted of a class while its rows pass by."""
 
-    Arrow streams: a Parquet writer would hold the metadata of a row group for each shard and class.
+    rows: int = 0
+    anomalies: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    prompts: set[str] = field(default_factory=set)
+
+    def count(self, rows: pa.Table) -> None:
+        self.rows += rows.num_rows
+        self.anomalies += pc.sum(rows.column("is_anomalous")).as_py() or 0
+        for entry in pc.value_counts(rows.column("error_type").drop_null()).to_pylist():
+            self.errors[entry["values"]] += entry["counts"]
+        self.prompts.update(pc.unique(rows.column("prompt_fingerprint").drop_null()).to_pylist())
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """The table's file of a class, in a local folder."""
+
+    class_name: str
+    path: Path
+    sha256: str
+    facts: _Facts
+
+
+def _write_files(run: Run, tables: Iterable[pa.Table], folder: Path) -> list[_File]:
+    """One file a class, by name. Memory is bounded, whatever the number of rows.
+
+    A shard may hold several classes, and all shards together do not fit in memory: see RowSorter.
     """
-    paths: dict[str, Path] = {}
-    with ExitStack() as stack:
-        writers: dict[str, pa.ipc.RecordBatchStreamWriter] = {}
+    facts: defaultdict[str, _Facts] = defaultdict(_Facts)
+    with RowSorter(folder / "rows.arrow", SCORES, _ORDER) as sorter:
         for table in tables:
-            for class_name in pc.unique(table.column("class_name")).to_pylist():
-                if class_name not in writers:
-                    paths[class_name] = folder / f"{len(paths)}.arrow"
-                    options = pa.ipc.IpcWriteOptions(compression="zstd")
-                    writer = pa.ipc.new_stream(paths[class_name], SCORES, options=options)
-                    writers[class_name] = stack.enter_context(writer)
-                rows = table.filter(pc.equal(table.column("class_name"), class_name)).select(SCORES.names)
-                writers[class_name].write_table(rows.cast(SCORES))
-    return paths
+            names = pc.unique(table.column("class_name")).to_pylist()
+            for class_name in names:
+                chosen = table if len(names) == 1 else table.filter(pc.equal(table.column("class_name"), class_name))
+                facts[class_name].count(chosen)
+                sorter.add(class_name, chosen.select(SCORES.names))
+        files = []
+        for number, class_name in enumerate(sorter.finish()):
+            path = folder / f"{number}.parquet"
+            _write_file(run, facts[class_name], sorter.read(class_name, _ROWS_PER_GROUP), path)
+            files.append(_File(class_name, path, sha256_of(read_chunks(path)), facts[class_name]))
+        return files
 
 
-def _encode(table: pa.Table, run: Run) -> bytes:
-    prompts = sorted(pc.unique(table.column("prompt_fingerprint").drop_null()).to_pylist())
+def _write_file(run: Run, facts: _Facts, groups: Iterable[pa.Table], path: Path) -> None:
+    """Writes the row groups of a class; the next one is merged while one is encoded."""
     provenance = {
         "schema_version": str(SCHEMA_VERSION),
         "alfa.run_id": run.run_id,
         "alfa.model": run.model,
         "alfa.weights_sha256": run.weights_sha256,
-        "alfa.prompt_fingerprint": ",".join(prompts),
+        "alfa.prompt_fingerprint": ",".join(sorted(facts.prompts)),
         "alfa.config_hash": run.job.config_fingerprint,
     }
-    buffer = io.BytesIO()
-    table = table.replace_schema_metadata(provenance)
-    pq.write_table(
-        table,
-        buffer,
-        compression="zstd",
-        row_group_size=_ROWS_PER_GROUP,
-        coerce_timestamps="us",
-        write_page_index=True,
-        sorting_columns=pq.SortingColumn.from_ordering(table.schema, _ORDER),
-    )
-    return buffer.getvalue()
+    schema = SCORES.with_metadata(provenance)
+    with (
+        pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            coerce_timestamps="us",
+            write_page_index=True,
+            sorting_columns=pq.SortingColumn.from_ordering(schema, _ORDER),
+        ) as writer,
+        ThreadPoolExecutor(1) as pool,
+    ):
+
+        def write(group: pa.Table) -> None:
+            writer.write_table(group.replace_schema_metadata(provenance), row_group_size=_ROWS_PER_GROUP)
+
+        deque(map_ahead(pool, write, groups, ahead=2), maxlen=0)
 
 
-def _entry(run: Run, manifest_digest: str, class_name: str, table: pa.Table, data: bytes) -> dict[str, Any]:
-    run_date, sha256 = run.job.run_date, hashlib.sha256(data).hexdigest()
-    anomalous = pc.sum(table.column("is_anomalous")).as_py() or 0
-    errors = pc.value_counts(table.column("error_type").drop_null()).to_pylist()
+def _entry(run: Run, manifest_digest: str, file: _File) -> dict[str, Any]:
+    run_date, facts = run.job.run_date, file.facts
     return {
-        "class_name": class_name,
-        "rows": table.num_rows,
-        "errors": {entry["values"]: entry["counts"] for entry in errors},
-        "anomalies": anomalous,
-        "key": paths.version_key(run.run_id, manifest_digest, run_date, class_name, sha256),
-        "table_key": paths.table_key(run_date, class_name),
-        "bytes": len(data),
-        "sha256": sha256,
+        "class_name": file.class_name,
+        "rows": facts.rows,
+        "errors": dict(sorted(facts.errors.items())),
+        "anomalies": facts.anomalies,
+        "key": paths.version_key(run.run_id, manifest_digest, run_date, file.class_name, file.sha256),
+        "table_key": paths.table_key(run_date, file.class_name),
+        "bytes": file.path.stat().st_size,
+        "sha256": file.sha256,
     }
 
 

@@ -5,6 +5,7 @@ May import: schemas.
 """
 
 from pipeline.storage import leases, paths
+from pipeline.storage.chunks import read_chunks, sha256_of
 from pipeline.storage.faults import AddressError, StoreError
 from pipeline.storage.leases import LeaseLostError
 from pipeline.storage.listing import STAGING, ObjectInfo, Page
@@ -27,8 +28,10 @@ __all__ = [
     "map_ahead",
     "open_store",
     "paths",
+    "read_chunks",
     "read_shard",
     "read_shards",
     "redact",
     "safe_segment",
+    "sha256_of",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +40,9 @@ class Run:
 
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
     """The rows of a finished shard, in schema SHARD."""
-    return pq.read_table(io.BytesIO(output.read(paths.shard_key(folder, shard_id))), columns=columns)
+    data = pa.BufferReader(output.read(paths.shard_key(folder, shard_id)))
+    # Not read_table, which asks about folders and partitions first: of a shard, that is half of the time.
+    return pq.ParquetFile(data).read(columns, use_threads=False)
 
 
 def read_shards(

@@ -14,14 +14,16 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from pipeline.storage import s3
 from pipeline.storage.bucket import Bucket
+from pipeline.storage.chunks import RangeReader, read_chunks, sha256_of
 from pipeline.storage.faults import (
     LOST,
     NO_BUCKET,
@@ -99,6 +101,22 @@ class Store:
         """The whole object."""
         return self._read(self._path(key))
 
+    def open(self, key: str) -> BinaryIO:
+        """The object as a file to seek and read in, for one of which a part is wanted, or that is larger than memory.
+
+        Elsewhere than on a local disk each read is a request. The object must not be replaced meanwhile.
+        """
+        path = self._path(key)
+        if self.is_local:
+            with _as_store_error(self, key):
+                return open(path, "rb")
+
+        def read(start: int, end: int) -> bytes:
+            with _as_store_error(self, key):
+                return bytes(patiently(self.fs.cat_file)(path, start=start, end=end))
+
+        return cast(BinaryIO, RangeReader(read, self.info(key).size or 0))
+
     def read_uri(self, uri: str) -> bytes:
         """The whole object at an address, inside or outside this root; see store_of.
 
@@ -125,56 +143,57 @@ class Store:
             raise AddressError(f"{uri} is not read from {self.uri('')}; an image may lie there, or in s3, gs or az")
         return open_store(f"{scheme}://{rest.partition('/')[0]}", self._storage)
 
-    def write(self, key: str, data: bytes) -> None:
-        """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole."""
+    def write(self, key: str, data: bytes | Path) -> None:
+        """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole.
+
+        data: the bytes, or a local file, which need not fit in memory.
+        """
         with _as_store_error(self, key):
             if self.is_local:
                 self._write_local(key, data, replace=True)
                 return
             path, kind = self._path(key), _CONTENT_TYPES.get(posixpath.splitext(key)[1])
-            if self.is_s3:
-                bucket, name = self._bucket_of(path)
-                if bucket.put(name, data, kind):
-                    return
             # Without its type, a browser saves what a bucket serves instead of showing it.
             headers = {"ContentType": kind} if kind and self.is_s3 else {}
-            patiently(self.fs.pipe_file)(path, data, **headers)
+            data = _in_memory(data)
+            if isinstance(data, Path) and self.is_s3:
+                s3.upload_parts(self.fs, path, data, **headers)
+            elif isinstance(data, Path):
+                patiently(self.fs.put_file)(str(data), path)
+            elif not (self.is_s3 and self._put_by_rust(path, data, kind)):
+                patiently(self.fs.pipe_file)(path, data, **headers)
 
-    def upload(self, key: str, file: Path) -> None:
-        """write, for a local file that need not fit in memory."""
-        with _as_store_error(self, key):
-            if self.is_local:
-                self._write_local(key, file, replace=True)
-            else:
-                patiently(self.fs.put_file)(str(file), self._path(key))
-
-    def create(self, key: str, data: bytes) -> bool:
+    def create(self, key: str, data: bytes | Path) -> bool:
         """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
 
-        Contenders must write different data (an owner, a time).
+        data: as in write. Contenders must write different data (an owner, a time).
         """
-
-        def attempt() -> bool:
-            try:
-                self.fs.pipe_file(self._path(key), data, mode="create")
-            except FileExistsError:
-                return False
-            except OSError as error:
-                # s3fs has no exception of its own for an If-None-Match that did not match.
-                if code_of(error) != "PreconditionFailed":
-                    raise
-                return False
-            return True
 
         with _as_store_error(self, key):
             if self.is_local:
                 return self._write_local(key, data, replace=False)
-            if patiently(attempt)():
+            try:
+                self._create_remote(key, data)
                 return True
+            except FileExistsError:
+                pass
+            except OSError as error:
+                # s3fs has no exception of its own for an If-None-Match that did not match.
+                if code_of(error) != "PreconditionFailed":
+                    raise
         # A request whose answer was lost is sent again (by aiohttp too, unasked), and meets its own object.
-        with contextlib.suppress(FileNotFoundError):
-            return self.read(key) == data
-        return False
+        return self.holds(key, data)
+
+    def holds(self, key: str, data: bytes | Path) -> bool:
+        """Whether the object is there and has this content."""
+        try:
+            if isinstance(data, bytes):
+                return self.read(key) == data
+            with self.open(key) as found:
+                chunks = iter(lambda: found.read(s3.PART_BYTES), b"")
+                return sha256_of(chunks) == sha256_of(read_chunks(data))
+        except FileNotFoundError:
+            return False
 
     def version(self, key: str) -> str | None:
         """What `replace` compares: another one for each object that is written here; None where there is none."""
@@ -185,12 +204,12 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def replace(self, key: str, data: bytes, version: str | None) -> bool:
+    def replace(self, key: str, data: bytes | Path, version: str | None) -> bool:
         """Writes the object only if it is still of this version (None: there is none yet). Returns whether it was.
 
-        In one step on S3 (If-Match; `alfa check` tells whether the store honours it) and on a local disk (a lock that
-        holds between processes of one host); in other stores it is compared first, then written. Writers must write
-        different data (an owner, a time).
+        data: as in write. In one step on S3 (If-Match; `alfa check` tells whether the store honours it) and on a local
+        disk (a lock that holds between processes of one host); in other stores it is compared first, then written.
+        Writers must write different data (an owner, a time).
         """
         if version is None:
             return self.create(key, data)
@@ -234,7 +253,7 @@ class Store:
             if self.is_local:
                 yield from walk_local(top, f"{prefix}/" if prefix else "")
             elif self.is_s3:
-                yield from self._list_s3(top)
+                yield from s3.list_pages(self.fs, top, self.path)
             else:
                 self.fs.invalidate_cache()
                 root = self.path.rstrip("/") + "/"
@@ -282,6 +301,10 @@ class Store:
             self._buckets[name] = Bucket(name, self.fs)
         return self._buckets[name], key
 
+    def _put_by_rust(self, path: str, data: bytes, content_type: str | None) -> bool:
+        bucket, name = self._bucket_of(path)
+        return bucket.put(name, data, content_type)
+
     def _write_local(self, key: str, data: bytes | Path, *, replace: bool) -> bool:
         target, staged = self._path(key), posixpath.join(self.path, STAGING, uuid.uuid4().hex)
         try:
@@ -319,43 +342,26 @@ class Store:
         finally:
             os.close(handle)
 
-    def _replace_s3(self, key: str, data: bytes, version: str) -> bool:
-        bucket, _, path = self._path(key).partition("/")
+    def _create_remote(self, key: str, data: bytes | Path) -> None:
+        path, data = self._path(key), _in_memory(data)
+        if isinstance(data, bytes):
+            patiently(self.fs.pipe_file)(path, data, mode="create")
+        elif self.is_s3:
+            s3.upload_parts(self.fs, path, data, IfNoneMatch="*")
+        else:
+            patiently(self.fs.put_file)(str(data), path, mode="create")
+
+    def _replace_s3(self, key: str, data: bytes | Path, version: str) -> bool:
         try:
-            patiently(self.fs.call_s3)("put_object", Bucket=bucket, Key=path, Body=data, IfMatch=f'"{version}"')
+            s3.replace_object(self.fs, self._path(key), _in_memory(data), version)
         except FileNotFoundError:
-            return False
+            return self.holds(key, data)
         except OSError as error:
             if code_of(error) != "PreconditionFailed":
                 raise
             # As in create: the answer may have been lost, and the second request met the first one's object.
-            with contextlib.suppress(FileNotFoundError):
-                return self.read(key) == data
-            return False
+            return self.holds(key, data)
         return True
-
-    def _list_s3(self, top: str) -> Iterator[Page]:
-        # s3fs.find holds every key in Python objects; pages do not.
-        bucket, _, prefix = top.partition("/")
-        base = self.path.partition("/")[2]
-        skip = len(base) + 1 if base else 0
-        page: dict[str, Any] = {}
-        while True:
-            arguments = {"Bucket": bucket, "Prefix": f"{prefix}/" if prefix else ""}
-            if page:
-                arguments["ContinuationToken"] = page["NextContinuationToken"]
-            page = patiently(self.fs.call_s3)("list_objects_v2", **arguments)
-            yield Page.of(
-                [
-                    ObjectInfo(
-                        item["Key"][skip:], item["Size"], item["ETag"].strip('"'), item["LastModified"].timestamp()
-                    )
-                    for item in page.get("Contents", ())
-                    if not item["Key"].endswith("/")
-                ]
-            )
-            if not page.get("IsTruncated"):
-                return
 
 
 def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
@@ -390,6 +396,11 @@ def _in_folder(path: str, act: Callable[[], _T]) -> _T:
     except FileNotFoundError:
         os.makedirs(posixpath.dirname(path), exist_ok=True)
         return act()
+
+
+def _in_memory(data: bytes | Path) -> bytes | Path:
+    """The content of a small file, as S3 takes it in one request."""
+    return data.read_bytes() if isinstance(data, Path) and data.stat().st_size <= s3.PART_BYTES else data
 
 
 def _local_version(path: Path) -> str | None:

@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from pipeline.scoring import cut_shards
 from pipeline.storage import Run, Store
 from schemas.job import parse_job
 from tests.bench.decoding import make_jpeg
-from tests.bench.measuring import print_table, write_results
+from tests.bench.measuring import print_table, resident_bytes, write_results
 from tests.bench.models import compose_base, score_shards
 
 SIZE = (4000, 3000)
@@ -70,13 +69,6 @@ def write_images(folder: Path, data: bytes, suffix: str, count: int) -> None:
     first.write_bytes(data)
     for number in range(1, count):
         os.link(first, folder / CLASS / f"{number}{suffix}")
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS or VmHWM of this process."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None, "Linux says in /proc what is resident"
-    return int(found[1]) * 1024
 
 
 def score(images: str, output: str, model: str, weights: str, batch: int, cpus: int) -> dict[str, int]:

@@ -41,6 +41,21 @@ def test_conditional_replaces_are_honoured(s3: ObjectStorage) -> None:
     assert not store.replace("a", b"4", seen) and not store.exists("a")
 
 
+def test_a_file_larger_than_a_part_is_uploaded_under_the_same_conditions(s3: ObjectStorage, tmp_path: Path) -> None:
+    store, first, second = Store("s3://lake/large"), tmp_path / "first", tmp_path / "second"
+    for seed, path in enumerate((first, second)):
+        path.write_bytes(np.random.default_rng(seed).bytes(36 << 20))
+    assert store.create("a", first) and not store.create("a", second)
+    seen = store.version("a")
+    assert store.holds("a", first) and not store.replace("a", second, "another")
+    assert store.replace("a", second, seen) and not store.replace("a", first, seen) and store.holds("a", second)
+    store.write("a", first)
+    with store.open("a") as file:
+        file.seek(35 << 20)
+        assert file.read() == first.read_bytes()[35 << 20 :]
+    assert store.fs.call_s3("list_multipart_uploads", Bucket="lake").get("Uploads", []) == []
+
+
 def test_garbage_is_collected(s3: ObjectStorage) -> None:
     output = Store("s3://lake/garbage")
     for name in ("aaa", "bbb"):

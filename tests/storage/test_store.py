@@ -59,6 +59,24 @@ def test_of_many_threads_that_replace_one_version_one_wins(tmp_path: Path) -> No
     assert sum(wins) == 1 and Store(str(tmp_path)).read("a") == bytes([wins.index(True)])
 
 
+def test_a_file_is_written_created_replaced_and_read_by_parts(store: Store, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"a" * 3_000_000 + b"end")
+    second.write_bytes(b"b" * 10)
+    store.write("w/a", first)
+    assert store.create("c/a", first) and not store.create("c/a", second)
+    assert store.holds("c/a", first) and not store.holds("c/a", second) and not store.holds("gone", first)
+    seen = store.version("c/a")
+    assert store.replace("c/a", second, seen) and not store.replace("c/a", first, seen)
+    assert store.read("c/a") == second.read_bytes() and store.read("w/a") == first.read_bytes()
+    with store.open("w/a") as file:
+        assert file.seek(-5, os.SEEK_END) == 2_999_998 and file.read() == b"aaend" and file.read() == b""
+        file.seek(2_999_999)
+        assert file.read(2) == b"ae" and file.tell() == 3_000_001
+    with pytest.raises(FileNotFoundError):
+        store.open("gone")
+
+
 def test_write_replaces_and_a_listing_sees_each_key_once_in_order(store: Store) -> None:
     for key in ("b", "a/2", "a/1", "a/1"):
         store.write(key, key.encode())
