@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
@@ -49,9 +49,9 @@ def run_diff(
     if pair is None:
         logger.info("only one night is published at %s; there is nothing to compare it with yet", output.uri(""))
         return 0
-    old, new = (drift.read_night(output, night) for night in pair)
-    classes = drift.drift(old, new, psi)
-    images = drift.changed_images(old, new)
+    compared = {name: drift.compare_class(name, old, new, psi) for name, old, new in drift.read_pairs(output, *pair)}
+    classes = [found for found, _ in compared.values()]
+    changes = {name: found for name, (_, found) in compared.items()}
     trend = drift.read_trend(output, [night for night in published if night <= pair[1]][-drift.TREND_NIGHTS :])
     drifted = [item.class_name for item in classes if item.drifted]
     if json_file is not None:
@@ -60,13 +60,13 @@ def run_diff(
             "after": pair[1],
             "thresholds": {"psi": psi, "p_value": drift.P_VALUE},
             "drifted": drifted,
-            "classes": [asdict(item) for item in classes],
-            "images": images.to_pylist(),
+            "classes": [{**asdict(item), "rates": item.rates} for item in classes],
+            "images": _read_changes(output, changes),
             "nights": trend,
         }
         json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     _print_classes(classes, pair, psi, console)
-    _print_images(images, console)
+    _print_changes(output, classes, changes, console)
     _print_trend(trend, console)
     if drifted:
         logger.warning("scores drift: %s", ", ".join(drifted))
@@ -94,6 +94,7 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
         table.add_row(
             escape(item.class_name),
             *(f"{old} > {new}" for old, new in (item.images, item.errors, item.anomalous)),
+            " > ".join("-" if value is None else f"{value:.1%}" for value in item.rates),
             " > ".join(_number(value) for value in item.median),
             *(_number(value) for value in (item.psi, item.ks, item.p_value)),
             Text.assemble((item.verdict, _STYLES.get(item.verdict, "")), changed),
@@ -110,18 +111,37 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _print_images(images: pa.Table, console: Console) -> None:
-    counts = {change: 0 for change in drift.CHANGES}
-    for change in images.column("change").to_pylist():
-        counts[change] += 1
-    said = ", ".join(f"{count} {drift.CHANGES[change]}" for change, count in counts.items())
-    print_line(console, f"\nanomalous now, or no longer: {said}")
-    for row in images.slice(0, _SHOWN).to_pylist():
+def _read_changes(output: Store, changes: Mapping[str, drift.Changes], most: int | None = None) -> list[dict[str, Any]]:
+    """Changed photos of all classes, the highest score first; most: of each class."""
+    rows = [
+        row
+        for name, found in changes.items()
+        for row in (found if most is None else found.first(most)).read(output, name)
+    ]
+    return sorted(rows, key=lambda row: (-row["score_after"], row["class_name"], row["image_uri"]))
+
+
+def _print_changes(
+    output: Store, classes: Sequence[ClassDrift], changes: Mapping[str, drift.Changes], console: Console
+) -> None:
+    counts = sum((Counter(found.count()) for found in changes.values()), Counter())
+    said = ", ".join(f"{counts[change]} {words}" for change, words in drift.CHANGES.items())
+    console.print(f"\nanomalous now, or no longer: {said}", highlight=False)
+    for row in _read_changes(output, changes, _SHOWN)[:_SHOWN]:
         scores = f"{_number(row['score_before'])} > {_number(row['score_after'])}"
         change = f"{drift.CHANGES[row['change']]:<12}"
-        print_line(console, f"  {change}  {scores}  {row['class_name']}  {row['image_uri']}")
-    if images.num_rows > _SHOWN:
-        print_line(console, f"  and {images.num_rows - _SHOWN} more; --json FILE holds all of them")
+        line = f"  {change}  {scores}  {escape(row['class_name'])}  {escape(row['image_uri'])}"
+        console.print(line, highlight=False, soft_wrap=True)
+    if counts.total() > _SHOWN:
+        console.print(f"  and {counts.total() - _SHOWN} more; --json FILE holds all", highlight=False)
+    others = [item.class_name for item in classes if item.is_of_other_photos and item.images[0]]
+    if others:
+        console.print(
+            f"mostly other photos than the night before, so verdicts of single photos are not compared; see the rates "
+            f"above: {escape(', '.join(others))}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_trend(trend: Sequence[dict[str, Any]], console: Console) -> None:

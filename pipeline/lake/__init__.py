@@ -11,6 +11,7 @@ from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
 from pipeline.lake.lineage import run_event
 from pipeline.lake.metrics import exposition
 from pipeline.lake.publish import publish_night, read_commit
+from pipeline.lake.reading import read_groups, take_rows
 
 __all__ = [
     "DIALECTS",
@@ -25,7 +26,9 @@ __all__ = [
     "publish_night",
     "publish_snapshot",
     "read_commit",
+    "read_groups",
     "read_rows",
     "render_ddl",
     "run_event",
+    "take_rows",
 ]

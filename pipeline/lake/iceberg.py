@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import io
 import logging
 import uuid
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.lake.publish import read_commit
+from pipeline.lake.reading import read_groups
 from pipeline.storage import Store, leases, open_store, paths, redact
 from schemas.job import JobConfig
 from schemas.tables import SCORES
@@ -174,18 +174,22 @@ def _is_published(table: Table, facts: Mapping[str, str]) -> bool:
 
 
 def _write_file(table: Table, entry: Mapping[str, Any], run_date: datetime.date, output: Store) -> str:
-    """Writes a class's rows with the table's columns and their ids; returns where."""
-    rows = pq.read_table(io.BytesIO(output.read(entry["key"])))
-    rows = rows.append_column("run_date", pa.repeat(pa.scalar(run_date, pa.date32()), rows.num_rows))
-    rows = rows.append_column("class_name", pa.repeat(entry["class_name"], rows.num_rows))
+    """Writes a class's rows with the table's columns and their ids, a row group at a time; returns where."""
     schema = table.schema().as_arrow()
-    columns = [
-        rows.column(field.name).cast(field.type) if field.name in rows.column_names else pa.nulls(len(rows), field.type)
-        for field in schema
-    ]
     path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet")
-    with table.io.new_output(path).create() as file:
-        pq.write_table(pa.table(columns, schema=schema), file, compression="zstd", row_group_size=65_536)
+    with (
+        table.io.new_output(path).create() as file,
+        pq.ParquetWriter(file, schema, compression="zstd") as writer,
+    ):
+        for rows in read_groups(output, entry):
+            columns = {name: rows.column(name) for name in rows.column_names}
+            columns["run_date"] = pa.repeat(pa.scalar(run_date, pa.date32()), rows.num_rows)
+            columns["class_name"] = pa.repeat(entry["class_name"], rows.num_rows)
+            values = [
+                columns[field.name].cast(field.type) if field.name in columns else pa.nulls(rows.num_rows, field.type)
+                for field in schema
+            ]
+            writer.write_table(pa.table(values, schema=schema), row_group_size=65_536)
     return path
 
 

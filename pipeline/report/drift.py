@@ -1,23 +1,22 @@
-"""Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the readers."""
+"""Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the readers.
+
+A class is held without its addresses, so that two nights of some million photos fit in memory.
+"""
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from pipeline.lake import read_commit
+from pipeline.lake import read_commit, read_groups, take_rows
 from pipeline.storage import Store, paths
-from schemas.tables import SCORES
 
 PSI_THRESHOLD = 0.25
 """Convention for PSI: below 0.1 stable, to 0.25 to be watched, from there on shifted."""
@@ -29,14 +28,33 @@ TREND_NIGHTS = 7
 """Nights in a trend, the compared one included."""
 
 CHANGES = {"became": "was normal", "new": "new photo", "resolved": "normal again"}
-"""What changed_images finds, in words."""
+"""What compare_class finds of single photos, in words."""
 
 _BINS = 10
 _SETUP = ("model", "weights_sha256", "prompt_fingerprint")
-_COLUMNS = ("image_uri", "status", "score", "is_anomalous", *_SETUP)
-_ROWS = pa.schema([("class_name", pa.string()), *((name, SCORES.field(name).type) for name in _COLUMNS)])
+_COLUMNS = ("image_uri", "score", "is_anomalous", *_SETUP)
 
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassNight:
+    """A class in one night, without what is long: some 17 bytes a photo.
+
+    photos: int64, hashes of their addresses, which differ from process to process; scores: float32, NaN on error;
+    anomalous: bool; setup: the models, weights and prompts that scored it. entry: its file; None where there is none.
+    """
+
+    entry: Mapping[str, Any] | None
+    photos: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    anomalous: NDArray[np.bool_]
+    setup: Sequence[frozenset[str]]
+
+    @property
+    def scored(self) -> NDArray[np.int64]:
+        """The places of the photos that have a score."""
+        return np.flatnonzero(~np.isnan(self.scores))
 
 
 @dataclass(frozen=True)
@@ -45,19 +63,34 @@ class ClassDrift:
 
     ks: largest distance of the two empirical distribution functions of the scores, 0 to 1; p_value: the probability of
     at least this distance between samples of one distribution; psi: see psi(). None where a night has no scores of it.
-    changed: which of model, weights and prompts differ, so that scores would differ of the same photos too.
+    common: photos that have a score in both. changed: which of model, weights and prompts differ, so that scores would
+    differ of the same photos too.
     """
 
     class_name: str
     images: tuple[int, int]
     errors: tuple[int, int]
     anomalous: tuple[int, int]
+    common: int
     median: tuple[float | None, float | None]
     ks: float | None
     p_value: float | None
     psi: float | None
     changed: tuple[str, ...]
     drifted: bool
+
+    @property
+    def rates(self) -> tuple[float | None, float | None]:
+        """Share of the scored photos that are anomalous, 0 to 1."""
+        scored = [images - errors for images, errors in zip(self.images, self.errors, strict=True)]
+        first, second = (part / whole if whole else None for part, whole in zip(self.anomalous, scored, strict=True))
+        return first, second
+
+    @property
+    def is_of_other_photos(self) -> bool:
+        """Whether most photos of the night after were not scored the night before, so that verdicts of single photos
+        say nothing of what has changed; rates and distributions do."""
+        return 2 * self.common < self.images[1] - self.errors[1]
 
     @property
     def verdict(self) -> str:
@@ -77,19 +110,12 @@ def published_nights(output: Store) -> list[str]:
     return sorted(key.removeprefix("commits/").removesuffix(".json") for key in keys if key.endswith(".json"))
 
 
-def read_night(output: Store, run_date: str) -> pa.Table:
-    """The rows of a night, from the files that its commit names: class_name, image_uri, status, score, is_anomalous,
-    and what made the scores. Raises FileNotFoundError where the night is not published."""
-    return _read_files(output, _published(output, run_date)["files"])
-
-
-def read_classes(output: Store, before: str, after: str) -> Iterator[tuple[pa.Table, pa.Table]]:
-    """Two nights class by class, by name, as read_night has them: memory is that of the largest class. A table is empty
-    where its night lacks the class. Raises FileNotFoundError where a night is not published."""
+def read_pairs(output: Store, before: str, after: str) -> Iterator[tuple[str, ClassNight, ClassNight]]:
+    """The classes of two nights, by name. Raises FileNotFoundError where a night is not published."""
     files = [{entry["class_name"]: entry for entry in _published(output, night)["files"]} for night in (before, after)]
     for name in sorted({name for night in files for name in night}):
-        old, new = (_read_files(output, [night[name]] if name in night else []) for night in files)
-        yield old, new
+        old, new = (_read_class(output, night.get(name)) for night in files)
+        yield name, old, new
 
 
 def _published(output: Store, run_date: str) -> dict[str, Any]:
@@ -99,13 +125,23 @@ def _published(output: Store, run_date: str) -> dict[str, Any]:
     return commit
 
 
-def _read_files(output: Store, entries: Sequence[Mapping[str, Any]]) -> pa.Table:
-    tables = []
-    for entry in entries:
-        table = pq.read_table(io.BytesIO(output.read(entry["key"])), columns=list(_COLUMNS))
-        name = pa.repeat(pa.scalar(entry["class_name"], pa.string()), table.num_rows)
-        tables.append(table.add_column(0, "class_name", name).replace_schema_metadata(None))
-    return pa.concat_tables(tables) if tables else _ROWS.empty_table()
+def _read_class(output: Store, entry: Mapping[str, Any] | None) -> ClassNight:
+    photos, scores, anomalous = ([np.empty(0, kind)] for kind in (np.int64, np.float32, np.bool_))
+    setup: list[set[str]] = [set() for _ in _SETUP]
+    for rows in read_groups(output, entry, _COLUMNS) if entry is not None else ():
+        uris = rows.column("image_uri").to_pylist()
+        photos.append(np.fromiter(map(hash, uris), np.int64, len(uris)))
+        scores.append(rows.column("score").to_numpy())
+        anomalous.append(rows.column("is_anomalous").fill_null(False).to_numpy())
+        for found, name in zip(setup, _SETUP, strict=True):
+            found.update(pc.unique(rows.column(name)).to_pylist())
+    return ClassNight(
+        entry,
+        np.concatenate(photos),
+        np.concatenate(scores),
+        np.concatenate(anomalous),
+        [frozenset(found) for found in setup],
+    )
 
 
 def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
@@ -134,43 +170,83 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
     return trend
 
 
-def changed_images(before: pa.Table, after: pa.Table) -> pa.Table:
-    """Images whose verdict is another than the night before, the highest score first.
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """Photos with another verdict than the night before, the highest score first.
 
-    Columns class_name, image_uri, change, score_before, score_after. change: `became` (the photo was normal and is
-    anomalous), `new` (anomalous, and not scored the night before), `resolved` (was anomalous and is normal). A photo
-    that is no longer there has no verdict, and is not listed.
+    entry: the class's file of the night after; places: in it. kinds: places in CHANGES. before, after: scores, NaN
+    where there was none.
     """
-    keys = ["class_name", "image_uri"]
-    scored = [
-        table.filter(pc.equal(table.column("status"), "ok")).select([*keys, "score", "is_anomalous"])
-        for table in (before, after)
-    ]
-    both = scored[1].join(scored[0], keys, join_type="left outer", right_suffix="_before")
-    was, now = both.column("is_anomalous_before"), both.column("is_anomalous")
-    change = pc.case_when(
-        pc.make_struct(
-            pc.and_(pc.is_null(was), now),
-            pc.fill_null(pc.and_(pc.invert(was), now), False),
-            pc.fill_null(pc.and_(was, pc.invert(now)), False),
-        ),
-        "new",
-        "became",
-        "resolved",
-    )
-    found = both.append_column("change", change).filter(pc.is_valid(change))
-    found = found.rename_columns([{"score": "score_after"}.get(name, name) for name in found.column_names])
-    order = [("score_after", "descending"), ("class_name", "ascending"), ("image_uri", "ascending")]
-    return found.select([*keys, "change", "score_before", "score_after"]).sort_by(order)
+
+    entry: Mapping[str, Any] | None
+    places: NDArray[np.int64]
+    kinds: NDArray[np.int64]
+    before: NDArray[np.float32]
+    after: NDArray[np.float32]
+
+    def count(self) -> dict[str, int]:
+        """How many there are of each of CHANGES."""
+        return dict(zip(CHANGES, np.bincount(self.kinds, minlength=len(CHANGES)).tolist(), strict=True))
+
+    def first(self, most: int, kinds: Sequence[str] = tuple(CHANGES)) -> Changes:
+        """At most so many of them, of these kinds."""
+        chosen = np.flatnonzero(np.isin(self.kinds, [list(CHANGES).index(kind) for kind in kinds]))[:most]
+        return replace(self, **{name: getattr(self, name)[chosen] for name in ("places", "kinds", "before", "after")})
+
+    def read(self, output: Store, class_name: str) -> list[dict[str, Any]]:
+        """Rows class_name, image_uri, change, score_before, score_after."""
+        if self.entry is None or not len(self.places):
+            return []
+        uris = take_rows(output, self.entry, self.places, ["image_uri"]).column("image_uri").to_pylist()
+        return [
+            {
+                "class_name": class_name,
+                "image_uri": uri,
+                "change": list(CHANGES)[kind],
+                "score_before": None if np.isnan(before) else before,
+                "score_after": after,
+            }
+            for uri, kind, before, after in zip(
+                uris, self.kinds.tolist(), self.before.tolist(), self.after.tolist(), strict=True
+            )
+        ]
 
 
-def drift(before: pa.Table, after: pa.Table, psi_threshold: float = PSI_THRESHOLD) -> list[ClassDrift]:
-    """The classes of two nights, by name. One drifts where PSI reaches the threshold (it is a large shift) and the
-    p-value of Kolmogorov-Smirnov stays below P_VALUE (it is not chance)."""
-    names = sorted(
-        {*pc.unique(before.column("class_name")).to_pylist(), *pc.unique(after.column("class_name")).to_pylist()}
-    )
-    return [_class_drift(name, before, after, psi_threshold) for name in names]
+def compare_class(
+    name: str, before: ClassNight, after: ClassNight, psi_threshold: float = PSI_THRESHOLD
+) -> tuple[ClassDrift, Changes]:
+    """A class night over night: its distributions and rates, and the photos whose verdict is another.
+
+    It drifts where PSI reaches the threshold (the shift is large) and the p-value of Kolmogorov-Smirnov stays below
+    P_VALUE (it is not chance). Changes are `became` (the photo was normal and is anomalous), `new` (anomalous, and not
+    scored the night before) and `resolved` (was anomalous and is normal). Where most photos are others than the night
+    before, `new` would be all that is anomalous, so those are left out.
+    """
+    places = after.scored
+    earlier = _find(after.photos[places], before)
+    found, now = earlier >= 0, after.anomalous[places]
+    drift = _drift(name, before, after, int(found.sum()), psi_threshold)
+    was, scores = np.zeros(len(places), np.bool_), np.full(len(places), np.nan, np.float32)
+    was[found], scores[found] = before.anomalous[earlier[found]], before.scores[earlier[found]]
+    is_new = ~found & (not drift.is_of_other_photos)
+    kinds = np.select([found & ~was & now, is_new & now, was & ~now], range(len(CHANGES)), -1)
+    chosen = np.flatnonzero(kinds >= 0)
+    chosen = chosen[np.argsort(-after.scores[places[chosen]], kind="stable")]
+    places = places[chosen]
+    return drift, Changes(after.entry, places, kinds[chosen], scores[chosen], after.scores[places])
+
+
+def _find(photos: NDArray[np.int64], night: ClassNight) -> NDArray[np.int64]:
+    """The place in a night of each photo, -1 where it has no score there."""
+    places = night.scored
+    places = places[np.argsort(night.photos[places], kind="stable")]
+    known = night.photos[places]
+    spots = np.searchsorted(known, photos)
+    found = np.full(len(photos), -1, np.int64)
+    inside = np.flatnonzero(spots < len(known))
+    hits = inside[known[spots[inside]] == photos[inside]]
+    found[hits] = places[spots[hits]]
+    return found
 
 
 def psi(before: Floats, after: Floats) -> float:
@@ -190,35 +266,31 @@ def _shares(scores: Floats, edges: Floats) -> Floats:
     return np.asarray(counts / counts.sum(), dtype=np.float64)
 
 
-def _class_drift(name: str, before: pa.Table, after: pa.Table, psi_threshold: float) -> ClassDrift:
-    tables = [table.filter(pc.equal(table.column("class_name"), name)) for table in (before, after)]
-    first, second = (np.asarray(table.column("score").drop_null(), dtype=np.float64) for table in tables)
+def _drift(name: str, before: ClassNight, after: ClassNight, common: int, psi_threshold: float) -> ClassDrift:
+    nights = (before, after)
+    first, second = (night.scores[night.scored].astype(np.float64) for night in nights)
     ks = p_value = index = None
     if len(first) and len(second):
         test = ks_2samp(first, second)
         ks, p_value, index = float(test.statistic), float(test.pvalue), psi(first, second)
-    setups = [[set(pc.unique(table.column(column)).to_pylist()) for column in _SETUP] for table in tables]
-    both = all(table.num_rows for table in tables)
+    both = all(len(night.photos) for night in nights)
     return ClassDrift(
         name,
-        images=(tables[0].num_rows, tables[1].num_rows),
-        errors=(tables[0].num_rows - len(first), tables[1].num_rows - len(second)),
-        anomalous=(_count(tables[0]), _count(tables[1])),
+        images=(len(before.photos), len(after.photos)),
+        errors=(len(before.photos) - len(first), len(after.photos) - len(second)),
+        anomalous=(int(before.anomalous.sum()), int(after.anomalous.sum())),
+        common=common,
         median=(_median(first), _median(second)),
         ks=ks,
         p_value=p_value,
         psi=index,
         changed=tuple(
             label
-            for label, old, new in zip(("model", "weights", "prompts"), *setups, strict=True)
+            for label, old, new in zip(("model", "weights", "prompts"), before.setup, after.setup, strict=True)
             if both and old != new
         ),
         drifted=index is not None and p_value is not None and index >= psi_threshold and p_value < P_VALUE,
     )
-
-
-def _count(table: pa.Table) -> int:
-    return int(pc.sum(table.column("is_anomalous")).as_py() or 0)
 
 
 def _median(scores: Floats) -> float | None:

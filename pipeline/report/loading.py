@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import posixpath
@@ -16,9 +15,9 @@ from urllib.parse import quote
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.lake import read_groups, take_rows
 from pipeline.report import drift
 from pipeline.report.model import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
 from pipeline.report.photos import Photos
@@ -125,26 +124,25 @@ class _ClassPart:
 
 
 def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: int, failures: int) -> _ClassPart:
-    """The most anomalous rows of a class, and its counts."""
+    """The most anomalous rows of a class, and its counts. Of all others only the scores are read."""
     name = entry["class_name"]
-    # The bytes of the key are read, not a path of a data set: pyarrow would add columns that a path seems to hold.
-    table = pq.read_table(io.BytesIO(output.read(entry["key"]))).sort_by(
-        [("score", "descending"), ("image_uri", "ascending")]
+    groups = read_groups(output, entry, ["score"])
+    scores = np.concatenate([np.empty(0, np.float32), *(group.column("score").to_numpy() for group in groups)])
+    order = np.argsort(-scores, kind="stable")  # NaN, which stands for an error, comes last
+    scored = len(scores) - int(np.isnan(scores).sum())
+    rows, failed = (
+        [{**row, "class_name": name} for row in take_rows(output, entry, places).to_pylist()]
+        for places in (order[: min(images, scored)], order[scored:][:failures])
     )
-    good = table.filter(pc.equal(table.column("status"), "ok"))
-    bad = table.filter(pc.equal(table.column("status"), "error"))
-    rows = [{**row, "class_name": name} for row in good.slice(0, images).to_pylist()]
     facts = ClassFacts(
         name=name,
         images=entry["rows"],
         anomalous=entry["anomalies"],
-        errors=bad.num_rows,
+        errors=len(scores) - scored,
         threshold=rows[0]["threshold"] if rows else None,
-        scores=good.column("score").to_numpy().astype(np.float32),
+        scores=scores[order[:scored]],
     )
-    return _ClassPart(
-        facts, rows, [{**row, "class_name": name} for row in bad.slice(0, failures).to_pylist()], exhibits
-    )
+    return _ClassPart(facts, rows, failed, exhibits)
 
 
 def _by_rank(groups: Iterable[Sequence[Row]], score: str = "score") -> list[Row]:
@@ -230,18 +228,19 @@ def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comp
             return known
         known = Comparison(before)
         known = replace(known, trend=drift.read_trend(output, published[-drift.TREND_NIGHTS :]))
-        pairs = drift.read_classes(output, before, night)
-        parts = [(drift.drift(*pair), drift.changed_images(*pair)) for pair in pairs]
+        parts = [drift.compare_class(*pair) for pair in drift.read_pairs(output, before, night)]
+        changed = _choose_changes(output, {found.class_name: changes for found, changes in parts})
     except (OSError, ValueError, KeyError) as error:
         fault = redact(f"{type(error).__name__}: {error}")
         logger.warning("the report of night %s lacks a comparison with earlier nights (%s)", night, fault)
         return replace(known, fault=_clip(fault, 2 * _LONGEST_KEY))
-    changes = [table for _, table in parts]
-    counted = Counter(change for table in changes for change in table.column("change").to_pylist())
+    counted: Counter[str] = Counter()
+    for _, changes in parts:
+        counted.update(changes.count())
     places = {(row["class_name"], row["image_uri"]): place for place, row in enumerate(shown)}
     return replace(
         known,
-        classes=[drift for drifts, _ in parts for drift in drifts],
+        classes=[found for found, _ in parts],
         counts={change: counted[change] for change in drift.CHANGES},
         images=[
             ChangedImage(
@@ -252,20 +251,21 @@ def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comp
                 score_after=row["score_after"],
                 exhibit=places.get((row["class_name"], row["image_uri"])),
             )
-            for row in _choose_changes(changes)
+            for row in changed
         ],
     )
 
 
-def _choose_changes(tables: Sequence[pa.Table]) -> list[Row]:
+def _choose_changes(output: Store, changes: Mapping[str, drift.Changes]) -> list[Row]:
     """What is newly anomalous first, then what is normal again; in both, classes in equal shares."""
     chosen: list[Row] = []
-    resolved = [pc.equal(table.column("change"), "resolved") for table in tables]
-    for masks in ([pc.invert(mask) for mask in resolved], resolved):
-        groups = [table.filter(mask).slice(0, MOST_CHANGES) for table, mask in zip(tables, masks, strict=True)]
-        shares = fair_shares([group.num_rows for group in groups], MOST_CHANGES - len(chosen))
-        rows = [group.slice(0, share).to_pylist() for group, share in zip(groups, shares, strict=True)]
-        chosen += _by_rank(rows, "score_after")
+    for kinds in (("became", "new"), ("resolved",)):
+        found = {name: some.first(MOST_CHANGES, kinds) for name, some in changes.items()}
+        shares = fair_shares([len(some.places) for some in found.values()], MOST_CHANGES - len(chosen))
+        groups = [
+            some.first(share).read(output, name) for (name, some), share in zip(found.items(), shares, strict=True)
+        ]
+        chosen += _by_rank(groups, "score_after")
     return chosen
 
 

@@ -73,6 +73,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "bounds": _bounds(report),
         "since": report.comparison,
         "drifts": _most_drifted(report.comparison.classes),
+        "others": [item.class_name for item in report.comparison.classes if item.is_of_other_photos and item.images[0]],
         "trend": _trend_lines(report.comparison.trend),
         "changes": drift.CHANGES,
         "psi_threshold": drift.PSI_THRESHOLD,

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from jobs.diff import NightError, run_diff
 from pipeline.lake import publish_night
-from pipeline.report.drift import changed_images, drift, psi, read_night
+from pipeline.report.drift import ClassDrift, compare_class, psi, read_pairs
 from pipeline.storage import Run, Store, paths
 from schemas.job import parse_job
 from schemas.tables import SHARD
@@ -64,6 +64,19 @@ def scores_of(class_name: str, scores: Sequence[float | None]) -> list[Row]:
     return [(class_name, f"{class_name}/{number}", score) for number, score in enumerate(scores)]
 
 
+def drifts(output: Store) -> list[ClassDrift]:
+    return [compare_class(*pair)[0] for pair in read_pairs(output, FIRST, SECOND)]
+
+
+def changes(output: Store) -> dict[str, list[tuple[str, str, Any, Any]]]:
+    """By class, each changed photo with what has changed and its scores."""
+    found = {pair[0]: compare_class(*pair)[1].read(output, pair[0]) for pair in read_pairs(output, FIRST, SECOND)}
+    return {
+        name: [(row["image_uri"], row["change"], row["score_before"], row["score_after"]) for row in rows]
+        for name, rows in found.items()
+    }
+
+
 def test_psi_is_that_of_smoothed_decile_shares() -> None:
     before, after = np.asarray(EVEN), np.zeros(10)
     # Each decile holds one of ten: 1.5 / 15. All of the second night lie in the lowest: 10.5 / 15, elsewhere 0.5 / 15.
@@ -84,7 +97,7 @@ def test_a_class_drifts_where_the_shift_is_large_and_no_chance(tmp_path: Path) -
     publish(
         output, SECOND, [*scores_of("bolt", [0.0] * 10), *scores_of("few", [0.7, 0.8, 0.9]), *scores_of("nut", [None])]
     )
-    bolt, few, gone, nut = drift(read_night(output, FIRST), read_night(output, SECOND))
+    bolt, few, gone, nut = drifts(output)
     # Of all ways to mix ten with ten, two keep them apart.
     assert (bolt.ks, bolt.p_value) == (1.0, pytest.approx(2 / math.comb(20, 10)))
     assert bolt.psi == pytest.approx(1.82671, abs=1e-5) and bolt.drifted
@@ -99,7 +112,7 @@ def test_a_changed_model_is_named_beside_the_drift_that_it_makes(tmp_path: Path)
     output = Store(str(tmp_path))
     publish(output, FIRST, scores_of("bolt", EVEN))
     publish(output, SECOND, scores_of("bolt", EVEN), model="another")
-    (bolt,) = drift(read_night(output, FIRST), read_night(output, SECOND))
+    (bolt,) = drifts(output)
     assert bolt.changed == ("model",) and not bolt.drifted and bolt.psi == 0
 
 
@@ -107,19 +120,37 @@ def test_changed_verdicts_are_told_by_the_image_and_its_class(tmp_path: Path) ->
     output = Store(str(tmp_path))
     same = [("bolt", "still-good", 0.1), ("bolt", "still-bad", 0.9), ("bolt", "broken", None)]
     before = [("bolt", "a", 0.2), ("bolt", "b", 0.8), ("nut", "c", None), ("nut", "d", 0.9), ("nut", "other", 0.1)]
-    after = [("bolt", "a", 0.7), ("bolt", "b", 0.3), ("nut", "c", 0.6), ("nut", "e", 0.95), ("bolt", "other", 0.75)]
-    publish(output, FIRST, [*same, *before])
-    publish(output, SECOND, [*same, *after, ("nut", "f", 0.1)])
-    rows = changed_images(read_night(output, FIRST), read_night(output, SECOND)).to_pylist()
-    assert [(row["class_name"], row["image_uri"], row["change"]) for row in rows] == [
-        ("nut", "e", "new"),
-        ("bolt", "other", "new"),
-        ("bolt", "a", "became"),
-        ("nut", "c", "new"),
-        ("bolt", "b", "resolved"),
-    ]
-    assert rows[2]["score_before"] == pytest.approx(0.2) and rows[2]["score_after"] == pytest.approx(0.7)
-    assert rows[0]["score_before"] is None
+    after = [("bolt", "a", 0.7), ("bolt", "b", 0.3), ("bolt", "other", 0.75), ("nut", "c", 0.6), ("nut", "e", 0.95)]
+    publish(output, FIRST, [*same, *before, ("nut", "g", 0.2), ("nut", "h", 0.2)])
+    publish(output, SECOND, [*same, *after, ("nut", "g", 0.2), ("nut", "h", 0.2)])
+    near = pytest.approx
+    assert changes(output) == {
+        "bolt": [
+            ("other", "new", None, near(0.75)),
+            ("a", "became", near(0.2), near(0.7)),
+            ("b", "resolved", near(0.8), near(0.3)),
+        ],
+        "nut": [("e", "new", None, near(0.95)), ("c", "new", None, near(0.6))],
+    }
+    bolt, nut = drifts(output)
+    assert (bolt.common, nut.common) == (4, 2)
+
+
+def test_a_night_of_other_photos_is_compared_by_rates_and_not_by_verdicts(tmp_path: Path) -> None:
+    """As nights with select: new are: one photo of the night before is there again, changed."""
+    output, text = Store(str(tmp_path)), io.StringIO()
+    publish(output, FIRST, [("bolt", f"first/{n}", score) for n, score in enumerate(EVEN)])
+    publish(
+        output,
+        SECOND,
+        [("bolt", f"second/{n}", score) for n, score in enumerate(EVEN[4:])] + [("bolt", "first/0", 0.9)],
+    )
+    (bolt,) = drifts(output)
+    assert bolt.common == 1 and bolt.is_of_other_photos and bolt.rates == (5 / 10, 6 / 7)
+    assert [change[:2] for change in changes(output)["bolt"]] == [("first/0", "became")]
+    assert run_diff(output, None, None, Console(file=text, width=200)) == 0
+    assert "50.0% > 85.7%" in text.getvalue() and "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
+    assert "mostly other photos than the night before" in text.getvalue()
 
 
 def test_diff_compares_the_last_two_nights_and_fails_on_drift_alone_when_asked(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.lake.publish import read_commit
+from pipeline.lake.reading import read_groups
 from pipeline.storage import Store
 
 Row = dict[str, Any]
@@ -62,10 +62,10 @@ def read_rows(output: Store, commit: Mapping[str, Any], *, masks: bool) -> Itera
 
     with ThreadPoolExecutor(16, "export") as pool:
         for entry in commit["files"]:
-            file = pq.ParquetFile(io.BytesIO(output.read(entry["key"])))
-            for batch in file.iter_batches(_BATCH, columns=_COLUMNS):
-                rows = ({**row, "class_name": entry["class_name"]} for row in batch.to_pylist())
-                yield from pool.map(complete, rows)
+            for group in read_groups(output, entry, _COLUMNS):
+                for batch in group.to_batches(_BATCH):
+                    rows = ({**row, "class_name": entry["class_name"]} for row in batch.to_pylist())
+                    yield from pool.map(complete, rows)
 
 
 def _read_mask(output: Store, uri: str) -> NDArray[np.bool_]:
