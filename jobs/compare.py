@@ -72,7 +72,7 @@ def describe_base(job: JobConfig, comparisons: Sequence[str], shots: Sequence[in
 
 def _facts(job: JobConfig) -> dict[str, Any]:
     """The options that determine the scores of given images."""
-    elsewhere = {"dataset", "output", "storage", "run_date", "engine", "threshold"}
+    elsewhere = {"dataset", "output", "storage", "run_date", "timezone", "engine", "threshold"}
     document = job.model_dump(mode="json", exclude=elsewhere)
     document["method"] = job.resolved_method.model_dump(mode="json")
     return document

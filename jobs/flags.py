@@ -78,7 +78,7 @@ class JobFlags:
 class NightFlags(JobFlags):
     """The flags of a job, and which night it is of."""
 
-    run_date: Annotated[str | None, typer.Option(help="The night, YYYY-MM-DD; default: today, UTC.")] = None
+    run_date: Annotated[str | None, typer.Option(help="The night: YYYY-MM-DD, today or yesterday.")] = None
 
     def _keys(self) -> dict[str, Any]:
         return {**super()._keys(), "run_date": self.run_date}

@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from schemas.job.dates import escape_braces
 
 EMBEDDED_MODEL = "alfa-small"
 EMBEDDED_NOTE = (
@@ -25,6 +35,15 @@ FORMER_EMBEDDED_MODELS = ("alfa-tiny",)
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+Address = Annotated[str, Field(min_length=1), PlainSerializer(escape_braces)]
+"""An address in which a job may name its night, see schemas.job.dates. It holds what was filled in; written down, its
+braces are doubled, so that it reads back as itself."""
+Night = Annotated[
+    datetime.date,
+    WithJsonSchema({"anyOf": [{"type": "string", "format": "date"}, {"enum": ["today", "yesterday"]}]}),
+]
 
 
 class Part(BaseModel):
@@ -47,7 +66,7 @@ def without_credentials(uri: str) -> str:
 class Dataset(Part):
     """Where the images are and how their folders are to be read."""
 
-    images: str = Field(min_length=1, description="folder, table file or URI of the images")
+    images: Address = Field(description="folder, table file or URI of the images; {run_date} in it is the night's date")
     layout: Literal["auto", "folders", "flat", "mvtec", "visa", "table"] = Field(
         "auto", description="how class names are found; auto recognises the layout and says which"
     )
@@ -172,8 +191,7 @@ class Method(Part):
 class References(Part):
     """Few-shot: known-good images of each class, which all others are compared with."""
 
-    images: str = Field(
-        min_length=1,
+    images: Address = Field(
         description="`train`: the dataset's own train images (layouts mvtec and visa); else folder, table or URI of "
         "known-good images, one folder a class",
     )
@@ -198,7 +216,7 @@ class Threshold(Part):
     mask_value: float | None = Field(None, description="policy fixed: the same for pixels; default: value")
     quantile: Share = Field(0.95, description="policy quantile: share of a class's images of this run that lie below")
     reference_quantile: Share = Field(0.99, description="policy reference: share of the references that lie below")
-    table: str | None = Field(None, min_length=1, description="policy labels: path or URI of the calibrated thresholds")
+    table: Address | None = Field(None, description="policy labels: path or URI of the calibrated thresholds")
 
     @field_validator("table")
     @classmethod
@@ -257,7 +275,11 @@ class JobConfig(Part):
 
     dataset: Dataset
     output: Output
-    run_date: datetime.date = Field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date())
+    run_date: Night = Field(
+        default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date(),
+        description="the night: a date, `today` (default) or `yesterday`",
+    )
+    timezone: str = Field("UTC", description="IANA time zone that says which day it is, such as Europe/Berlin")
     storage: Storage = Storage()
     model: Model = Field(default_factory=lambda: Model())
     prompts: Prompts = Field(default_factory=lambda: Prompts())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import types
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from schemas.job.config import JobConfig
+from schemas.job.dates import resolve_dates
 from schemas.text import one_line
 
 
@@ -36,6 +38,10 @@ def parse_job(
     assignments += [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
     for path, value in assignments:
         _assign(merged, path, value)
+    try:
+        merged = resolve_dates(merged, datetime.datetime.now(datetime.timezone.utc))
+    except ValueError as error:
+        raise JobError("\n".join(one_line(line) for line in str(error).splitlines())) from None
     try:
         return JobConfig.model_validate(merged)
     except ValidationError as error:

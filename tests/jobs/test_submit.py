@@ -27,7 +27,8 @@ def job_of(*overrides: str, **keys: Any) -> JobConfig:
 @pytest.mark.parametrize("upload", [True, False])
 def test_the_command_makes_the_same_job_on_the_cluster(upload: bool) -> None:
     job = job_of(
-        "dataset.images=/data/it's a folder; $(rm) 😀", "dataset.layout=flat", "dataset.class_name='007'",
+        "dataset.images=/data/it's a folder of {run_date}; $(rm) {{lot}} 😀", "dataset.layout=flat",
+        "dataset.class_name='007'",
         "method.levels=[-1, -3]", "output.maps=true", "engine.actors=4", "threshold.mask_value=0.25",
         "model.name=ViT-B-16", "model.pretrained='null'", "prompts.llm=openai/gpt-4o-mini",
     )  # fmt: skip

@@ -3,6 +3,7 @@ import datetime
 import pytest
 
 from schemas.job import JobConfig, JobError, dump_job_yaml, parse_job, read_job_yaml
+from schemas.job.dates import resolve_dates
 
 MINIMAL = {"dataset": {"images": "photos"}, "output": {"uri": "lake"}}
 
@@ -59,6 +60,84 @@ def test_job_files_that_are_no_mapping_are_refused(text: str) -> None:
 def test_a_stored_job_reads_back_as_itself() -> None:
     job = parse_job({**MINIMAL, "threshold": {"policy": "quantile", "quantile": 0.9}})
     assert parse_job(read_job_yaml(dump_job_yaml(job))) == job
+
+
+def addresses(job: JobConfig) -> tuple[str, str, str | None]:
+    assert job.references is not None
+    return job.dataset.images, job.references.images, job.threshold.table
+
+
+def dated(**night: str) -> JobConfig:
+    return parse_job(
+        {
+            "dataset": {"images": "s3://factory/photos/{run_date}"},
+            "references": {"images": "good/{run_date:%Y/%m/%d}/{{lot}}"},
+            "threshold": {"policy": "labels", "table": "{run_date:%G-W%V}.json"},
+            "output": {"uri": "s3://lake/{not-a-date}"},
+            **night,
+        }
+    )
+
+
+def test_addresses_hold_the_date_of_the_night() -> None:
+    job = dated(run_date="2027-01-02")
+    assert addresses(job) == ("s3://factory/photos/2027-01-02", "good/2027/01/02/{lot}", "2026-W53.json")
+    assert job.output.uri == "s3://lake/{not-a-date}"
+    assert job == dated(run_date="2027-01-02") and job != dated(run_date="2027-01-03")
+    assert job.result_fingerprint("w", "p") != dated(run_date="2027-01-03").result_fingerprint("w", "p")
+
+
+def test_a_stored_job_holds_what_was_filled_in_and_reads_back_with_its_braces() -> None:
+    job = dated(run_date="2027-01-02")
+    text = dump_job_yaml(job)
+    assert "s3://factory/photos/2027-01-02\n" in text and "good/2027/01/02/{{lot}}\n" in text
+    assert parse_job(read_job_yaml(text)) == job
+
+
+@pytest.mark.parametrize(
+    ("zone", "word", "night"),
+    [
+        ("UTC", "today", "2026-07-14"),
+        ("UTC", "yesterday", "2026-07-13"),
+        ("Europe/Berlin", "today", "2026-07-15"),
+        ("Europe/Berlin", "yesterday", "2026-07-14"),
+        ("America/Los_Angeles", "today", "2026-07-14"),
+    ],
+)
+def test_the_time_zone_says_which_day_it_is(zone: str, word: str, night: str) -> None:
+    """At 01:30 in Stuttgart, in summer."""
+    now = datetime.datetime(2026, 7, 14, 23, 30, tzinfo=datetime.timezone.utc)
+    found = resolve_dates({"timezone": zone, "run_date": word, "dataset": {"images": "{run_date}"}}, now)
+    assert (found["run_date"], found["dataset"]["images"]) == (night, night)
+    assert word != "today" or resolve_dates({"timezone": zone}, now)["run_date"] == night
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("{date}/x", "no such placeholder: {date}; there is {run_date}"),
+        ("{}/x", "no such placeholder: {}"),
+        ("{run_date!r}", "no such placeholder: {run_date}"),
+        ("{run_date.year}", "no such placeholder: {run_date.year}"),
+        ("{run_date:%Y/%H}", "has %H, which a day does not have"),
+        ("{run_date:%}", "has %, which a day does not have"),
+        ("lot {7", "a brace that is part of the address is written twice"),
+        ("lot 7}", "a brace that is part of the address is written twice"),
+    ],
+)
+def test_what_is_no_date_in_braces_is_refused_by_name(address: str, said: str) -> None:
+    message = fault_of({"dataset": {"images": address}, "threshold": {"table": address}})
+    assert [line.split(":")[0] for line in message.splitlines()] == ["dataset.images", "threshold.table"]
+    assert message.count(said) == 2
+
+
+@pytest.mark.parametrize("zone", ["Europe/Stuttgart", "Europe", "../etc/passwd", "7"])
+def test_an_unknown_time_zone_is_refused(zone: str) -> None:
+    assert "timezone: no such time zone" in fault_of({"timezone": zone})
+
+
+def test_a_night_that_is_no_date_is_refused() -> None:
+    assert "run_date: " in fault_of({"run_date": "2026-02-30"}) and "run_date: " in fault_of({"run_date": "tomorrow"})
 
 
 def changed(*overrides: str) -> JobConfig:
