@@ -1,6 +1,6 @@
 """Run-time prompt adaptation: per image, ambiguous prompts are removed (ALFA, reconstructed from its abstract).
 
-Formulas: method.md, "Contextual score and adaptation"; the paper is arXiv 2404.09654.
+Formulas: pipeline/alfa/README.md, "Contextual score and adaptation"; the paper is arXiv 2404.09654.
 
 All functions work on a batch: B images, each with up to P prompts; rows of images with fewer are padded.
 """

@@ -3,7 +3,7 @@
 CLIP aligns only its class token with text. `value` applies to each patch the map that makes the class token; `ridge`
 fits a linear map, per image, from patch tokens to the class embeddings of windows; `raw` projects patch tokens as they
 are.
-Formulas: method.md, "Fine-grained aligner"; the paper is arXiv 2404.09654.
+Formulas: pipeline/alfa/README.md, "Fine-grained aligner"; the paper is arXiv 2404.09654.
 """
 
 from __future__ import annotations

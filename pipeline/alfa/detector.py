@@ -161,8 +161,8 @@ class Detector:
         """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
 
         The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
-        local the mean of the highest patches (method.md, "Image score" and "Fine-grained aligner"). Where a class has
-        references: map + R, (score + max R) / 2 ("Few-shot").
+        local the mean of the highest patches. Where a class has references: map + R, (score + max R) / 2.
+        Formulas: pipeline/alfa/README.md, "Image score", "Fine-grained aligner" and "Few-shot".
         """
         return self._start_judging(features, prompts)()
 

@@ -1,6 +1,6 @@
-"""Few-shot: how far a patch is from every patch of a handful of known-good images (method.md, "Few-shot").
+"""Few-shot: how far a patch is from every patch of a handful of known-good images.
 
-The idea is that of PatchCore and WinCLIP+; the formula R_p = min_r (1 - <x_p, r>) / 2 is method.md's.
+Formula: pipeline/alfa/README.md, "Few-shot"; the idea is that of PatchCore and WinCLIP+.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from scipy import ndimage
 from pipeline.evaluation.curves import Counts, Measure, Points, area, auroc, average_precision, f1_max, rates
 
 PRO_LIMIT = 0.3
-"""False positive rate up to which PRO is integrated (method.md)."""
+"""False positive rate up to which PRO is integrated, as papers do."""
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.int8)
 

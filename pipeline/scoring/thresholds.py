@@ -68,7 +68,8 @@ def require_two(class_name: str, shots: int) -> None:
 
 def reference_thresholds(run_id: str, classes: Sequence[str], quantile: float, output: Store) -> dict[str, Thresholds]:
     """Per class, the quantile (linear interpolation) of the references' leave-one-out scores, and that of their map
-    peaks for masks (method.md, "Few-shot"). Raises ThresholdError where a class has fewer than two references."""
+    peaks for masks (pipeline/alfa/README.md, "Few-shot"). Raises ThresholdError where a class has fewer than two
+    references."""
     found = {}
     for name in classes:
         stored = read_memory(run_id, name, output)

@@ -162,7 +162,7 @@ class Tile(Part):
 
 
 class Method(Part):
-    """The options of ALFA (method.md), each by name."""
+    """The options of ALFA (pipeline/alfa/README.md), each by name."""
 
     adaptation: Literal["none", "mean", "rank", "interval", "soft", "random"] = Field(
         "mean", description="random: the control, as many prompts as mean keeps, drawn anew for each place in a batch"
