@@ -66,7 +66,7 @@ def _run_checks(job: JobConfig) -> Iterator[Check]:
 
 
 def _check_images(job: JobConfig) -> str:
-    source = open_dataset(job.dataset, job.storage)
+    source = open_dataset(job.dataset, job.storage, open_store(job.output.uri, job.storage))
     batch = next(list_images(source), None)
     if batch is None:
         raise CheckError(f"the table {job.dataset.images} has no rows")

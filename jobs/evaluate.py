@@ -84,7 +84,7 @@ def run_evaluate(
     """
     jobs = expand(job, comparisons, shots)
     output = open_store(job.output.uri, job.storage)
-    source = open_dataset(job.dataset, job.storage)
+    source = open_dataset(job.dataset, job.storage, output)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         images = labelled_images(write_manifest(list_images(source), Path(scratch)))

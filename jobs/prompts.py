@@ -30,7 +30,7 @@ def run_prompts(job: JobConfig, console: Console) -> int:
     An LLM is asked only for classes that have no set yet. Raises LLMError, PromptLibraryError and DatasetError.
     """
     output = open_store(job.output.uri, job.storage)
-    source = open_dataset(job.dataset, job.storage)
+    source = open_dataset(job.dataset, job.storage, output)
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         classes = list(write_manifest(list_images(source), Path(scratch)).classes)
     owner, lease_s = leases.new_owner(), job.engine.lease_s

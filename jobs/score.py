@@ -78,10 +78,11 @@ def run_score(job: JobConfig, console: Console) -> int:
     """
     started = time.monotonic()
     output = open_store(job.output.uri, job.storage)
+    source = open_dataset(job.dataset, job.storage, output)
     if job.lake.format == "iceberg":
         open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
-        plan = plan_run(job, Path(scratch), output)
+        plan = plan_run(job, source, Path(scratch), output)
         logs.bind(run_id=plan.run.run_id)
         commit, stats = _run_or_wait(plan, output, console, started)
         if job.lake.format == "iceberg":
@@ -96,9 +97,8 @@ def run_score(job: JobConfig, console: Console) -> int:
     return _exit_code(commit, job.engine.max_error_rate)
 
 
-def plan_run(job: JobConfig, scratch: Path, output: Store) -> Plan:
+def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) -> Plan:
     """Lists the images, obtains the prompts, and works out which run this is."""
-    source = open_dataset(job.dataset, job.storage)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
     manifest = write_manifest(list_images(source), scratch)
     logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))

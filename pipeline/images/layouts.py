@@ -66,10 +66,12 @@ class ImageSource:
     table_key: str | None
 
 
-def open_dataset(dataset: Dataset, storage: Storage) -> ImageSource:
-    """Finds the root and the layout of the images. Raises DatasetError where none can be told.
+def open_dataset(dataset: Dataset, storage: Storage, output: Store | None = None) -> ImageSource:
+    """Finds the root and the layout of the images. With dataset.class_name and another layout than flat, only that
+    class is listed.
 
-    With dataset.class_name and another layout than flat, only that class is listed.
+    output: where the results go, if they go anywhere. Raises DatasetError where no layout can be told, or where a
+    folder of images and the output are one or lie in each other: the next night would score this one's masks.
     """
     if dataset.images.lower().endswith(_TABLES) and dataset.layout in ("auto", "table"):
         folder, _, name = dataset.images.rpartition("/")
@@ -78,6 +80,11 @@ def open_dataset(dataset: Dataset, storage: Storage) -> ImageSource:
             raise DatasetError(f"the table {dataset.images} is not there")
         return ImageSource(store, "table", dataset.class_name, name)
     store = open_store(dataset.images, storage)
+    if output is not None and store.overlaps(output):
+        raise DatasetError(
+            f"output.uri {output.uri('')} and dataset.images {store.uri('')} must lie apart, neither in the other: the "
+            f"next night would take masks for photos. Give the results a folder of their own"
+        )
     layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name)
     if layout == "table":
         raise DatasetError(f"layout table wants a .parquet or .csv file, not {dataset.images}")

@@ -97,6 +97,14 @@ class Store:
         is_foreign = separator and scheme not in _protocols(self.fs)
         return uri if is_foreign else str(self.fs._strip_protocol(uri))
 
+    def overlaps(self, other: Store) -> bool:
+        """Whether one of the two roots is the other or lies in it; symbolic links are followed, s3a is s3."""
+        if type(self.fs) is not type(other.fs):
+            return False
+        roots = [os.path.realpath(store.path) if store.is_local else store.path for store in (self, other)]
+        first, second = (root.rstrip("/") + "/" for root in roots)
+        return first.startswith(second) or second.startswith(first)
+
     def read(self, key: str) -> bytes:
         """The whole object."""
         return self._read(self._path(key))

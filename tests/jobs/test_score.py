@@ -191,6 +191,20 @@ def test_an_endpoint_with_a_secret_in_it_is_refused_without_telling_it(tmp_path:
     assert len(refused.stderr.splitlines()) == 1 and "planted-77c1" not in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("images", "output"), [("in", "in"), ("in", "in/out/"), ("in/hazelnut", "in"), ("in", "link/out"), ("link", "in/x")]
+)
+def test_an_output_inside_the_images_is_refused_before_anything_is_written(
+    images: str, output: str, tmp_path: Path
+) -> None:
+    shutil.copytree(DEMO / "hazelnut" / "test" / "good", tmp_path / "in" / "hazelnut")
+    (tmp_path / "link").symlink_to("in")
+    before = sorted(tmp_path.rglob("*"))
+    refused = score(tmp_path / images, tmp_path / output, "lake.format=iceberg")
+    assert refused.returncode == 2 and "must lie apart" in refused.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_help_fits_a_screen() -> None:
     lines = alfa("score", "--help").stdout.splitlines()
     assert 10 < len(lines) <= 40

@@ -149,6 +149,29 @@ def test_an_address_leads_to_its_own_store_and_none_to_a_disk_from_elsewhere(tmp
             other.read_uri(uri)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "overlap"),
+    [
+        ("s3://lake/photos", "s3://lake/photos/", True),
+        ("s3://lake/photos", "s3a://lake/photos/out", True),
+        ("s3://lake", "s3://lake/photos", True),
+        ("s3://lake/photos", "s3://lake/photos-out", False),
+        ("s3://lake/photos", "s3://photos/lake", False),
+        ("s3://lake/photos", "/lake/photos", False),
+        ("{here}/in", "file://{here}/in/out", True),
+        ("{here}/in", "{here}/x/../in", True),
+        ("{here}/link/out", "{here}/in", True),
+        ("{here}/in", "{here}/inside", False),
+        ("/", "{here}/in", True),
+    ],
+)
+def test_roots_overlap_where_one_lies_in_the_other(first: str, second: str, overlap: bool, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "link").symlink_to("in")
+    stores = [Store(root.format(here=tmp_path)) for root in (first, second)]
+    assert stores[0].overlaps(stores[1]) == stores[1].overlaps(stores[0]) == overlap
+
+
 def test_uris_lead_back_to_keys(store: Store) -> None:
     store.write("a b/ü#%2e.png", b"x")
     uri = store.uri("a b/ü#%2e.png")
