@@ -87,7 +87,7 @@ def test_tiles_find_a_defect_of_12_pixels_that_the_whole_does_not_show(photos: P
     assert abs(x - 2605) <= 60 and abs(y - 1905) <= 60  # two patches of a tile
     for name in ("clean", "blot"):
         row = tiled[name]
-        assert (row["width"], row["grid_width"], len(row["grid"])) == (4000, 150, 150 * 112)
+        assert (row["width"], row["grid_width"], len(row["grid"])) == (4000, 160, 160 * 120)
         assert Image.open(row["mask_uri"]).size == SIZE
     assert tiled["memory"] < MOST_MEMORY
 
