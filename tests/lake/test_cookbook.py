@@ -1,4 +1,4 @@
-"""README's section on reading the lake: every snippet is taken from it and run, on a lake of two nights."""
+"""The cookbook of pipeline/lake/README.md: every snippet is taken from it and run, on a lake of two nights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.lake.test_iceberg import job_for
 from tests.lake.test_publish import CLASSES, ROWS, make_run
 from tests.places import ROOT
 
-README = (ROOT / "README.md").read_text()
-SECTION = README.partition("## Reading the lake\n")[2].partition("\n## ")[0]
+PAGE = "pipeline/lake/README.md"
+SECTION = (ROOT / PAGE).read_text().partition("\n## Cookbook\n")[2].partition("\n## ")[0]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", SECTION, re.DOTALL)
 PYTHON = {code.splitlines()[0].strip("# ").split()[0].strip(",;"): code for kind, code in BLOCKS if kind == "python"}
 NIGHTS = ("2026-01-01", "2026-01-02")
@@ -42,7 +42,7 @@ def lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_python(code: str, lake: Path) -> Any:
     names: dict[str, Any] = {}
-    exec(compile(code.replace("s3://lake/inspection", str(lake)), "README.md", "exec"), names)
+    exec(compile(code.replace("s3://lake/inspection", str(lake)), PAGE, "exec"), names)
     return names["rows"]
 
 
@@ -93,6 +93,16 @@ def test_sql_snippets_give_the_night_the_last_night_and_each_image_once(lake: Pa
     assert len(last) == ROWS * len(CLASSES) and all(f"{NIGHTS[1]}-aaa" in row for row in last)
     images = ROWS  # both classes of make_run share their image ids
     assert len(once) == images and all(f"{NIGHTS[1]}-aaa" in row for row in once)
+
+
+def test_the_query_of_the_readme_lists_what_is_anomalous(lake: Path) -> None:
+    (query,) = re.findall(r"```sql\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert duckdb.sql(query.replace("out/demo", str(lake))).columns == [
+        "class_name", "score", "image_uri", "defect", "mask_uri"
+    ]  # fmt: skip
+    called = query.replace("out/demo", str(lake)).replace("WHERE is_anomalous", "WHERE score > 0.9")
+    scores = [row[1] for row in duckdb.sql(called).fetchall()]
+    assert len(scores) == 10 and scores == sorted(scores, reverse=True)
 
 
 def test_the_command_prints_ddl() -> None:
