@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from jobs.console import make_table, print_line
+from pipeline.lake import find_night_before, published_nights
 from pipeline.report import ClassDrift, drift
 from pipeline.storage import Store
 
@@ -44,7 +45,7 @@ def run_diff(
     class counts as drifting. json_file: also write all of it there, as JSON. Raises NightError where a night is not
     published.
     """
-    published = drift.published_nights(output)
+    published = published_nights(output)
     pair = _choose(published, before, after, output)
     if pair is None:
         logger.info("only one night is published at %s; there is nothing to compare it with yet", output.uri(""))
@@ -82,7 +83,7 @@ def _choose(published: Sequence[str], before: str | None, after: str | None, out
     if not published:
         raise NightError(f"no night is published at {output.uri('')}")
     after = after or published[-1]
-    before = before or next((night for night in reversed(published) if night < after), None)
+    before = before or find_night_before(output, after)
     return None if before is None else (before, after)
 
 

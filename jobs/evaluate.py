@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs.compare import BASE, describe_base, expand
 from jobs.console import make_table, print_line
-from jobs.score import find_references, name_run, obtain_ensembles
+from jobs.planning import find_references, name_run, obtain_ensembles
 from pipeline.alfa import locate_weights
 from pipeline.evaluation import (
     HEADERS,

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from jobs.console import print_line
-from pipeline.lake import read_commit
-from pipeline.report import ReportError, published_nights, write_report
+from pipeline.lake import published_nights, read_commit
+from pipeline.report import ReportError, write_report
 from pipeline.storage import Store, paths, redact
 
 logger = logging.getLogger(__name__)

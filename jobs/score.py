@@ -1,4 +1,4 @@
-"""`alfa score`: scores and publishes a night, from the listing of its images to its commit."""
+"""`alfa score`: one night from listing to commit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,54 +20,29 @@ from rich.markup import escape
 
 from jobs import logs
 from jobs.console import make_table, print_line
+from jobs.planning import Plan, open_source, plan_run
 from jobs.progress import RunProgress
 from jobs.report import report_night
-from pipeline.alfa import Weights, locate_weights, text_fits
-from pipeline.engine import ScoringPool, connect, obtain_prompts
-from pipeline.images import ImageSource, list_images, list_references, open_dataset
-from pipeline.lake import open_catalog, publish_night, publish_snapshot, read_commit
-from pipeline.prompts import compose_ensemble, find, obtain, record_prompts
+from pipeline.engine import ScoringPool, connect
+from pipeline.lake import (
+    open_catalog,
+    publish_night,
+    publish_snapshot,
+    read_commit,
+)
 from pipeline.scoring import (
     HASHED,
-    Manifest,
-    ThresholdError,
     Thresholds,
-    choose_references,
     cut_shards,
-    describe_choice,
     fixed_thresholds,
     identify_shards,
-    parse_table,
     quantile_thresholds,
     reference_thresholds,
-    require_two,
-    select_thresholds,
-    write_manifest,
 )
-from pipeline.storage import Run, Store, leases, open_store, paths, read_shards
+from pipeline.storage import Store, leases, open_store, paths, read_shards
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
-from schemas.prompts import PromptSet, RunPrompts, Usage
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a night before its first image is scored."""
-
-    run: Run
-    weights: Weights
-    source: ImageSource
-    manifest: Manifest
-    prompts: RunPrompts
-    usage: Usage
-    """What this job has spent on prompts; sets that were stored already cost nothing."""
-    references: Mapping[str, Sequence[Mapping[str, Any]]]
-    """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
-    thresholds: Mapping[str, Thresholds]
-    """By class, from the calibrated table; empty unless threshold.policy is labels."""
-    table: bytes
-    """The calibrated table, as its file holds it."""
 
 
 def run_score(job: JobConfig, console: Console) -> int:
@@ -78,7 +53,7 @@ def run_score(job: JobConfig, console: Console) -> int:
     """
     started = time.monotonic()
     output = open_store(job.output.uri, job.storage)
-    source = open_dataset(job.dataset, job.storage, output)
+    source = open_source(job, output)
     if job.lake.format == "iceberg":
         open_catalog(job)  # what cannot be published need not be scored
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
@@ -95,106 +70,6 @@ def run_score(job: JobConfig, console: Console) -> int:
     )
     print_summary(plan, commit, stats, report, output, console)
     return _exit_code(commit, job.engine.max_error_rate)
-
-
-def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) -> Plan:
-    """Lists the images, obtains the prompts, and works out which run this is."""
-    logger.info("layout %s at %s", source.layout, source.store.uri(""))
-    manifest = write_manifest(list_images(source), scratch)
-    logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
-    weights = locate_weights(job.model)
-    if weights.is_embedded:
-        logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
-    table = _read_table(job)
-    place, classes = str(job.threshold.table), list(manifest.classes)
-    calibrated = parse_table(table, place) if table else None
-    thresholds = select_thresholds(calibrated, place, job, weights.sha256, classes) if calibrated else {}
-    references = find_references(job, source, classes)
-    prompts, usage = obtain_ensembles(job, classes, output)
-    run = name_run(job, weights, prompts, references, table)
-    return Plan(run, weights, source, manifest, prompts, usage, references, thresholds, table)
-
-
-def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Chooses the reference images of each class, as manifest rows; classes without any are left out.
-
-    Empty where the job is zero-shot. Raises DatasetError where no class has any, ThresholdError where
-    threshold.policy reference needs more of them.
-    """
-    if job.references is None:
-        return {}
-    rows = list_references(job.references, job.dataset, source, job.storage)
-    chosen = choose_references(rows, job.references.shots, job.references.seed)
-    for line in describe_choice(chosen, classes, job.references.shots):
-        logger.warning("%s", line)
-    if job.threshold.policy == "reference":
-        for name in classes:
-            require_two(name, len(chosen.get(name, ())))
-    return {name: chosen[name] for name in classes if name in chosen}
-
-
-def _read_table(job: JobConfig) -> bytes:
-    """Reads the file of calibrated thresholds that the job names; empty where it names none."""
-    if job.threshold.policy != "labels" or job.threshold.table is None:
-        return b""
-    folder, _, name = job.threshold.table.rpartition("/")
-    try:
-        return open_store(folder or ".", job.storage).read(name)
-    except FileNotFoundError:
-        raise ThresholdError(
-            f"threshold.table {job.threshold.table} is missing; write it with alfa calibrate, or take another policy"
-        ) from None
-
-
-def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
-    """Obtains the prompts of the classes. Returns them, and what was spent now on an LLM that describes classes."""
-    sets, usage = _prompt_sets(job, classes, output)
-    for prompt_set in sets:
-        logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
-    fits = text_fits(job.model)
-    return record_prompts(sets, [compose_ensemble(prompt_set, fits) for prompt_set in sets]), usage
-
-
-def name_run(
-    job: JobConfig,
-    weights: Weights,
-    prompts: RunPrompts,
-    references: Mapping[str, Sequence[Mapping[str, Any]]],
-    table: bytes = b"",
-) -> Run:
-    """Names the run of a job; its id hashes all that determines its rows.
-
-    references: manifest rows of the reference images, by class. table: the file of calibrated thresholds.
-    """
-    prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
-    image_ids = [image["image_id"] for _, images in sorted(references.items()) for image in images]
-    digest = hashlib.sha256(table).hexdigest()
-    run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint, image_ids, digest)}"
-    return Run(run_id, job, weights.label, weights.sha256)
-
-
-def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
-    """Reads stored and bundled sets here; Ray and its prompt actor are needed only where an LLM is to be asked."""
-    stored = {name: find(output, name, job.prompts) for name in classes}
-    missing = [name for name, prompt_set in stored.items() if prompt_set is None]
-    made: dict[str, PromptSet] = {}
-    if not job.prompts.asks_llm:
-        made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
-    elif missing:
-        with connect(job):
-            made = dict(zip(missing, obtain_prompts(job, missing, leases.new_owner()), strict=True))
-    sets = [prompt_set for name in classes if (prompt_set := stored[name] or made.get(name))]
-    return sets, _sum_usage([item.usage for item in made.values() if item.source == "llm"])
-
-
-def _sum_usage(items: Sequence[Usage]) -> Usage:
-    costs = [item.cost_usd for item in items]
-    return Usage(
-        calls=sum(item.calls for item in items),
-        prompt_tokens=sum(item.prompt_tokens for item in items),
-        completion_tokens=sum(item.completion_tokens for item in items),
-        cost_usd=None if not costs or None in costs else sum(cost for cost in costs if cost is not None),
-    )
 
 
 def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -253,6 +128,12 @@ def _execute(
         "usage": plan.usage.model_dump(),
         "versions": versions(),
     }
+    if plan.selection is not None:
+        facts["selection"] = asdict(plan.selection)
+    if not shard_ids:
+        with RunProgress(facts, output, console, 0, 0, started) as progress:
+            commit = publish_night(run, manifest.digest, run.shards, [], output, lease.owner)
+            return commit, progress.write("done", **_totals(commit))
     with connect(job):
         pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
         try:
@@ -265,7 +146,7 @@ def _execute(
                         lease.check()
                 folder = _mask_all(plan, pool, shard_ids, output, lease)
                 lease.check()
-                commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner)
+                commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints)
                 return commit, progress.write("done", **_totals(commit))
         finally:
             pool.close()
@@ -361,6 +242,11 @@ def print_summary(
         ("commit", output.uri(paths.commit_key(run.job.run_date))),
         ("report", report or "could not be written; the log says why"),
     ]
+    if (selection := plan.selection) is not None:
+        left_out = (
+            f"{selection.listed} listed, {selection.scored} scored in other nights, {selection.given_up} given up"
+        )
+        lines.insert(0, ("new", f"{plan.manifest.images}; {left_out}"))
     if plan.weights.is_embedded:
         lines.insert(0, ("model", f"{run.model}, {EMBEDDED_NOTE}"))
     for name, text in lines:
@@ -375,14 +261,3 @@ def _describe_speed(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("rate", f"{rate:g} images/s, over {scoring_s:g} s of scoring"),
         ("time", f"{stats['total_seconds']:g} s in total, with listing, start of Ray and models, and publishing"),
     ]
-
-
-def _origin(prompt_set: PromptSet) -> str:
-    if prompt_set.source == "llm":
-        return f"by {prompt_set.model}"
-    return "bundled" if prompt_set.source == "bundled" else "base ensemble only; no LLM has described this class"
-
-
-def _shorten(classes: Mapping[str, int], most: int = 8) -> str:
-    shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:most])
-    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")

@@ -129,6 +129,21 @@ SHARD = pa.schema(
 )
 """A shard's record in runs/: the rows of the table, and what masks are made of."""
 
+LEDGER = pa.schema(
+    [
+        _field("photo", pa.binary(16), "image_id, as bytes", nullable=False),
+        _field(
+            "scored_as",
+            pa.string(),
+            "fingerprint of class, model, weights, method, prompts and references",
+            nullable=False,
+        ),
+        _field("ok", pa.bool_(), "whether the photo has a score; else its row is an error", nullable=False),
+    ],
+    metadata={"schema_version": str(SCHEMA_VERSION)},
+)
+"""Which photos a night holds, in ledger/: what nights with dataset.select new leave out."""
+
 _METRIC_DOCS = {
     "image_auroc": "area under the ROC curve of image scores, exact",
     "image_aupr": "average precision of image scores, exact",

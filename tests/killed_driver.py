@@ -26,7 +26,8 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _kill_around(when: str, pattern: str, number: int) -> None:
+def kill_around(when: str, pattern: str, number: int) -> None:
+    """Kills this process before or after the N-th object whose key matches is written, created, replaced or deleted."""
     seen, thread = 0, threading.local()
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -75,5 +76,5 @@ if __name__ == "__main__":
         _act_at_shard(int(rest), lambda: kill_processes("ray::ScoringActor", os.getpid()))
     else:
         wanted, _, count = rest.rpartition(":")
-        _kill_around(kind, wanted, int(count))
+        kill_around(kind, wanted, int(count))
     cli.main()

@@ -64,31 +64,35 @@ class ImageSource:
     layout: str
     class_name: str | None
     table_key: str | None
+    may_be_empty: bool = False
 
 
-def open_dataset(dataset: Dataset, storage: Storage, output: Store | None = None) -> ImageSource:
+def open_dataset(
+    dataset: Dataset, storage: Storage, output: Store | None = None, *, may_be_empty: bool = False
+) -> ImageSource:
     """Finds the root and the layout of the images. With dataset.class_name and another layout than flat, only that
     class is listed.
 
-    output: where the results go, if they go anywhere. Raises DatasetError where no layout can be told, or where a
-    folder of images and the output are one or lie in each other: the next night would score this one's masks.
+    output: where the results go, if they go anywhere. may_be_empty: no images are no fault, here and in list_images.
+    Raises DatasetError where no layout can be told, or where a folder of images and the output are one or lie in each
+    other: the next night would score this one's masks.
     """
     if dataset.images.lower().endswith(_TABLES) and dataset.layout in ("auto", "table"):
         folder, _, name = dataset.images.rpartition("/")
         store = open_store(folder or ".", storage)
         if not store.exists(name):
             raise DatasetError(f"the table {dataset.images} is not there")
-        return ImageSource(store, "table", dataset.class_name, name)
+        return ImageSource(store, "table", dataset.class_name, name, may_be_empty)
     store = open_store(dataset.images, storage)
     if output is not None and store.overlaps(output):
         raise DatasetError(
             f"output.uri {output.uri('')} and dataset.images {store.uri('')} must lie apart, neither in the other: the "
             f"next night would take masks for photos. Give the results a folder of their own"
         )
-    layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name)
+    layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name, may_be_empty)
     if layout == "table":
         raise DatasetError(f"layout table wants a .parquet or .csv file, not {dataset.images}")
-    return ImageSource(store, layout, dataset.class_name, None)
+    return ImageSource(store, layout, dataset.class_name, None, may_be_empty)
 
 
 def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
@@ -97,7 +101,7 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
     Raises DatasetError for a faulty table, and where folders hold nothing to score.
     """
     listed = _list_columns(source)
-    empty = source.layout != "table"
+    empty = source.layout != "table" and not source.may_be_empty
     for columns in _merge(_unique(listed) if source.layout == "table" else listed):
         try:
             yield _to_batch(columns)
@@ -139,10 +143,12 @@ _LAYOUTS_HELP = (
 )
 
 
-def _recognise(store: Store, class_name: str | None) -> str:
+def _recognise(store: Store, class_name: str | None, may_be_empty: bool) -> str:
     if store.exists(_VISA_SPLIT):
         return "visa"
     keys = [info.key for info in islice(_list_keys(store), _LOOKED_AT)]
+    if not keys and may_be_empty:
+        return "folders"
     if not keys:
         raise DatasetError(f"no images at {store.uri('')}; {_LAYOUTS_HELP}")
     parts = [key.split("/") for key in keys]

@@ -4,31 +4,41 @@ In: finished shards, a run's figures. Out: the scores table, commits, exports, O
 May import: images, storage, schemas.
 """
 
+from pipeline.lake.commits import find_night_before, published_nights, read_commit
 from pipeline.lake.ddl import DIALECTS, render_ddl
 from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
 from pipeline.lake.garbage import collect_garbage
 from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
+from pipeline.lake.ledger import KnownPhotos, Ledger, Selection, find_ledgers, read_known, write_ledger
 from pipeline.lake.lineage import run_event
 from pipeline.lake.metrics import exposition
-from pipeline.lake.publish import publish_night, read_commit
+from pipeline.lake.publish import publish_night
 from pipeline.lake.reading import read_groups, take_rows
 
 __all__ = [
     "DIALECTS",
     "FORMATS",
     "ExportError",
+    "KnownPhotos",
     "LakeError",
+    "Ledger",
+    "Selection",
     "collect_garbage",
     "export_rows",
     "exposition",
+    "find_ledgers",
     "find_night",
+    "find_night_before",
     "open_catalog",
     "publish_night",
     "publish_snapshot",
+    "published_nights",
     "read_commit",
     "read_groups",
+    "read_known",
     "read_rows",
     "render_ddl",
     "run_event",
     "take_rows",
+    "write_ledger",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any
 
-from pipeline.lake.publish import read_commit
+from pipeline.lake.commits import read_commit
 from pipeline.storage import ObjectInfo, Store, leases, paths
 
 logger = logging.getLogger(__name__)

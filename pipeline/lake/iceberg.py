@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.lake.publish import read_commit
+from pipeline.lake.commits import read_commit
 from pipeline.lake.reading import read_groups
 from pipeline.storage import Store, leases, open_store, paths, redact
 from schemas.job import JobConfig

@@ -20,7 +20,7 @@ import json
 import logging
 import tempfile
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -31,6 +31,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.lake.commits import read_commit
+from pipeline.lake.ledger import COLUMNS, build_ledger, describe_ledger
 from pipeline.lake.sorting import RowSorter
 from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
 from schemas.tables import SCHEMA_VERSION, SCORES
@@ -43,13 +45,20 @@ _ROWS_PER_GROUP = 65_536
 
 
 def publish_night(
-    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store, owner: str
+    run: Run,
+    manifest_digest: str,
+    folder: str,
+    shard_ids: Sequence[str],
+    output: Store,
+    owner: str,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
 
     Memory is bounded whatever the number of rows. A local scratch folder (TMPDIR) holds the rows, compressed, and the
     table's files. The commit is written last: a night that has it is published as a whole. Of two who publish the same
-    night, one waits for the other; the later commit wins. owner: who publishes, for the lease.
+    night, one waits for the other; the later commit wins. owner: who publishes, for the lease. fingerprints: what each
+    class was scored as (JobConfig.class_fingerprint), for the ledger; a class without one is not in it.
     """
     lease_s = run.job.engine.lease_s
     lease = leases.acquire(output, paths.night_lease(run.job.run_date), owner, lease_s)
@@ -58,27 +67,34 @@ def publish_night(
         before = read_commit(output, run.job.run_date)
         if before and before["run_id"] != run.run_id:
             logger.warning("night %s was published by run %s; this run replaces it", run.job.run_date, before["run_id"])
-        return _publish(run, manifest_digest, folder, shard_ids, output, lease)
+        return _publish(run, manifest_digest, folder, shard_ids, output, lease, fingerprints or {})
 
 
 def _publish(
-    run: Run, manifest_digest: str, folder: str, shard_ids: Sequence[str], output: Store, lease: leases.Lease
+    run: Run,
+    manifest_digest: str,
+    folder: str,
+    shard_ids: Sequence[str],
+    output: Store,
+    lease: leases.Lease,
+    fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
     run_date = run.job.run_date
     commit_version = output.version(paths.commit_key(run_date))
     found = {info.key: output.version(info.key) for info in output.list(f"{paths.TABLE}/run_date={run_date}")}
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
         files = _write_files(run, read_shards(output, folder, shard_ids, _COLUMNS), Path(scratch))
-        entries = [_entry(run, manifest_digest, file) for file in files]
+        entries = [_entry(run, manifest_digest, file, fingerprints.get(file.class_name)) for file in files]
+        commit = _commit(run, manifest_digest, folder, entries)
         for file, entry in zip(files, entries, strict=True):
             if not output.exists(entry["key"]):
                 output.write(entry["key"], file.path)
         for file, entry in zip(files, entries, strict=True):
             lease.check()
             _replace(output, entry["table_key"], file.path, found.get(entry["table_key"]), lease)
+        _write_ledger(commit, files, fingerprints, output, Path(scratch))
     for key in found.keys() - {entry["table_key"] for entry in entries}:
         output.delete(key)
-    commit = _commit(run, manifest_digest, folder, entries)
     lease.check()
     data = json.dumps(commit, indent=2, ensure_ascii=False).encode()
     _replace(output, paths.commit_key(run_date), data, commit_version, lease)
@@ -90,15 +106,6 @@ def _replace(output: Store, key: str, data: bytes | Path, version: str | None, l
         return
     lease.check()  # says who it was, where that is known
     raise leases.LeaseLostError(f"{output.uri(key)} was written by another while this process published; it stops")
-
-
-def read_commit(output: Store, run_date: Any) -> dict[str, Any] | None:
-    """What belongs to a night; None where nothing is published."""
-    try:
-        commit: dict[str, Any] = json.loads(output.read(paths.commit_key(run_date)))
-    except FileNotFoundError:
-        return None
-    return commit
 
 
 @dataclass
@@ -178,10 +185,33 @@ def _write_file(run: Run, facts: _Facts, groups: Iterable[pa.Table], path: Path)
         deque(map_ahead(pool, write, groups, ahead=2), maxlen=0)
 
 
-def _entry(run: Run, manifest_digest: str, file: _File) -> dict[str, Any]:
+def _write_ledger(
+    commit: Mapping[str, Any], files: Sequence[_File], fingerprints: Mapping[str, str], output: Store, folder: Path
+) -> None:
+    """Writes the ledger that the commit leads to, from the local files. Until the commit is there, it says nothing."""
+    ledger = describe_ledger(commit, fingerprints)
+    if not ledger.entries:
+        return
+    parts = (
+        (fingerprints[file.class_name], _read_columns(file.path, COLUMNS))
+        for file in files
+        if file.class_name in fingerprints
+    )
+    build_ledger(parts, folder / "ledger.parquet")
+    output.write(ledger.key, folder / "ledger.parquet")
+
+
+def _read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
+    with pq.ParquetFile(path) as file:
+        for number in range(file.num_row_groups):
+            yield file.read_row_group(number, list(columns))
+
+
+def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None) -> dict[str, Any]:
     run_date, facts = run.job.run_date, file.facts
     return {
         "class_name": file.class_name,
+        "scored_as": fingerprint,
         "rows": facts.rows,
         "errors": dict(sorted(facts.errors.items())),
         "anomalies": facts.anomalies,
@@ -199,6 +229,7 @@ def _commit(run: Run, manifest_digest: str, folder: str, entries: Sequence[Mappi
         "run_id": run.run_id,
         "manifest": manifest_digest,
         "shards": folder,
+        "select": run.job.dataset.select,
         "rows": sum(entry["rows"] for entry in entries),
         "committed_at": datetime.now(timezone.utc).isoformat(),
         "files": list(entries),

@@ -73,7 +73,7 @@ class RowSorter:
         # Not a memory map: all of its pages that were read would be in memory too.
         with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as file:
             runs = [map(file.get_batch, run) for run in self._runs[class_name]]
-            yield from _regroup(_merge(runs, self._order), size)
+            yield from regroup(_merge(runs, self._order), size)
 
     def _start_run(self, class_name: str) -> None:
         """Has the waiting rows of a class sorted and written, once what was started before is done."""
@@ -126,7 +126,7 @@ def _last(values: npt.NDArray[np.int64], value: int) -> int:
     return int(np.flatnonzero(values == value)[-1])
 
 
-def _regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
+def regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
     """The same rows in parts of `size`; the last may be smaller."""
     waiting: list[pa.Table] = []
     rows = 0

@@ -5,7 +5,7 @@ May import: storage, schemas. Only llm.py imports litellm.
 """
 
 from pipeline.prompts.compose import compose_ensemble, record_prompts
-from pipeline.prompts.library import PromptLibraryError, find, make_offline, obtain
+from pipeline.prompts.library import PromptLibraryError, find, find_or_make, make_offline, obtain
 from pipeline.prompts.llm import LLMError, missing_key
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "PromptLibraryError",
     "compose_ensemble",
     "find",
+    "find_or_make",
     "make_offline",
     "missing_key",
     "obtain",

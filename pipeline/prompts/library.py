@@ -65,6 +65,14 @@ def find(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
         ) from None
 
 
+def find_or_make(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
+    """The prompt set that obtain would give without asking an LLM; None where it would ask. Writes nothing."""
+    stored = find(store, class_name, config)
+    if stored is not None or config.asks_llm:
+        return stored
+    return make_offline(class_name, described=config.described)
+
+
 def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_s: float = leases.LEASE_S) -> PromptSet:
     """The prompt set of a class, made now if there is none: an LLM is asked only by the holder of the lease.
 

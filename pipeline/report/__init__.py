@@ -5,7 +5,7 @@ May import: lake, images, storage, schemas.
 """
 
 from pipeline.report import drift
-from pipeline.report.drift import ClassDrift, published_nights
+from pipeline.report.drift import ClassDrift
 from pipeline.report.loading import ReportError, gather
 from pipeline.report.rendering import render, write_report
 
@@ -14,7 +14,6 @@ __all__ = [
     "ReportError",
     "drift",
     "gather",
-    "published_nights",
     "render",
     "write_report",
 ]

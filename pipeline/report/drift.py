@@ -43,6 +43,7 @@ class ClassNight:
 
     photos: int64, hashes of their addresses, which differ from process to process; scores: float32, NaN on error;
     anomalous: bool; setup: the models, weights and prompts that scored it. entry: its file; None where there is none.
+    select: the night's dataset.select.
     """
 
     entry: Mapping[str, Any] | None
@@ -50,6 +51,7 @@ class ClassNight:
     scores: NDArray[np.float32]
     anomalous: NDArray[np.bool_]
     setup: Sequence[frozenset[str]]
+    select: str
 
     @property
     def scored(self) -> NDArray[np.int64]:
@@ -64,7 +66,7 @@ class ClassDrift:
     ks: largest distance of the two empirical distribution functions of the scores, 0 to 1; p_value: the probability of
     at least this distance between samples of one distribution; psi: see psi(). None where a night has no scores of it.
     common: photos that have a score in both. changed: which of model, weights and prompts differ, so that scores would
-    differ of the same photos too.
+    differ of the same photos too. select: dataset.select of the night after.
     """
 
     class_name: str
@@ -78,6 +80,7 @@ class ClassDrift:
     psi: float | None
     changed: tuple[str, ...]
     drifted: bool
+    select: str
 
     @property
     def rates(self) -> tuple[float | None, float | None]:
@@ -100,21 +103,17 @@ class ClassDrift:
         if not self.images[0]:
             return "new class"
         if not self.images[1]:
-            return "no photos any more"
+            return "no new photos" if self.select == "new" else "no photos any more"
         return "steady" if self.psi is not None else "no scores to compare"
-
-
-def published_nights(output: Store) -> list[str]:
-    """The dates that have a commit, oldest first."""
-    keys = [info.key for info in output.list("commits")]
-    return sorted(key.removeprefix("commits/").removesuffix(".json") for key in keys if key.endswith(".json"))
 
 
 def read_pairs(output: Store, before: str, after: str) -> Iterator[tuple[str, ClassNight, ClassNight]]:
     """The classes of two nights, by name. Raises FileNotFoundError where a night is not published."""
-    files = [{entry["class_name"]: entry for entry in _published(output, night)["files"]} for night in (before, after)]
+    commits = [_published(output, night) for night in (before, after)]
+    files = [{entry["class_name"]: entry for entry in commit["files"]} for commit in commits]
+    selects = [commit.get("select", "all") for commit in commits]
     for name in sorted({name for night in files for name in night}):
-        old, new = (_read_class(output, night.get(name)) for night in files)
+        old, new = (_read_class(output, night.get(name), how) for night, how in zip(files, selects, strict=True))
         yield name, old, new
 
 
@@ -125,7 +124,7 @@ def _published(output: Store, run_date: str) -> dict[str, Any]:
     return commit
 
 
-def _read_class(output: Store, entry: Mapping[str, Any] | None) -> ClassNight:
+def _read_class(output: Store, entry: Mapping[str, Any] | None, select: str) -> ClassNight:
     photos, scores, anomalous = ([np.empty(0, kind)] for kind in (np.int64, np.float32, np.bool_))
     setup: list[set[str]] = [set() for _ in _SETUP]
     for rows in read_groups(output, entry, _COLUMNS) if entry is not None else ():
@@ -141,6 +140,7 @@ def _read_class(output: Store, entry: Mapping[str, Any] | None) -> ClassNight:
         np.concatenate(scores),
         np.concatenate(anomalous),
         [frozenset(found) for found in setup],
+        select,
     )
 
 
@@ -290,6 +290,7 @@ def _drift(name: str, before: ClassNight, after: ClassNight, common: int, psi_th
             if both and old != new
         ),
         drifted=index is not None and p_value is not None and index >= psi_threshold and p_value < P_VALUE,
+        select=after.select,
     )
 
 

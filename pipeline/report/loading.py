@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.lake import read_groups, take_rows
+from pipeline.lake import find_night_before, published_nights, read_groups, take_rows
 from pipeline.report import drift
 from pipeline.report.model import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
 from pipeline.report.photos import Photos
@@ -222,8 +222,8 @@ def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comp
     """Beside the night before. Whoever removed an older night by hand loses what it would have said, not the report."""
     known = Comparison()
     try:
-        published = [one for one in drift.published_nights(output) if one <= night]
-        before = next((one for one in reversed(published) if one < night), None)
+        published = [one for one in published_nights(output) if one <= night]
+        before = find_night_before(output, night)
         if before is None:
             return known
         known = Comparison(before)

@@ -71,6 +71,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "classes": [_class_line(facts, numbers[facts.name], span) for facts in sorted(shown, key=lambda one: one.name)],
         "prompts": [_prompt_set(used, report) for used in report.prompts[:_MOST_PROMPT_SETS]],
         "bounds": _bounds(report),
+        "selection": report.stats.get("selection"),
         "since": report.comparison,
         "drifts": _most_drifted(report.comparison.classes),
         "others": [item.class_name for item in report.comparison.classes if item.is_of_other_photos and item.images[0]],

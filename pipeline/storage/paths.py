@@ -10,6 +10,7 @@ from pipeline.storage.names import safe_path, safe_segment
 from pipeline.storage.store import Store
 
 TABLE = "scores"
+LEDGER = "ledger"
 
 _LONGEST_VALUE = 200
 """Bytes of a quoted partition value; file systems allow 255 a name."""
@@ -120,3 +121,8 @@ def mask_version(run_id: str, thresholds_digest: str | None = None) -> str:
 def commit_key(run_date: datetime.date) -> str:
     """The one object that says what belongs to a night."""
     return f"commits/{run_date}.json"
+
+
+def ledger_key(run_date: datetime.date | str, digest: str) -> str:
+    """The ids of a night's photos. digest: of the commit that it belongs to."""
+    return f"{LEDGER}/{run_date}/{digest}.parquet"

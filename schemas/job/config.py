@@ -72,8 +72,20 @@ class Dataset(Part):
     )
     class_name: str | None = Field(None, min_length=1, description="the class of every image (layout flat)")
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
+    select: Literal["all", "new"] = Field(
+        "all",
+        description="new: only images that no other published night of the output holds as ok, scored alike (model, "
+        "weights, method, prompts of the class, references)",
+    )
+    retry_errors: bool = Field(True, description="select new: try images again that were errors in earlier nights")
+    retry_nights: PositiveInt = Field(3, description="select new: nights in which such an image is tried again at most")
 
     _no_credentials = field_validator("images")(without_credentials)
+
+    @property
+    def error_nights(self) -> int:
+        """The number of nights in which an image has failed, from which on select new leaves it out."""
+        return 1 + self.retry_nights if self.retry_errors else 1
 
 
 class Output(Part):
@@ -317,6 +329,22 @@ class JobConfig(Part):
             "references": None if self.references is None else self.references.model_dump(mode="json"),
         }
 
+    def class_fingerprint(
+        self, class_name: str, weights_sha256: str, prompts_fingerprint: str, references: Sequence[str] = ()
+    ) -> str:
+        """Hash (32 hex digits) of all that determines the raw scores of a class's images: photos that were scored under
+        the same one need not be scored again. references: ids of the class's reference images."""
+        facts = self.scoring_facts()
+        options = facts["references"] and {key: facts["references"][key] for key in ("levels",)}
+        facts |= {
+            "class_name": class_name,
+            "weights_sha256": weights_sha256,
+            "prompts": prompts_fingerprint,
+            "references": options,
+            "reference_images": list(references),
+        }
+        return _digest(facts, 32)
+
     def result_fingerprint(
         self, weights_sha256: str, prompts_fingerprint: str, references: Sequence[str] = (), thresholds: str = ""
     ) -> str:
@@ -337,13 +365,14 @@ class JobConfig(Part):
         return _digest(self._facts())
 
     def _facts(self) -> dict[str, Any]:
+        selection = {"select", "retry_errors", "retry_nights"} if self.dataset.select == "all" else set()
         return {
-            "dataset": self.dataset.model_dump(mode="json"),
+            "dataset": self.dataset.model_dump(mode="json", exclude=selection),
             "maps": self.output.maps,
             **self.scoring_facts(),
             "threshold": self.threshold.model_dump(mode="json"),
         }
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+def _digest(facts: Mapping[str, Any], digits: int = 12) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:digits]

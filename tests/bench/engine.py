@@ -29,7 +29,7 @@ import ray
 import torch
 from PIL import Image
 
-from jobs.score import Plan, plan_run
+from jobs.planning import Plan, open_source, plan_run
 from pipeline.alfa import Detection, Pending, Preprocess, PromptEmbeddings
 from pipeline.alfa.explain import explain
 from pipeline.engine import ScoringActor, ScoringPool, connect
@@ -75,7 +75,8 @@ def make_job(images: Path, output: Path, engine: dict[str, int], batch_size: int
 
 
 def plan(job: JobConfig, scratch: str) -> Plan:
-    return plan_run(job, Path(scratch), open_store(job.output.uri, job.storage))
+    output = open_store(job.output.uri, job.storage)
+    return plan_run(job, open_source(job, output), Path(scratch), output)
 
 
 def shards_of(night: Plan) -> Iterator[Shard]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.score import plan_run
+from jobs.planning import open_source, plan_run
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import DatasetError, list_references, open_dataset
 from pipeline.scoring import (
@@ -113,7 +113,8 @@ def test_other_references_are_another_run(dataset: Path, tmp_path: Path) -> None
 
     def run_id(*overrides: str) -> str:
         job = job_for(root, tmp_path / "out", *overrides)
-        return plan_run(job, tmp_path, Store(job.output.uri)).run.run_id
+        output = Store(job.output.uri)
+        return plan_run(job, open_source(job, output), tmp_path, output).run.run_id
 
     before = run_id()
     assert before == run_id() and len({before, run_id("references.seed=3"), run_id("references.shots=1")}) == 3
@@ -176,6 +177,6 @@ def test_leave_one_out_thresholds(detector: Detector, dataset: Path, tmp_path: P
 def test_one_reference_gives_no_threshold(dataset: Path, tmp_path: Path) -> None:
     one = job_for(dataset, tmp_path, "references.shots=1", "threshold.policy=reference", "dataset.class_name=hazelnut")
     with pytest.raises(ThresholdError, match="'hazelnut' has 1; give it two"):
-        plan_run(one, tmp_path, Store(one.output.uri))
+        plan_run(one, open_source(one, Store(one.output.uri)), tmp_path, Store(one.output.uri))
     with pytest.raises(JobError, match="needs references"):
         parse_job({"dataset": {"images": "x"}, "output": {"uri": "y"}}, ["threshold.policy=reference"])

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.lake.publish import read_commit
+from pipeline.lake.commits import read_commit
 from pipeline.lake.reading import read_groups
 from pipeline.storage import Store
 

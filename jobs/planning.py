@@ -1,0 +1,247 @@
+"""A night before its first image is scored: which images, which prompts, which run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.alfa import Weights, locate_weights, text_fits
+from pipeline.engine import connect, obtain_prompts
+from pipeline.images import ImageSource, list_images, list_references, open_dataset
+from pipeline.lake import (
+    KnownPhotos,
+    Selection,
+    find_ledgers,
+    published_nights,
+    read_known,
+)
+from pipeline.prompts import compose_ensemble, find, find_or_make, obtain, record_prompts
+from pipeline.scoring import (
+    Manifest,
+    ThresholdError,
+    Thresholds,
+    choose_references,
+    describe_choice,
+    parse_table,
+    require_two,
+    select_thresholds,
+    write_manifest,
+)
+from pipeline.storage import Run, Store, leases, open_store
+from schemas.job import EMBEDDED_NOTE, JobConfig
+from schemas.prompts import PromptEnsemble, PromptSet, RunPrompts, Usage
+
+logger = logging.getLogger(__name__)
+
+
+References = Mapping[str, Sequence[Mapping[str, Any]]]
+
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a night before its first image is scored."""
+
+    run: Run
+    weights: Weights
+    source: ImageSource
+    manifest: Manifest
+    prompts: RunPrompts
+    usage: Usage
+    """What this job has spent on prompts; sets that were stored already cost nothing."""
+    references: References
+    """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
+    thresholds: Mapping[str, Thresholds]
+    """By class, from the calibrated table; empty unless threshold.policy is labels."""
+    table: bytes
+    """The calibrated table, as its file holds it."""
+    fingerprints: Mapping[str, str]
+    """By class, what it is scored as: see JobConfig.class_fingerprint."""
+    selection: Selection | None
+    """What was left out, where dataset.select is new."""
+
+
+def open_source(job: JobConfig, output: Store) -> ImageSource:
+    """Opens the images of a job. A night of an output that has others may find no images at all, if it takes the new
+    ones alone: on a Sunday, a folder of that day may be missing."""
+    may_be_empty = job.dataset.select == "new" and bool(published_nights(output))
+    return open_dataset(job.dataset, job.storage, output, may_be_empty=may_be_empty)
+
+
+def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) -> Plan:
+    """Lists the images, leaves out what another night has scored if the job says so, obtains the prompts, and works
+    out which run this is."""
+    logger.info("layout %s at %s", source.layout, source.store.uri(""))
+    weights = locate_weights(job.model)
+    if weights.is_embedded:
+        logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
+    chosen = choose_all_references(job, source)
+    listed, selection = list_images(source), None
+    if job.dataset.select == "new":
+        selection = Selection()
+        listed = read_known_photos(job, weights, chosen, scratch, output).leave_out(listed, selection)
+    manifest = write_manifest(listed, scratch)
+    if selection is not None:
+        _tell_selection(selection, manifest.images, job.dataset.error_nights)
+    logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
+    table = _read_table(job)
+    place, classes = str(job.threshold.table), list(manifest.classes)
+    calibrated = parse_table(table, place) if table else None
+    thresholds = select_thresholds(calibrated, place, job, weights.sha256, classes) if calibrated else {}
+    references = _select_references(job, chosen, classes)
+    prompts, usage = obtain_ensembles(job, classes, output)
+    run = name_run(job, weights, prompts, references, table)
+    fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
+    return Plan(run, weights, source, manifest, prompts, usage, references, thresholds, table, fingerprints, selection)
+
+
+def read_known_photos(
+    job: JobConfig, weights: Weights, references: References, scratch: Path, output: Store
+) -> KnownPhotos:
+    """Reads which photos other nights hold, scored as this job would score them. Writes nothing to the output."""
+    ledgers = find_ledgers(output, but_for=job.run_date)
+    classes = sorted({name for ledger in ledgers for name in ledger.fingerprints})
+    fits = text_fits(job.model)
+    with ThreadPoolExecutor(_READERS) as pool:
+        sets = pool.map(lambda name: find_or_make(output, name, job.prompts), classes)
+        ensembles = [compose_ensemble(prompt_set, fits) for prompt_set in sets if prompt_set is not None]
+    fingerprints = class_fingerprints(job, weights, ensembles, references)
+    return read_known(output, ledgers, fingerprints, job.dataset.error_nights, Store(str(scratch)))
+
+
+def class_fingerprints(
+    job: JobConfig, weights: Weights, ensembles: Iterable[PromptEnsemble], references: References
+) -> dict[str, str]:
+    """What each class that has prompts is scored as, see JobConfig.class_fingerprint."""
+    return {
+        ensemble.class_name: job.class_fingerprint(
+            ensemble.class_name,
+            weights.sha256,
+            ensemble.fingerprint,
+            [image["image_id"] for image in references.get(ensemble.class_name, ())],
+        )
+        for ensemble in ensembles
+    }
+
+
+def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Chooses the reference images of each class, as manifest rows; classes without any are left out.
+
+    Empty where the job is zero-shot. Raises DatasetError where no class has any, ThresholdError where
+    threshold.policy reference needs more of them.
+    """
+    return _select_references(job, choose_all_references(job, source), classes)
+
+
+def choose_all_references(job: JobConfig, source: ImageSource) -> dict[str, list[dict[str, Any]]]:
+    """Chooses the reference images of every class that has some, whether it has images tonight or not."""
+    if job.references is None:
+        return {}
+    rows = list_references(job.references, job.dataset, source, job.storage)
+    return choose_references(rows, job.references.shots, job.references.seed)
+
+
+def _select_references(
+    job: JobConfig, chosen: Mapping[str, list[dict[str, Any]]], classes: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Those of tonight's classes, with a warning for each class that has too few."""
+    if job.references is None:
+        return {}
+    for line in describe_choice(chosen, classes, job.references.shots):
+        logger.warning("%s", line)
+    if job.threshold.policy == "reference":
+        for name in classes:
+            require_two(name, len(chosen.get(name, ())))
+    return {name: chosen[name] for name in classes if name in chosen}
+
+
+def _tell_selection(selection: Selection, images: int, error_nights: int) -> None:
+    logger.info(
+        "%d images listed: %d have a score from another night, %d failed in %d nights and are given up, %d are left",
+        selection.listed,
+        selection.scored,
+        selection.given_up,
+        error_nights,
+        images,
+    )
+
+
+def _read_table(job: JobConfig) -> bytes:
+    """Reads the file of calibrated thresholds that the job names; empty where it names none."""
+    if job.threshold.policy != "labels" or job.threshold.table is None:
+        return b""
+    folder, _, name = job.threshold.table.rpartition("/")
+    try:
+        return open_store(folder or ".", job.storage).read(name)
+    except FileNotFoundError:
+        raise ThresholdError(
+            f"threshold.table {job.threshold.table} is missing; write it with alfa calibrate, or take another policy"
+        ) from None
+
+
+def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
+    """Obtains the prompts of the classes. Returns them, and what was spent now on an LLM that describes classes."""
+    sets, usage = _prompt_sets(job, classes, output)
+    for prompt_set in sets:
+        logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
+    fits = text_fits(job.model)
+    return record_prompts(sets, [compose_ensemble(prompt_set, fits) for prompt_set in sets]), usage
+
+
+def name_run(
+    job: JobConfig,
+    weights: Weights,
+    prompts: RunPrompts,
+    references: References,
+    table: bytes = b"",
+) -> Run:
+    """Names the run of a job; its id hashes all that determines its rows.
+
+    references: manifest rows of the reference images, by class. table: the file of calibrated thresholds.
+    """
+    prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
+    image_ids = [image["image_id"] for _, images in sorted(references.items()) for image in images]
+    digest = hashlib.sha256(table).hexdigest()
+    run_id = f"{job.run_date}-{job.result_fingerprint(weights.sha256, prompts_fingerprint, image_ids, digest)}"
+    return Run(run_id, job, weights.label, weights.sha256)
+
+
+def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
+    """Reads stored and bundled sets here; Ray and its prompt actor are needed only where an LLM is to be asked."""
+    stored = {name: find(output, name, job.prompts) for name in classes}
+    missing = [name for name, prompt_set in stored.items() if prompt_set is None]
+    made: dict[str, PromptSet] = {}
+    if not job.prompts.asks_llm:
+        made = {name: obtain(output, name, job.prompts, owner="") for name in missing}
+    elif missing:
+        with connect(job):
+            made = dict(zip(missing, obtain_prompts(job, missing, leases.new_owner()), strict=True))
+    sets = [prompt_set for name in classes if (prompt_set := stored[name] or made.get(name))]
+    return sets, _sum_usage([item.usage for item in made.values() if item.source == "llm"])
+
+
+def _sum_usage(items: Sequence[Usage]) -> Usage:
+    costs = [item.cost_usd for item in items]
+    return Usage(
+        calls=sum(item.calls for item in items),
+        prompt_tokens=sum(item.prompt_tokens for item in items),
+        completion_tokens=sum(item.completion_tokens for item in items),
+        cost_usd=None if not costs or None in costs else sum(cost for cost in costs if cost is not None),
+    )
+
+
+def _origin(prompt_set: PromptSet) -> str:
+    if prompt_set.source == "llm":
+        return f"by {prompt_set.model}"
+    return "bundled" if prompt_set.source == "bundled" else "base ensemble only; no LLM has described this class"
+
+
+def _shorten(classes: Mapping[str, int], most: int = 8) -> str:
+    shown = ", ".join(f"{name} {count}" for name, count in list(classes.items())[:most])
+    return shown + (f" and {len(classes) - most} more" if len(classes) > most else "")

@@ -1,0 +1,237 @@
+"""What a night may leave out is what the commits of other nights hold, whatever files lie in the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import date, datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.lake import Selection, find_ledgers, ledger, publish_night, read_commit, read_known, write_ledger
+from pipeline.prompts import compose_ensemble, make_offline, record_prompts
+from pipeline.storage import Run, Store, paths
+from schemas.job import dump_job_yaml, parse_job
+from schemas.tables import LEDGER, MANIFEST, SHARD
+
+FIRST, SECOND, THIRD, TONIGHT = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
+METHOD, OTHER = "a" * 32, "b" * 32
+"""Fingerprints."""
+
+Photo = tuple[str, str]
+"""Address and ETag."""
+
+
+def image_id(photo: Photo) -> str:
+    return hashlib.blake2b("\0".join(photo).encode(), digest_size=16).hexdigest()
+
+
+def publish(
+    output: Store,
+    night: str,
+    photos: Mapping[Photo, str],
+    fingerprints: Mapping[str, str] | None = None,
+    run: str = "run",
+    class_of: Mapping[Photo, str] | None = None,
+) -> dict[str, Any]:
+    """Publishes photos with their status as a night."""
+    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
+    made = Run(f"{night}-{hashlib.sha256(run.encode()).hexdigest()[:12]}", job, "model", "0" * 64)
+    rows = [
+        {
+            "class_name": (class_of or {}).get(photo, "nut"),
+            "image_key": photo[0],
+            "image_id": image_id(photo),
+            "image_uri": photo[0],
+            "image_etag": photo[1],
+            "run_id": made.run_id,
+            "shard_id": "one",
+            "status": status,
+            "score": 0.5 if status == "ok" else None,
+            "model": "model",
+            "weights_sha256": "0" * 64,
+            "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
+        }
+        for photo, status in photos.items()
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
+    output.write(paths.shard_key(made.shards, "one"), buffer.getvalue())
+    marks = {"nut": METHOD} if fingerprints is None else fingerprints
+    return publish_night(made, "m", made.shards, ["one"] if rows else [], output, "test", marks)
+
+
+def left(
+    output: Store,
+    photos: list[Photo],
+    fingerprints: Mapping[str, str] | None = None,
+    error_nights: int = 4,
+    class_name: str = "nut",
+    selection: Selection | None = None,
+    mended: Store | None = None,
+    tonight: str = TONIGHT,
+) -> list[Photo]:
+    """The photos of a listing that tonight is left with."""
+    rows = [
+        {"uri": photo[0], "key": photo[0], "class_name": class_name, "etag": photo[1], "image_id": image_id(photo)}
+        for photo in photos
+    ]
+    listed = pa.Table.from_pylist(rows, schema=MANIFEST).to_batches(3)
+    ledgers = find_ledgers(output, but_for=date.fromisoformat(tonight))
+    known = read_known(output, ledgers, fingerprints or {class_name: METHOD}, error_nights, mended)
+    counted = selection or Selection()
+    batches = known.leave_out(listed, counted)
+    return [(row["uri"], row["etag"]) for batch in batches for row in batch.to_pylist()]
+
+
+def photos_named(*names: str) -> list[Photo]:
+    return [(name, "v1") for name in names]
+
+
+def test_a_photo_is_known_by_address_version_class_and_what_it_was_scored_as(tmp_path: Path) -> None:
+    output, selection = Store(str(tmp_path)), Selection()
+    publish(output, FIRST, dict.fromkeys(photos_named("a", "b"), "ok"))
+    publish(output, SECOND, dict.fromkeys(photos_named("c"), "ok"))
+    listed = [*photos_named("a", "b", "c", "d"), ("a", "v2")]
+    assert left(output, listed, selection=selection) == [("d", "v1"), ("a", "v2")]
+    assert (selection.listed, selection.scored, selection.given_up) == (5, 3, 0)
+    assert left(output, listed, {"nut": OTHER}) == listed
+    assert left(output, listed, {"bolt": METHOD}) == listed  # no fingerprint of tonight's class
+    assert left(Store(str(tmp_path / "another")), listed) == listed
+
+
+def test_classes_and_methods_that_take_turns_are_told_apart(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    a, b = photos_named("a", "b")
+    publish(output, FIRST, {a: "ok", b: "ok"}, {"nut": METHOD, "bolt": OTHER}, class_of={b: "bolt"})
+    publish(output, SECOND, {b: "ok"}, {"nut": OTHER})
+    marks = {"nut": METHOD, "bolt": OTHER}
+    assert left(output, [a, b], marks) == [b]  # listed as a nut, b was scored as another class, or by another method
+    assert left(output, [a, b], marks, class_name="bolt") == [a]
+    assert left(output, [a, b], {"nut": OTHER}) == [a]
+
+
+def test_the_night_itself_does_not_count_so_that_it_can_be_done_again(tmp_path: Path) -> None:
+    output, photos = Store(str(tmp_path)), photos_named("a", "b")
+    publish(output, FIRST, {photos[0]: "ok"})
+    publish(output, SECOND, {photos[1]: "ok"})
+    assert left(output, photos, tonight=SECOND) == [photos[1]]
+    assert left(output, photos, tonight=FIRST) == [photos[0]]
+
+
+def test_errors_are_tried_again_for_as_many_nights_as_asked_for(tmp_path: Path) -> None:
+    output, selection = Store(str(tmp_path)), Selection()
+    mended, broken, vanished = photos_named("mended", "broken", "vanished")
+    publish(output, FIRST, {mended: "error", broken: "error", vanished: "error"})
+    publish(output, SECOND, {mended: "ok", broken: "error"})
+    listed = [mended, broken, vanished]
+    assert left(output, listed, error_nights=1) == []
+    assert left(output, listed, error_nights=2, selection=selection) == [vanished]
+    assert (selection.scored, selection.given_up) == (1, 1)
+    assert left(output, listed, error_nights=3) == [broken, vanished]
+
+
+def test_a_night_published_again_counts_as_it_is_now(tmp_path: Path) -> None:
+    output, photos = Store(str(tmp_path)), photos_named("a", "b")
+    publish(output, FIRST, dict.fromkeys(photos, "ok"))
+    publish(output, FIRST, {photos[0]: "ok"}, run="another")
+    assert len(list(output.list("ledger"))) == 2  # that of the replaced commit is there, and says nothing
+    assert left(output, photos) == [photos[1]]
+    output.delete(paths.commit_key(date.fromisoformat(FIRST)))
+    assert left(output, photos) == photos
+
+
+def test_a_ledger_that_is_missing_is_made_from_the_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output, scratch, photos = Store(str(tmp_path / "lake")), Store(str(tmp_path / "scratch")), photos_named("a", "b")
+    publish(output, FIRST, {photos[0]: "ok", photos[1]: "error"})
+    (file,) = output.list("ledger")
+    written = output.read(file.key)
+    output.delete(file.key)
+    assert left(output, photos, mended=scratch) == [photos[1]] and "ledger of night 2026-01-01" in caplog.text
+    assert not output.exists(file.key)
+    assert left(output, photos) == [photos[1]] and output.read(file.key) == written
+
+
+def test_rows_of_a_version_that_wrote_no_fingerprints_are_known_by_the_run_s_folder(tmp_path: Path) -> None:
+    output, photos = Store(str(tmp_path)), photos_named("a")
+    commit = publish(output, FIRST, {photos[0]: "ok"})
+    for entry in commit["files"]:
+        del entry["scored_as"]
+    output.write(paths.commit_key(date.fromisoformat(FIRST)), json.dumps(commit).encode())
+    assert left(output, photos) == photos  # the run's folder has gone
+    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": FIRST})
+    prompt_set = make_offline("nut")
+    ensemble = compose_ensemble(prompt_set, lambda _: True)
+    output.write(paths.run_key(commit["run_id"], "job.yaml"), dump_job_yaml(job).encode())
+    prompts = record_prompts([prompt_set], [ensemble]).model_dump_json().encode()
+    output.write(paths.run_key(commit["run_id"], "prompts.json"), prompts)
+    assert left(output, photos, {"nut": job.class_fingerprint("nut", "0" * 64, ensemble.fingerprint)}) == []
+    assert left(output, photos, {"nut": job.class_fingerprint("nut", "1" * 64, ensemble.fingerprint)}) == photos
+
+
+def test_many_photos_in_many_parts_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "_ROWS_PER_GROUP", 64)
+    output, random = Store(str(tmp_path)), np.random.default_rng(1)
+    listed = photos_named(*(f"photo {number}" for number in range(1000)))
+    nights = {night: random.permutation(1000)[:400].tolist() for night in (FIRST, SECOND, THIRD)}
+    scored = set()
+    for night, numbers in nights.items():
+        publish(output, night, {listed[number]: "ok" if number % 5 else "error" for number in numbers})
+        scored |= {listed[number] for number in numbers if number % 5}
+    (found,) = (info.key for info in output.list(f"ledger/{FIRST}"))
+    assert pq.ParquetFile(tmp_path / found).num_row_groups == 7
+    assert pq.read_schema(tmp_path / found).equals(LEDGER)
+    assert left(output, listed) == [photo for photo in listed if photo not in scored]
+
+
+KILLED = """
+import sys
+from tests.killed_driver import kill_around
+from tests.lake.test_ledger import FIRST, photos_named, publish
+from pipeline.storage import Store
+when, pattern = sys.argv[2:]
+kill_around(when, pattern, 1)
+publish(Store(sys.argv[1]), FIRST, dict.fromkeys(photos_named("b", "c"), "ok"), run="killed")
+"""
+
+
+@pytest.mark.parametrize("replaces", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("when", "pattern", "counts"),
+    [
+        ("before", "^ledger/", False),
+        ("after", "^ledger/", False),
+        ("before", "^commits/", False),
+        ("after", "^commits/", True),
+    ],
+)
+def test_a_publisher_that_is_killed_leaves_a_ledger_that_says_what_the_commits_say(
+    when: str, pattern: str, counts: bool, replaces: bool, tmp_path: Path
+) -> None:
+    output, photos = Store(str(tmp_path)), photos_named("a", "b", "c")
+    if replaces:
+        publish(output, FIRST, dict.fromkeys(photos_named("a", "b"), "ok"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), when, pattern], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    commit = read_commit(output, FIRST)
+    assert (commit is not None) == (replaces or counts)
+    expected = photos_named("a") if counts else photos_named("c") if replaces else photos
+    assert left(output, photos) == expected
+    for found in find_ledgers(output):
+        before = output.read(found.key)
+        write_ledger(output, found)
+        assert output.read(found.key) == before
+    for lease in tmp_path.glob("runs/*.claim-*.json"):  # as if the lease of the dead had run out
+        lease.write_text(json.dumps({"owner": "dead", "expires_at": 0.0}))
+    publish(output, FIRST, dict.fromkeys(photos_named("b", "c"), "ok"), run="killed")
+    assert left(output, photos) == photos_named("a")
