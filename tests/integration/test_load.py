@@ -83,7 +83,7 @@ def test_memory_stays_flat_over_a_hundred_thousand_images(tmp_path: Path) -> Non
     write_images(tmp_path / "in", images)
     command = [
         *COMMAND, "score", "--images", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--run-date", NIGHT,
-        "--set", "model.image_size=32", "--set", f"engine.shard_size={SHARD_SIZE}", "--set", "engine.cpus_per_actor=1",
+        "--set", "model.image_size=28", "--set", f"engine.shard_size={SHARD_SIZE}", "--set", "engine.cpus_per_actor=1",
     ]  # fmt: skip
     shards = -(-images // SHARD_SIZE)
     with (tmp_path / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log, text=True) as driver:
