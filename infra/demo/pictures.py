@@ -24,7 +24,7 @@ from jobs.score import run_score
 from schemas.job import parse_job, read_job_yaml
 
 HERE = Path(__file__).parent
-SHOWN = {"hazelnut": 2, "capsules": 1}
+SHOWN = {"hazelnut": 2, "capsules": 2}
 """How many of the most anomalous photos of each class result.jpg shows."""
 HEIGHT, GAP = 200, 8
 PARTITIONS = pa.schema([("run_date", pa.string()), ("class_name", pa.string())])
