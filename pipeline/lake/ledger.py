@@ -30,6 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.lake.commits import published_nights, read_commit
+from pipeline.lake.ids import Ids, IdSet
 from pipeline.lake.reading import open_file, read_groups
 from pipeline.lake.sorting import regroup
 from pipeline.storage import Store, map_ahead, paths
@@ -40,13 +41,10 @@ from schemas.tables import LEDGER
 logger = logging.getLogger(__name__)
 
 _READERS = 16
-_PARTS_AT_ONCE = 8
+_PARTS_AT_ONCE = 4
 _BATCH = 16_384
 _ROWS_PER_GROUP = 1 << 18
 """All row groups but the last have so many rows, so that a reader knows from the commit how many there are."""
-
-Ids = npt.NDArray[np.bytes_]
-"""Ids of 16 bytes (dtype S16), which NumPy sorts and compares byte by byte."""
 
 
 @dataclass
@@ -64,12 +62,12 @@ class Selection:
 class KnownPhotos:
     """The photos that need not be scored again: 16 bytes each, whatever their number of nights.
 
-    scored: have a score; given_up: failed in as many nights as they are tried. Both sorted, and each id combined with
-    the fingerprint that the photo was scored as. fingerprints: those of tonight, by class.
+    scored: have a score; given_up: failed in as many nights as they are tried. Each id is combined with the fingerprint
+    that the photo was scored as. fingerprints: those of tonight, by class.
     """
 
-    scored: Ids
-    given_up: Ids
+    scored: IdSet
+    given_up: IdSet
     fingerprints: Mapping[str, str]
 
     def find(self, images: pa.RecordBatch) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -80,8 +78,8 @@ class KnownPhotos:
         marks = _marks([self.fingerprints.get(name, "0" * 32) for name in names])
         numbers = classes.indices.to_numpy()
         ids = _combine(_to_bytes(images.column("image_id")), marks[numbers])
-        scored = _contains(self.scored, ids) & alike[numbers]
-        return scored, _contains(self.given_up, ids) & alike[numbers] & ~scored
+        scored = self.scored.contains(ids) & alike[numbers]
+        return scored, self.given_up.contains(ids) & alike[numbers] & ~scored
 
     def leave_out(self, listed: Iterable[pa.RecordBatch], selection: Selection) -> Iterator[pa.RecordBatch]:
         """The images (manifest rows) that are to be scored, in their order; counts all of them in `selection`."""
@@ -134,10 +132,8 @@ def read_known(
             scored[count : count + len(good)] = good
             count += len(good)
             failed.append(bad)
-    scored = scored[:count]
-    scored.sort()
     ids, nights = np.unique(np.concatenate(failed), return_counts=True)
-    return KnownPhotos(scored, ids[nights >= error_nights], fingerprints)
+    return KnownPhotos(IdSet(scored[:count]), IdSet(ids[nights >= error_nights]), fingerprints)
 
 
 @dataclass(frozen=True)
@@ -234,10 +230,13 @@ def _to_ledger(fingerprint: str, rows: pa.Table) -> pa.Table:
 
 def _read_part(store: Store, key: str, number: int, wanted: Sequence[str]) -> tuple[Ids, Ids]:
     """The photos of a row group that were scored as one of `wanted`: those with a score, and those without."""
-    with store.open(key) as source, pq.ParquetFile(source, pre_buffer=True) as file:
-        table = file.read_row_group(number)
+    with (
+        store.open(key) as source,
+        pq.ParquetFile(source, pre_buffer=True, read_dictionary=["scored_as"]) as file,
+    ):
+        table = file.read_row_group(number).combine_chunks()
     table = table.filter(pc.is_in(table.column("scored_as"), value_set=pa.array(wanted, pa.string()))).combine_chunks()
-    scored_as = table.column("scored_as").combine_chunks().dictionary_encode()
+    scored_as = table.column("scored_as").combine_chunks()
     photos = table.column("photo").combine_chunks()
     first = 16 * photos.offset
     data = memoryview(photos.buffers()[1] or b"")[first : first + 16 * len(photos)]
@@ -267,13 +266,3 @@ def _combine(ids: bytes | memoryview, marks: npt.NDArray[np.uint64]) -> Ids:
     """Each id and its fingerprint as one: hashes, so that their exclusive or is as good as a hash of both."""
     combined = np.frombuffer(ids, np.uint64).reshape(-1, 2) ^ marks
     return combined.view("S16").ravel()
-
-
-def _contains(known: Ids, ids: Ids) -> npt.NDArray[np.bool_]:
-    """Which ids are among the known ones, which are sorted."""
-    found = np.zeros(len(ids), np.bool_)
-    if len(known):
-        order = np.argsort(ids)  # in order, they are found faster: their neighbours are in the processor's cache
-        places = np.searchsorted(known, ids[order])
-        found[order] = known[np.minimum(places, len(known) - 1)] == ids[order]
-    return found
