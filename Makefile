@@ -41,6 +41,8 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench.decoding
 	$(BIN)/python -m tests.bench.masks
 	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.incremental
+	$(BIN)/python -m tests.bench.publishing
 	$(BIN)/python -m tests.bench.storage
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.engine

@@ -250,6 +250,21 @@ def gc(
     exits.run(lambda: run_gc(_open(output, endpoint), open_console(), older_than, delete, as_json=as_json))
 
 
+@app.command(rich_help_panel=KEEP, epilog="Example: alfa ledger s3://lake/inspection --rebuild")
+def ledger(
+    output: Output,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make each from its night's rows, compare, and write what differs.")
+    ] = False,
+    as_json: AsJson = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Show which photos published nights hold, for jobs that score new ones alone (dataset.select)."""
+    from jobs.ledger import run_ledger
+
+    exits.run(lambda: run_ledger(_open(output, endpoint), open_console(), rebuild=rebuild, as_json=as_json))
+
+
 @app.command(
     rich_help_panel=KEEP,
     epilog="Examples: alfa schema --dialect athena --output s3://lake/inspection; alfa schema --job > job.schema.json, "

@@ -9,7 +9,17 @@ from pipeline.lake.ddl import DIALECTS, render_ddl
 from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
 from pipeline.lake.garbage import collect_garbage
 from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
-from pipeline.lake.ledger import KnownPhotos, Ledger, Selection, find_ledgers, read_known, write_ledger
+from pipeline.lake.ledger import (
+    KnownPhotos,
+    Ledger,
+    Selection,
+    State,
+    check_ledger,
+    find_ledgers,
+    read_known,
+    rebuild_ledger,
+    write_ledger,
+)
 from pipeline.lake.lineage import run_event
 from pipeline.lake.metrics import exposition
 from pipeline.lake.publish import publish_night
@@ -23,6 +33,8 @@ __all__ = [
     "LakeError",
     "Ledger",
     "Selection",
+    "State",
+    "check_ledger",
     "collect_garbage",
     "export_rows",
     "exposition",
@@ -37,6 +49,7 @@ __all__ = [
     "read_groups",
     "read_known",
     "read_rows",
+    "rebuild_ledger",
     "render_ddl",
     "run_event",
     "take_rows",

@@ -11,15 +11,18 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain, groupby
 from typing import Any
 
 from pipeline.lake.commits import read_commit
+from pipeline.lake.ledger import find_ledger
 from pipeline.storage import ObjectInfo, Store, leases, paths
 
 logger = logging.getLogger(__name__)
 
 _RUN_ID = re.compile(r"\d{4}-\d\d-\d\d-[0-9a-f]+")
+_NIGHT = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ def collect_garbage(output: Store, older_than_s: float, *, delete: bool) -> Iter
             run_id = f"{night.removeprefix('run_date=')}-{version.partition('-')[0]}"
             if _RUN_ID.fullmatch(run_id):
                 yield from _sweep(output, run_id, infos, before, delete)
+    for night, infos in groupby(output.list(paths.LEDGER), lambda info: info.key.split("/")[1]):
+        if _NIGHT.fullmatch(night):
+            yield from _sweep_ledgers(output, night, infos, before, delete)
     for info in output.leftovers():
         if _is_older(info, before):
             if delete:
@@ -84,6 +90,30 @@ def _sweep(output: Store, run_id: str, infos: Iterable[ObjectInfo], before: floa
                 output.delete(item.key)
                 yield item
         yield from _predecessors(lease)
+
+
+def _sweep_ledgers(
+    output: Store, night: str, infos: Iterable[ObjectInfo], before: float, delete: bool
+) -> Iterator[Garbage]:
+    """Those of commits that were replaced, or never written. Whoever publishes the night is waited for elsewhere."""
+    old = [info for info in infos if _is_older(info, before)]
+    name = paths.night_lease(date.fromisoformat(night))
+
+    def find() -> list[Garbage]:
+        ledger = find_ledger(output, night)
+        kept = None if ledger is None else ledger.key
+        return [Garbage("ledgers", info.key, info.size or 0) for info in old if info.key != kept]
+
+    if not find():
+        return
+    if not delete:
+        yield from find() if leases.holder(output, name) is None else ()
+    elif lease := leases.try_acquire(output, name, leases.new_owner(), leases.LEASE_S):
+        with lease.held(leases.LEASE_S):
+            for item in find():
+                lease.check()
+                output.delete(item.key)
+                yield item
 
 
 def _sweep_leases(

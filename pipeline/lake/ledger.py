@@ -20,8 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ from pipeline.lake.commits import published_nights, read_commit
 from pipeline.lake.ids import Ids, IdSet
 from pipeline.lake.reading import open_file, read_groups
 from pipeline.lake.sorting import regroup
-from pipeline.storage import Store, map_ahead, paths
+from pipeline.storage import Store, leases, map_ahead, paths
 from schemas.job import parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
 from schemas.tables import LEDGER
@@ -157,14 +158,15 @@ class Ledger:
 def find_ledgers(output: Store, but_for: date | None = None) -> list[Ledger]:
     """The ledgers of all published nights, or all but one, as their commits say; the oldest first."""
     nights = [night for night in published_nights(output) if night != str(but_for)]
-
-    def find(night: str) -> Ledger | None:
-        commit = read_commit(output, night)
-        return None if commit is None else describe_ledger(commit, _fingerprints(output, commit))
-
     with ThreadPoolExecutor(_READERS, "commits") as pool:
-        found = map_ahead(pool, find, nights, ahead=2 * _READERS)
+        found = map_ahead(pool, lambda night: find_ledger(output, night), nights, ahead=2 * _READERS)
         return [ledger for ledger in found if ledger is not None]
+
+
+def find_ledger(output: Store, night: str) -> Ledger | None:
+    """The ledger of a night, as its commit says; None where the night is not published."""
+    commit = read_commit(output, night)
+    return None if commit is None else describe_ledger(commit, _fingerprints(output, commit))
 
 
 def describe_ledger(commit: Mapping[str, Any], fingerprints: Mapping[str, str]) -> Ledger:
@@ -184,6 +186,44 @@ def write_ledger(output: Store, ledger: Ledger, place: Store | None = None) -> N
         )
         build_ledger(classes, path)
         (place or output).write(ledger.key, path)
+
+
+class State(str, Enum):
+    """What a file of the ledger is, held against the commits."""
+
+    WHOLE = "whole"
+    MISSING = "missing"
+    DIFFERENT = "different"
+    SUPERSEDED = "superseded"
+
+
+def check_ledger(output: Store, ledger: Ledger) -> State:
+    """Makes a night's ledger from its rows, and compares it with the one that is there."""
+    if not output.exists(ledger.key):
+        return State.MISSING
+    with tempfile.TemporaryDirectory(prefix="alfa-ledger-") as scratch:
+        made = Store(scratch)
+        write_ledger(output, ledger, made)
+        with output.open(ledger.key) as first, made.open(ledger.key) as second:
+            return State.WHOLE if _are_equal(first, second) else State.DIFFERENT
+
+
+def rebuild_ledger(output: Store, night: str, owner: str) -> State:
+    """Checks the ledger of a night, and writes it where it is missing or different. Returns what it was.
+
+    owner: who does so, for the lease on the night, which keeps it from being published meanwhile.
+    """
+    lease = leases.acquire(output, paths.night_lease(date.fromisoformat(night)), owner, leases.LEASE_S)
+    assert lease is not None  # it is never done without us
+    with lease.held(leases.LEASE_S):
+        ledger = find_ledger(output, night)
+        if ledger is None or not ledger.entries:
+            return State.WHOLE
+        state = check_ledger(output, ledger)
+        if state is not State.WHOLE:
+            lease.check()
+            write_ledger(output, ledger)
+        return state
 
 
 COLUMNS = ("image_id", "status")
@@ -216,6 +256,15 @@ def _fingerprints(output: Store, commit: Mapping[str, Any]) -> dict[str, str]:
         ensemble.class_name: job.class_fingerprint(ensemble.class_name, weights, ensemble.fingerprint)
         for ensemble in prompts.ensembles
     }
+
+
+def _are_equal(first: BinaryIO, second: BinaryIO) -> bool:
+    """Whether two ledgers say the same; their bytes may be those of different versions of Arrow."""
+    with pq.ParquetFile(first, pre_buffer=True) as left, pq.ParquetFile(second) as right:
+        if left.metadata.num_rows != right.metadata.num_rows or left.num_row_groups != right.num_row_groups:
+            return False
+        numbers = range(left.num_row_groups)
+        return all(left.read_row_group(number).equals(right.read_row_group(number)) for number in numbers)
 
 
 def _to_ledger(fingerprint: str, rows: pa.Table) -> pa.Table:

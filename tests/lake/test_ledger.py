@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,8 +18,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from pipeline.lake import Selection, find_ledgers, ledger, publish_night, read_commit, read_known, write_ledger
+from jobs.ledger import run_ledger
+from pipeline.lake import (
+    Selection,
+    collect_garbage,
+    find_ledgers,
+    ledger,
+    publish_night,
+    read_commit,
+    read_known,
+    write_ledger,
+)
 from pipeline.prompts import compose_ensemble, make_offline, record_prompts
 from pipeline.storage import Run, Store, paths
 from schemas.job import dump_job_yaml, parse_job
@@ -192,6 +204,40 @@ def test_many_photos_in_many_parts_are_told_apart(tmp_path: Path, monkeypatch: p
     assert pq.ParquetFile(tmp_path / found).num_row_groups == 7
     assert pq.read_schema(tmp_path / found).equals(LEDGER)
     assert left(output, listed) == [photo for photo in listed if photo not in scored]
+
+
+def test_rebuilding_finds_no_difference_or_mends_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, text = Store(str(tmp_path)), io.StringIO()
+    a, b, c = photos_named("a", "b", "c")
+    publish(output, FIRST, {a: "ok"})
+    publish(output, SECOND, {b: "ok", c: "error"})
+    publish(output, THIRD, {})
+    publish(output, SECOND, {b: "ok", c: "ok"}, run="another")
+    console = Console(file=text, width=120)
+    assert run_ledger(output, console, rebuild=True) == 0
+    assert "3 nights were made from their rows anew: no difference" in text.getvalue()
+    assert "1 files belong to no commit" in text.getvalue()
+    first, second = (ledger.key for ledger in find_ledgers(output)[:2])
+    output.write(second, output.read(first))
+    output.delete(first)
+    assert left(output, [b, c]) == [b, c]  # damaged: the file says another night's photos
+    assert run_ledger(output, Console(quiet=True), as_json=True) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [night["state"] for night in document["nights"]] == ["whole", "whole", "whole"]  # the look above mended one
+    output.delete(first)
+    run_ledger(output, Console(quiet=True), rebuild=True, as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert [(night["night"], night["photos"], night["state"]) for night in document["nights"]] == [
+        (FIRST, 1, "missing"),
+        (SECOND, 2, "different"),
+        (THIRD, 0, "whole"),
+    ]
+    assert left(output, [a, b, c]) == []
+    for path in tmp_path.rglob("*"):
+        os.utime(path, (0, 0))
+    removed = [item.key for item in collect_garbage(output, 3600, delete=True) if item.kind == "ledgers"]
+    assert len(removed) == 1 and {info.key for info in output.list("ledger")} == {first, second}
+    assert left(output, [a, b, c]) == []
 
 
 KILLED = """
