@@ -39,6 +39,8 @@ DRIVER_POINTS = [
     "after:/table-:1",
     "after:^scores/:1",
     "before:^scores/.*stale:1",
+    "before:^ledger/:1",
+    "after:^ledger/:1",
     "before:^commits/:1",
     "after:^commits/:1",
 ]

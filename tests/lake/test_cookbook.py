@@ -17,6 +17,7 @@ from pipeline.lake import iceberg, publish_night
 from pipeline.storage import Store
 from tests.command import alfa
 from tests.lake.test_iceberg import job_for
+from tests.lake.test_ledger import publish as publish_photos
 from tests.lake.test_publish import CLASSES, ROWS, make_run
 from tests.places import ROOT
 
@@ -93,6 +94,24 @@ def test_sql_snippets_give_the_night_the_last_night_and_each_image_once(lake: Pa
     assert len(last) == ROWS * len(CLASSES) and all(f"{NIGHTS[1]}-aaa" in row for row in last)
     images = ROWS  # both classes of make_run share their image ids
     assert len(once) == images and all(f"{NIGHTS[1]}-aaa" in row for row in once)
+
+
+@pytest.mark.parametrize("select", ["all", "new"])
+def test_the_state_of_every_photo_is_its_last_row(select: str, tmp_path: Path) -> None:
+    """Three nights: a and b, of which b is an error; then a has changed and c has come; then b has gone."""
+    output = Store(str(tmp_path))
+    a, b, c, changed = ("a", "v1"), ("b", "v1"), ("c", "v1"), ("a", "v2")
+    nights = {
+        "all": [{a: "ok", b: "error"}, {changed: "ok", b: "ok", c: "ok"}, {changed: "ok", c: "ok"}],
+        "new": [{a: "ok", b: "error"}, {changed: "ok", b: "ok", c: "ok"}, {}],
+    }[select]
+    for number, photos in enumerate(nights, 1):
+        publish_photos(output, f"2026-01-0{number}", photos)
+    (sql,) = (code for kind, code in BLOCKS if kind == "sql")
+    *_, state = (part for part in sql.replace("s3://lake/inspection", str(tmp_path)).split(";") if part.strip())
+    rows = duckdb.sql(f"SELECT image_uri, image_etag, status, run_date::VARCHAR FROM ({state}) ORDER BY 1").fetchall()
+    last = "2026-01-03" if select == "all" else "2026-01-02"
+    assert rows == [("a", "v2", "ok", last), ("b", "v1", "ok", "2026-01-02"), ("c", "v1", "ok", last)]
 
 
 def test_the_query_of_the_readme_lists_what_is_anomalous(lake: Path) -> None:

@@ -1,0 +1,78 @@
+"""Three nights of a bucket on a real S3, each of which scores what is new alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.lake import read_commit
+from pipeline.storage import Store
+from tests.command import alfa
+from tests.places import DEMO
+from tests.seaweed import ObjectStorage
+
+PHOTOS = sorted(DEMO.glob("hazelnut/test/*/*.jpg"))
+FIRST, SECOND, THIRD = "2026-01-01", "2026-01-02", "2026-01-03"
+
+
+def score(night: str, *overrides: str) -> str:
+    """Runs a night; what it logs and prints."""
+    wanted = ("dataset.select=new", "engine.shard_size=2", "engine.max_error_rate=1", *overrides)
+    sets = [part for override in wanted for part in ("--set", override)]
+    where = ("--images", "s3://lake/arriving", "--output", "s3://lake/incremental")
+    done = alfa("score", *where, "--run-date", night, *sets)
+    assert done.returncode == 0, done.stderr
+    return done.stderr + done.stdout
+
+
+def names_of(night: str) -> list[str]:
+    output = Store("s3://lake/incremental")
+    files = [pa.BufferReader(output.read(info.key)) for info in output.list(f"scores/run_date={night}")]
+    return sorted(uri.rpartition("/")[2] for file in files for uri in pq.read_table(file)["image_uri"].to_pylist())
+
+
+@pytest.mark.slow
+def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: Path) -> None:
+    bucket, output = Store("s3://lake/arriving"), Store("s3://lake/incremental")
+    for name, photo in zip(("a", "b", "c"), PHOTOS, strict=False):
+        bucket.write(f"hazelnut/{name}.jpg", photo.read_bytes())
+    bucket.write("hazelnut/broken.jpg", b"broken")
+    assert "4 images listed: 0 have a score from another night" in score(FIRST)
+    assert names_of(FIRST) == ["a.jpg", "b.jpg", "broken.jpg", "c.jpg"]
+
+    bucket.write("hazelnut/a.jpg", PHOTOS[3].read_bytes())
+    bucket.write("hazelnut/d.jpg", PHOTOS[4].read_bytes())
+    bucket.delete("hazelnut/b.jpg")
+    assert "4 images listed: 1 have a score from another night" in score(SECOND)
+    assert names_of(SECOND) == ["a.jpg", "broken.jpg", "d.jpg"]
+
+    last = score(THIRD, "dataset.retry_nights=1")
+    assert "4 images listed: 3 have a score from another night, 1 failed in 2 nights and are given up" in last
+    commit = read_commit(output, THIRD)
+    assert commit is not None and commit["rows"] == 0 and names_of(THIRD) == []
+    assert re.search(r"rate  nothing was left to score", last)
+
+    for night in (FIRST, SECOND, THIRD):
+        for info in output.list(f"scores/run_date={night}"):
+            path = tmp_path / info.key
+            path.parent.mkdir(parents=True)
+            path.write_bytes(output.read(info.key))
+    rows = f"read_parquet('{tmp_path}/scores/**/*.parquet', hive_partitioning = true)"
+    state = duckdb.sql(
+        f"SELECT parse_filename(image_uri), status, run_date::VARCHAR FROM {rows} "
+        f"QUALIFY row_number() OVER (PARTITION BY image_uri ORDER BY run_date DESC) = 1 ORDER BY 1"
+    ).fetchall()
+    assert state == [
+        ("a.jpg", "ok", SECOND),
+        ("b.jpg", "ok", FIRST),
+        ("broken.jpg", "error", SECOND),
+        ("c.jpg", "ok", FIRST),
+        ("d.jpg", "ok", SECOND),
+    ]
+    rebuilt = alfa("ledger", "s3://lake/incremental", "--rebuild")
+    assert rebuilt.returncode == 0 and "3 nights were made from their rows anew: no difference" in rebuilt.stdout
