@@ -7,7 +7,6 @@ does not wait.
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
 from pipeline.images import (
@@ -35,7 +33,7 @@ from pipeline.images import (
 from pipeline.scoring.batches import batch_size, batches, image_decoder, read_image, start
 from pipeline.scoring.shards import Shard
 from pipeline.scoring.thresholds import Thresholds, fixed_thresholds
-from pipeline.storage import Run, Store, map_ahead, paths, read_shard, redact
+from pipeline.storage import Run, Store, encode_shard, map_ahead, paths, read_shard, redact
 from schemas.tables import SHARD, ErrorType
 
 Row = dict[str, Any]
@@ -258,9 +256,7 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
 
 
 def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> ShardStats:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer, compression="zstd")
-    output.write(paths.shard_key(folder, shard_id), buffer.getvalue())
+    output.write(paths.shard_key(folder, shard_id), encode_shard(pa.Table.from_pylist(rows, schema=SHARD)))
     return ShardStats(
         shard_id,
         len(rows),

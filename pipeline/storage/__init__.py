@@ -12,7 +12,7 @@ from pipeline.storage.listing import STAGING, ObjectInfo, Page
 from pipeline.storage.names import safe_segment
 from pipeline.storage.prefetch import map_ahead
 from pipeline.storage.redaction import redact
-from pipeline.storage.runs import Run, read_shard, read_shards
+from pipeline.storage.runs import Run, encode_shard, read_shard, read_shards
 from pipeline.storage.store import Store, open_store
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Run",
     "Store",
     "StoreError",
+    "encode_shard",
     "leases",
     "map_ahead",
     "open_store",

@@ -38,6 +38,17 @@ class Run:
         return paths.mask_version(self.run_id)
 
 
+def encode_shard(rows: pa.Table) -> bytes:
+    """A finished shard as its Parquet file.
+
+    Dictionaries, statistics and zstd would cost whoever reads thousands of such small files twice the time, and their
+    values hardly repeat.
+    """
+    buffer = pa.BufferOutputStream()
+    pq.write_table(rows, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
+    return bytes(buffer.getvalue())
+
+
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
     """The rows of a finished shard, in schema SHARD."""
     data = pa.BufferReader(output.read(paths.shard_key(folder, shard_id)))

@@ -9,7 +9,6 @@ shards are written first: rows as the demo has them, with maps of 196 patches an
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
@@ -21,14 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.diff import run_diff
 from pipeline.lake import publish_night, read_commit
 from pipeline.report import gather
 from pipeline.scoring import quantile_thresholds
-from pipeline.storage import Run, Store, paths, read_shards
+from pipeline.storage import Run, Store, encode_shard, paths, read_shards
 from schemas.job import dump_job_yaml, parse_job
 from schemas.tables import SHARD
 from tests.bench.measuring import print_table, resident_bytes, write_results
@@ -58,9 +56,8 @@ def write_shards(run: Run, output: Store, count: int) -> None:
         for _ in range(PATTERNS)
     ]
     for number in range(count):
-        buffer = io.BytesIO()
-        pq.write_table(_vary(patterns[number % PATTERNS], number, random), buffer, compression="zstd")
-        output.write(paths.shard_key(run.shards, shard_name(number)), buffer.getvalue())
+        rows = _vary(patterns[number % PATTERNS], number, random)
+        output.write(paths.shard_key(run.shards, shard_name(number)), encode_shard(rows))
 
 
 def _vary(table: pa.Table, shard: int, random: np.random.Generator) -> pa.Table:
