@@ -92,6 +92,15 @@ def prompts(flags: JobFlags) -> None:
     exits.run(lambda: run_prompts(flags.read_job(), open_console()))
 
 
+@app.command(rich_help_panel=RUN, epilog="Example: alfa plan job.yaml --run-date yesterday --json")
+@spread_flags
+def plan(flags: NightFlags, as_json: AsJson = False) -> None:
+    """Say what a night would do and cost: images, classes, LLM calls, hours. Writes nothing and starts no Ray."""
+    from jobs.plan import run_plan
+
+    exits.run(lambda: run_plan(flags.read_job(), open_console(), as_json=as_json))
+
+
 @app.command(rich_help_panel=RUN, epilog="Example: alfa score job.yaml --run-date 2026-01-02 --set engine.actors=4")
 @spread_flags
 def score(flags: NightFlags) -> None:

@@ -82,23 +82,30 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     if weights.is_embedded:
         logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
     chosen = choose_all_references(job, source)
-    listed, selection = list_images(source), None
-    if job.dataset.select == "new":
-        selection = Selection()
-        listed = read_known_photos(job, weights, chosen, scratch, output).leave_out(listed, selection)
-    manifest = write_manifest(listed, scratch)
-    if selection is not None:
-        _tell_selection(selection, manifest.images, job.dataset.error_nights)
-    logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
-    table = _read_table(job)
-    place, classes = str(job.threshold.table), list(manifest.classes)
-    calibrated = parse_table(table, place) if table else None
-    thresholds = select_thresholds(calibrated, place, job, weights.sha256, classes) if calibrated else {}
-    references = _select_references(job, chosen, classes)
+    manifest, selection = list_night(job, weights, source, chosen, scratch, output)
+    classes = list(manifest.classes)
+    table, thresholds = read_thresholds(job, weights, classes)
+    references = select_references(job, chosen, classes)
     prompts, usage = obtain_ensembles(job, classes, output)
     run = name_run(job, weights, prompts, references, table)
     fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
     return Plan(run, weights, source, manifest, prompts, usage, references, thresholds, table, fingerprints, selection)
+
+
+def list_night(
+    job: JobConfig, weights: Weights, source: ImageSource, references: References, scratch: Path, output: Store
+) -> tuple[Manifest, Selection | None]:
+    """Lists the images that the night is to score, and counts what dataset.select new leaves out. Writes nothing to the
+    output."""
+    listed, selection = list_images(source), None
+    if job.dataset.select == "new":
+        selection = Selection()
+        listed = read_known_photos(job, weights, references, scratch, output).leave_out(listed, selection)
+    manifest = write_manifest(listed, scratch)
+    if selection is not None:
+        _tell_selection(selection, manifest.images, job.dataset.error_nights)
+    logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
+    return manifest, selection
 
 
 def read_known_photos(
@@ -136,7 +143,7 @@ def find_references(job: JobConfig, source: ImageSource, classes: Sequence[str])
     Empty where the job is zero-shot. Raises DatasetError where no class has any, ThresholdError where
     threshold.policy reference needs more of them.
     """
-    return _select_references(job, choose_all_references(job, source), classes)
+    return select_references(job, choose_all_references(job, source), classes)
 
 
 def choose_all_references(job: JobConfig, source: ImageSource) -> dict[str, list[dict[str, Any]]]:
@@ -147,7 +154,7 @@ def choose_all_references(job: JobConfig, source: ImageSource) -> dict[str, list
     return choose_references(rows, job.references.shots, job.references.seed)
 
 
-def _select_references(
+def select_references(
     job: JobConfig, chosen: Mapping[str, list[dict[str, Any]]], classes: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Those of tonight's classes, with a warning for each class that has too few."""
@@ -170,6 +177,16 @@ def _tell_selection(selection: Selection, images: int, error_nights: int) -> Non
         error_nights,
         images,
     )
+
+
+def read_thresholds(job: JobConfig, weights: Weights, classes: Sequence[str]) -> tuple[bytes, Mapping[str, Thresholds]]:
+    """Reads the file of calibrated thresholds that the job names, and those of the classes in it; else nothing.
+
+    Raises ThresholdError where the file is missing, is of another model, weights or method, or lacks a class.
+    """
+    table, place = _read_table(job), str(job.threshold.table)
+    calibrated = parse_table(table, place) if table else None
+    return table, select_thresholds(calibrated, place, job, weights.sha256, classes) if calibrated else {}
 
 
 def _read_table(job: JobConfig) -> bytes:

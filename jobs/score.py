@@ -108,7 +108,7 @@ def _execute(
     output.write(paths.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
     if plan.table:
         output.write(paths.run_key(run.run_id, "thresholds.json"), plan.table)
-    output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path.read_bytes())
+    output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path)
     size = job.engine.shard_size
     shard_ids = list(identify_shards(manifest.batches(HASHED), size))
     finished = paths.finished_shards(output, run.shards) & set(shard_ids)
@@ -136,6 +136,7 @@ def _execute(
             return commit, progress.write("done", **_totals(commit))
     with connect(job):
         pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
+        facts["actors"] = asdict(pool.plan)
         try:
             with RunProgress(facts, output, console, left, pool.plan.count, started) as progress:
                 if len(finished) < len(shard_ids):

@@ -6,76 +6,26 @@ import io
 import json
 import os
 import shutil
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import ray
 from rich.console import Console
 
-from jobs.planning import class_fingerprints, open_source, plan_run
+from jobs.planning import open_source, plan_run
 from jobs.score import run_score
-from pipeline.alfa import locate_weights, text_fits
-from pipeline.images import DatasetError, list_images, open_dataset
-from pipeline.lake import publish_night, read_commit
-from pipeline.prompts import compose_ensemble, make_offline
-from pipeline.storage import Run, Store, paths
-from schemas.job import JobConfig, parse_job
-from schemas.tables import SHARD
-from tests.places import DEMO
-
-FIRST, SECOND, THIRD = "2026-01-01", "2026-01-02", "2026-01-03"
-
-
-def job_of(folder: Path, night: str, **keys: Any) -> JobConfig:
-    dataset = {"images": str(folder / "in"), "select": "new", **keys.pop("dataset", {})}
-    document = {"dataset": dataset, "output": {"uri": str(folder / "out")}, "run_date": night, **keys}
-    return parse_job(document)
-
-
-def publish_as_scored(job: JobConfig) -> None:
-    """Publishes all images of the job as its night, as if they had been scored by its model."""
-    output, weights, fits = Store(job.output.uri), locate_weights(job.model), text_fits(job.model)
-    images = pa.Table.from_batches(list_images(open_dataset(job.dataset, job.storage))).to_pylist()
-    names = sorted({image["class_name"] for image in images})
-    ensembles = {name: compose_ensemble(make_offline(name), fits) for name in names}
-    run = Run(f"{job.run_date}-{'a' * 12}", job, weights.label, weights.sha256)
-    rows = [
-        {
-            "class_name": image["class_name"],
-            "image_key": image["key"],
-            "image_id": image["image_id"],
-            "image_uri": image["uri"],
-            "image_etag": image["etag"],
-            "run_id": run.run_id,
-            "shard_id": "one",
-            "status": "ok",
-            "score": 0.4,
-            "is_anomalous": False,
-            "prompt_fingerprint": ensembles[image["class_name"]].fingerprint,
-            "model": run.model,
-            "weights_sha256": run.weights_sha256,
-            "scored_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
-        }
-        for image in images
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
-    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
-    fingerprints = class_fingerprints(job, weights, ensembles.values(), {})
-    publish_night(run, "m" * 12, run.shards, ["one"], output, "test", fingerprints)
+from pipeline.images import DatasetError
+from pipeline.lake import read_commit
+from pipeline.prompts import make_offline
+from pipeline.storage import Store, paths
+from schemas.job import JobConfig
+from tests.jobs.made_nights import FIRST, SECOND, THIRD, copy_photos, job_of, publish_as_scored
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Images of two classes, all of them published as the first night."""
-    for name in ("hazelnut", "capsules"):
-        (tmp_path / "in" / name).mkdir(parents=True)
-        for photo in sorted(DEMO.glob(f"{name}/test/*/*.jpg"))[:3]:
-            shutil.copy(photo, tmp_path / "in" / name / f"{photo.parent.name}-{photo.name}")
+    copy_photos(tmp_path)
     publish_as_scored(job_of(tmp_path, FIRST))
     return tmp_path
 

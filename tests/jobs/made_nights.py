@@ -1,0 +1,75 @@
+"""Nights of the demo's photos that are published as if they had been scored: no Ray, no model."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jobs.planning import class_fingerprints
+from pipeline.alfa import locate_weights, text_fits
+from pipeline.images import list_images, open_dataset
+from pipeline.lake import publish_night
+from pipeline.prompts import compose_ensemble, make_offline
+from pipeline.storage import Run, Store, paths
+from schemas.job import JobConfig, parse_job
+from schemas.tables import SHARD
+from tests.places import DEMO
+
+FIRST, SECOND, THIRD = "2026-01-01", "2026-01-02", "2026-01-03"
+
+
+def job_of(folder: Path, night: str, **keys: Any) -> JobConfig:
+    dataset = {"images": str(folder / "in"), "select": "new", **keys.pop("dataset", {})}
+    document = {"dataset": dataset, "output": {"uri": str(folder / "out")}, "run_date": night, **keys}
+    return parse_job(document)
+
+
+def publish_as_scored(job: JobConfig, **stats: Any) -> None:
+    """Publishes all images of the job as its night. stats: what its run's stats.json says."""
+    output, weights, fits = Store(job.output.uri), locate_weights(job.model), text_fits(job.model)
+    images = pa.Table.from_batches(list_images(open_dataset(job.dataset, job.storage))).to_pylist()
+    names = sorted({image["class_name"] for image in images})
+    ensembles = {name: compose_ensemble(make_offline(name), fits) for name in names}
+    run = Run(f"{job.run_date}-{'a' * 12}", job, weights.label, weights.sha256)
+    rows = [
+        {
+            "class_name": image["class_name"],
+            "image_key": image["key"],
+            "image_id": image["image_id"],
+            "image_uri": image["uri"],
+            "image_etag": image["etag"],
+            "run_id": run.run_id,
+            "shard_id": "one",
+            "status": "ok",
+            "score": 0.4,
+            "is_anomalous": False,
+            "prompt_fingerprint": ensembles[image["class_name"]].fingerprint,
+            "model": run.model,
+            "weights_sha256": run.weights_sha256,
+            "scored_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
+        }
+        for image in images
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
+    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
+    fingerprints = class_fingerprints(job, weights, ensembles.values(), {})
+    publish_night(run, "m" * 12, run.shards, ["one"], output, "test", fingerprints)
+    if stats:
+        known = {"model": run.model, "run_id": run.run_id, **stats}
+        output.write(paths.run_key(run.run_id, "stats.json"), json.dumps(known).encode())
+
+
+def copy_photos(folder: Path) -> None:
+    """Three photos of each of two classes, below folder/in."""
+    for name in ("hazelnut", "capsules"):
+        (folder / "in" / name).mkdir(parents=True)
+        for photo in sorted(DEMO.glob(f"{name}/test/*/*.jpg"))[:3]:
+            shutil.copy(photo, folder / "in" / name / f"{photo.parent.name}-{photo.name}")
