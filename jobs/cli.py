@@ -17,7 +17,7 @@ from jobs.console import open_console
 from jobs.flags import Endpoint, JobFlags, NightFlags, spread_flags
 from jobs.logs import LogFormat
 from pipeline.storage import Store, open_store
-from schemas.job import Storage
+from schemas.job import JobConfig, Storage
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +126,46 @@ def submit(
 
     options = {"upload": upload, "wait": wait, "again": again}
     exits.run(lambda: run_submit(flags.read_job(), address, open_console(), logs.current_format(), **options))
+
+
+@app.command(rich_help_panel=RUN, epilog="Example: alfa backfill job.yaml --from 2026-01-01 --to yesterday")
+@spread_flags
+def backfill(
+    flags: JobFlags,
+    first: Annotated[str, typer.Option("--from", metavar="NIGHT", help="YYYY-MM-DD, today or yesterday.")],
+    last: Annotated[str, typer.Option("--to", metavar="NIGHT", help="YYYY-MM-DD, today or yesterday.")],
+    again: Annotated[bool, typer.Option("--again", help="Also nights that are published.")] = False,
+    stop_on_error: Annotated[
+        bool, typer.Option("--stop-on-error", help="Leave the nights after one that fails.")
+    ] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Each night as a job of a Ray cluster, see alfa submit.")
+    ] = False,
+    address: Annotated[str | None, typer.Option(help="With --submit: Ray head, http://HOST:8265.")] = None,
+    upload: Annotated[bool, typer.Option(help="With --submit: send this machine's code along.")] = True,
+) -> None:
+    """Score the nights of a range of dates, one after the other. Run again, it goes on with what is missing."""
+    from jobs.backfill import run_backfill
+
+    if address and not submit:
+        exits.refuse("--address wants --submit; without it, engine.address names the cluster")
+    console = open_console(quiet=logs.current_format() is LogFormat.JSON)
+
+    def score_night(job: JobConfig) -> int:
+        if not submit:
+            from jobs.score import run_score
+
+            return exits.attempt(lambda: run_score(job, console))
+        from jobs.submit import run_submit
+
+        how: dict[str, Any] = {"upload": upload, "wait": True, "again": again}
+        return exits.attempt(lambda: run_submit(job, address, console, logs.current_format(), **how))
+
+    def run() -> int:
+        jobs = flags.read_nights(first, last)
+        return run_backfill(jobs, score_night, console, again=again, stop_on_error=stop_on_error)
+
+    exits.run(run)
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: alfa status s3://lake/inspection --json")

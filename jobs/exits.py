@@ -20,36 +20,44 @@ logger = logging.getLogger(__name__)
 
 
 def run(job: Callable[[], int]) -> NoReturn:
-    """Runs a job and exits with the code that it returns.
+    """Runs a job and exits with its code, see attempt."""
+    raise typer.Exit(attempt(job))
+
+
+def attempt(job: Callable[[], int]) -> int:
+    """Runs a job and returns its exit code.
 
     What the pipeline raises becomes one clear line. The exit code is then 2 where the job has to change, 1 where the
     same command can succeed later, 130 where it was interrupted. Other exceptions are faults in alfa, and pass.
     """
     logs.adopt_libraries()
     try:
-        code = job()
+        return job()
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
-        code = INTERRUPTED
+        return INTERRUPTED
     except (AddressError, JobError) as error:
-        refuse(str(error))
+        return _complain_of(str(error))
     except OSError as error:
-        code = _give_up(error)
+        return _give_up(error)
     except Exception as error:
         refusals, failures = _errors_of_the_pipeline()
         if isinstance(error, refusals):
-            refuse(str(error))
+            return _complain_of(str(error))
         if not isinstance(error, failures):
             raise
-        code = _give_up(error)
-    raise typer.Exit(code)
+        return _give_up(error)
 
 
 def refuse(fault: str) -> NoReturn:
     """Exits with the code for bad usage. fault: one line for each thing that is wrong."""
+    raise typer.Exit(_complain_of(fault)) from None
+
+
+def _complain_of(fault: str) -> int:
     for line in fault.splitlines():
         _complain(line)
-    raise typer.Exit(USAGE) from None
+    return USAGE
 
 
 def _errors_of_the_pipeline() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:

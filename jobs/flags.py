@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,8 +53,25 @@ class JobFlags:
         defaults: sections that the job has where its file has none. Raises JobError where the file cannot be read or
         the job is not valid.
         """
-        document = read_job_yaml(_read_text(self.file, self.storage())) if self.file else {}
-        return parse_job({**(defaults or {}), **document}, self.overrides or (), self._keys())
+        return parse_job({**(defaults or {}), **self._read_document()}, self.overrides or (), self._keys())
+
+    def read_nights(self, first: str, last: str) -> list[JobConfig]:
+        """Reads the job once, and makes it of each night from `first` to `last`, which are as run_date may be.
+
+        Raises JobError as read_job does, and where the last night comes before the first.
+        """
+        document = self._read_document()
+
+        def job_of(night: str) -> JobConfig:
+            return parse_job(document, self.overrides or (), {**self._keys(), "run_date": night})
+
+        start, end = (job_of(night).run_date for night in (first, last))
+        if end < start:
+            raise JobError(f"the last night, {end}, comes before the first, {start}")
+        return [job_of(str(start + timedelta(days=number))) for number in range((end - start).days + 1)]
+
+    def _read_document(self) -> dict[str, Any]:
+        return read_job_yaml(_read_text(self.file, self.storage())) if self.file else {}
 
     def storage(self) -> Storage:
         """How stores are reached before there is a job: to read its file."""
@@ -94,7 +112,9 @@ def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
     def spread(**values: Any) -> None:
         command(kind(**{name: values.pop(name) for name in flags}), **values)
 
-    spread.__signature__ = inspect.Signature([*flags.values(), *others])  # type: ignore[attr-defined]
+    # By name alone, as typer calls it: parameters without a default may then follow those with one.
+    named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*flags.values(), *others)]
+    spread.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     return spread
 
 

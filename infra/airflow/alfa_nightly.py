@@ -2,6 +2,11 @@
 
 A retry joins the night's job where it still runs, and resumes it where it died. A job that cannot be right (exit code 2) is
 not tried again.
+
+Where the bucket is laid out by date (dataset.images: s3://factory/photos/{run_date}), set catchup=True: Airflow then runs
+each night that it missed as a run of its own, one after the other, with its own retries. `alfa backfill` does the same for
+those who have no scheduler, so it is not used here. Without dates in the address each of those nights would score all that
+lies in the bucket now, so catchup stays off.
 """
 
 from __future__ import annotations
