@@ -32,10 +32,10 @@ from tests.places import ROOT
 
 RUN_ID = f"2026-01-02-{'a' * 12}"
 PANELS = {
-    "Run a night": {"demo", "check", "prompts", "score", "submit"},
+    "Run a night": {"demo", "check", "plan", "prompts", "score", "backfill", "submit"},
     "Look at it": {"status", "report", "diff", "export"},
     "Tune it": {"evaluate", "calibrate"},
-    "Keep house": {"gc", "schema"},
+    "Keep house": {"gc", "ledger", "schema"},
 }
 COMMANDS = sorted(set.union(*PANELS.values()))
 
@@ -216,7 +216,7 @@ def test_the_schema_of_jobs_accepts_what_alfa_accepts_and_refuses_what_it_refuse
 def test_the_schema_of_jobs_describes_keys_to_editors() -> None:
     schema = read_job_schema()
     images = schema["$defs"]["Dataset"]["properties"]["images"]
-    assert images["description"] == "folder, table file or URI of the images"
+    assert images["description"] == "folder, table file or URI of the images; {run_date} in it is the night's date"
     assert "$schema=job.schema.json" in alfa("schema", "--help").stdout
 
 

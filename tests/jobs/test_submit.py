@@ -57,7 +57,7 @@ def test_only_code_is_uploaded_and_stays_below_60_mb(tmp_path: Path) -> None:
     copy_code(tmp_path)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {path.relative_to(tmp_path).parts[0] for path in files} == {"schemas", "pipeline", "jobs"}
-    assert {path.suffix for path in files} <= {".py", ".json", ".md", ".safetensors", ".css", ".js", ".j2"}
+    assert {path.suffix for path in files} <= {".py", ".json", ".md", ".safetensors", ".css", ".js", ".j2", ".typed"}
     assert sum(path.stat().st_size for path in files) < 60e6
 
 

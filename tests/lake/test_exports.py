@@ -168,7 +168,7 @@ def test_by_default_an_export_lies_in_the_output(night: tuple[Path, Path, list[d
         (["2026-01-03", "--to", "coco"], "night 2026-01-03 is not published"),
         ([f"{NIGHT}-bbb", "--to", "coco"], f"belongs to {NIGHT}-aaa"),
         (["yesterday", "--to", "coco"], "neither a night"),
-        ([NIGHT, "--to", "voc"], "coco, fiftyone, labelstudio"),
+        ([NIGHT, "--to", "voc"], "'coco', 'fiftyone', 'labelstudio'"),
     ],
 )
 def test_what_cannot_be_exported_is_one_clear_line(
