@@ -283,20 +283,45 @@ def calibrate(
     exits.run(lambda: run_calibrate(_open(output, endpoint), run_ids, table, by, console=open_console(), **options))
 
 
-@app.command(rich_help_panel=KEEP, epilog="Example: alfa gc s3://lake/inspection --older-than 48 --delete")
+@app.command(
+    rich_help_panel=KEEP,
+    epilog="Examples: alfa gc s3://lake/inspection --older-than 48 --delete; "
+    "alfa gc s3://lake/inspection --keep-nights 30 --delete",
+)
 def gc(
     output: Output,
     delete: Annotated[
         bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
     ] = False,
     older_than: Annotated[float, typer.Option(min=1, help="Only files that were not written for so many hours.")] = 24,
+    keep_nights: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Also masks, maps and shards of all but the last N published nights."),
+    ] = None,
+    keep_days: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="The same of nights before the last N days; the last night is kept."),
+    ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Of those nights all: their rows, commits, reports and records, too.")
+    ] = False,
     as_json: AsJson = False,
     endpoint: Endpoint = None,
 ) -> None:
     """Remove files that no published night needs: superseded versions, masks and shards; also of unfinished runs."""
     from jobs.gc import run_gc
 
-    exits.run(lambda: run_gc(_open(output, endpoint), open_console(), older_than, delete, as_json=as_json))
+    if keep_nights is not None and keep_days is not None:
+        exits.refuse("--keep-nights and --keep-days exclude each other")
+    if table and keep_nights is None and keep_days is None:
+        exits.refuse("--table wants --keep-nights or --keep-days, which say of which nights")
+    options: dict[str, Any] = {
+        "keep_nights": keep_nights,
+        "keep_days": keep_days,
+        "table": table,
+        "as_json": as_json,
+    }
+    exits.run(lambda: run_gc(_open(output, endpoint), open_console(), older_than, delete, **options))
 
 
 @app.command(rich_help_panel=KEEP, epilog="Example: alfa ledger s3://lake/inspection --rebuild")

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jobs.console import print_line
-from pipeline.lake import export_rows, find_night, read_rows
+from pipeline.lake import ExportError, export_rows, find_night, read_rows
 from pipeline.storage import Store, open_store, paths
 from schemas.job import Storage, parse_job, read_job_yaml
 
@@ -20,6 +20,8 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
     None: exports/<run_id>/<format> in the output. Raises ExportError where the run is not published.
     """
     commit = find_night(output, run)
+    if kind == "coco" and commit.get("cleared_at"):
+        raise ExportError(f"--to coco needs masks; those of night {commit['run_date']} were removed by alfa gc")
     job = parse_job(read_job_yaml(output.read(paths.run_key(commit["run_id"], "job.yaml")).decode()))
     images = job.dataset.images
     source = open_store(images.rpartition("/")[0] if images.endswith((".parquet", ".csv")) else images, job.storage)

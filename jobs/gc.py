@@ -1,43 +1,66 @@
-"""`alfa gc`: removes files that no published night needs any more."""
+"""`alfa gc`: removes files that no published night needs any more, and what is kept no longer of old nights."""
 
 from __future__ import annotations
 
 from collections import Counter
+from datetime import datetime, timezone
 
 from rich.console import Console
 from rich.filesize import decimal
 
 from jobs.console import make_table, print_json, print_line
-from pipeline.lake import collect_garbage
+from pipeline.lake import Retention, collect_garbage, find_oldest_kept
 from pipeline.storage import Store
 
 
-def run_gc(output: Store, console: Console, older_than_h: float, delete: bool, *, as_json: bool = False) -> int:
+def run_gc(
+    output: Store,
+    console: Console,
+    older_than_h: float,
+    delete: bool,
+    *,
+    keep_nights: int | None = None,
+    keep_days: int | None = None,
+    table: bool = False,
+    as_json: bool = False,
+) -> int:
     """Counts, or with `delete` removes, files that no commit refers to. Returns the exit code.
 
-    older_than_h: hours for which a file must have lain untouched. Prints files and bytes of each kind.
+    Prints files and bytes of each kind.
+
+    Args:
+        older_than_h: hours for which a file must have lain untouched.
+        keep_nights, keep_days: also masks, maps and shards of nights before the last so many, or so many days.
+        table: of those nights their rows, commits and records, too.
     """
     files: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     is_published = next(output.list("commits"), None) is not None
+    today = datetime.now(timezone.utc).date()
+    oldest = find_oldest_kept(output, keep_nights=keep_nights, keep_days=keep_days, today=today)
+    retention = None if oldest is None else Retention(oldest, table)
     if is_published:
-        for item in collect_garbage(output, older_than_h * 3600, delete=delete):
+        for item in collect_garbage(output, older_than_h * 3600, delete=delete, retention=retention):
             files[item.kind] += 1
             sizes[item.kind] += item.size
     if as_json:
         kinds = {kind: {"files": count, "bytes": sizes[kind]} for kind, count in sorted(files.items())}
         total = {"files": files.total(), "bytes": sizes.total()}
-        print_json({"output": output.uri(""), "deleted": delete, "kinds": kinds, **total})
+        old_before = None if oldest is None else str(oldest)
+        print_json({"output": output.uri(""), "deleted": delete, "old_before": old_before, "kinds": kinds, **total})
         return 0
     if not is_published:
         print_line(console, f"no night is published at {output.uri('')}, so nothing is known to be superseded")
         return 0
-    table = make_table(("kind", "files", "size"), left=("kind",))
+    counted = make_table(("kind", "files", "size"), left=("kind",))
     for kind, count in sorted(files.items()):
-        table.add_row(kind, str(count), decimal(sizes[kind]))
-    table.add_section()
-    table.add_row("all", str(files.total()), decimal(sizes.total()))
-    console.print(table)
+        counted.add_row(kind, str(count), decimal(sizes[kind]))
+    counted.add_section()
+    counted.add_row("all", str(files.total()), decimal(sizes.total()))
+    console.print(counted)
+    if retention is not None:
+        what = "all of them, their rows too" if table else "their masks, maps and shards; their rows stay"
+        print_line(console, f"with what goes of nights before {oldest}: {what}")
     if not delete and files:
         print_line(console, "nothing was removed; --delete removes these files")
     return 0

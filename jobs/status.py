@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.console import make_table, print_json, print_line
+from pipeline.lake import published_nights, read_commit
 from pipeline.storage import Store, paths
 
 _SILENT_AFTER_S = 300
@@ -22,13 +23,15 @@ class RunStatus:
     """A run as its stats.json and its finished shards tell of it.
 
     state: running, done, failed or interrupted, as its driver last wrote. silent_s: for how many seconds a running one
-    has written nothing; None where that is normal. images_per_second: while it scored.
+    has written nothing; None where that is normal. cleared: whether alfa gc has removed its masks and shards.
+    images_per_second: while it scored.
     """
 
     run_id: str
     state: str
     silent_s: int | None
     published: bool
+    cleared: bool
     shards: int
     finished_shards: int
     images: int
@@ -66,14 +69,14 @@ def print_status(output: Store, console: Console, *, as_json: bool = False) -> i
 
 def read_status(output: Store) -> list[RunStatus]:
     """Reads the runs of an output, the newest night first."""
-    published = {
-        json.loads(output.read(info.key))["run_id"] for info in output.list("commits") if info.key.endswith(".json")
-    }
+    commits = (read_commit(output, night) for night in published_nights(output))
+    published = {commit["run_id"]: bool(commit.get("cleared_at")) for commit in commits if commit is not None}
     keys = [info.key for info in output.list("runs") if info.key.endswith("/stats.json")]
     return [_read_run(output, key, published) for key in sorted(keys, reverse=True)]
 
 
-def _read_run(output: Store, key: str, published: set[str]) -> RunStatus:
+def _read_run(output: Store, key: str, published: Mapping[str, bool]) -> RunStatus:
+    """published: runs that are, and whether alfa gc has removed their shards since."""
     stats = json.loads(output.read(key))
     age = datetime.now(timezone.utc) - datetime.fromisoformat(stats["updated_at"])
     is_silent = stats["state"] == "running" and age.total_seconds() > _SILENT_AFTER_S
@@ -82,6 +85,7 @@ def _read_run(output: Store, key: str, published: set[str]) -> RunStatus:
         state=stats["state"],
         silent_s=int(age.total_seconds()) if is_silent else None,
         published=stats["run_id"] in published,
+        cleared=published.get(stats["run_id"], False),
         shards=stats["shards"],
         finished_shards=len(paths.finished_shards(output, paths.run_key(stats["run_id"], "shards"))),
         images=stats["images"],
@@ -98,4 +102,4 @@ def _describe_state(run: RunStatus) -> str:
         state = f"no sign of life for {run.silent_s // 60} min; run the same command again to resume"
     else:
         state = run.state
-    return state + (", published" if run.published else "")
+    return state + (", published" if run.published else "") + (", cleared" if run.cleared else "")

@@ -7,7 +7,7 @@ May import: images, storage, schemas.
 from pipeline.lake.commits import find_night_before, published_nights, read_commit
 from pipeline.lake.ddl import DIALECTS, render_ddl
 from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
-from pipeline.lake.garbage import collect_garbage
+from pipeline.lake.garbage import Retention, collect_garbage, find_oldest_kept
 from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
 from pipeline.lake.ledger import (
     KnownPhotos,
@@ -32,6 +32,7 @@ __all__ = [
     "KnownPhotos",
     "LakeError",
     "Ledger",
+    "Retention",
     "Selection",
     "State",
     "check_ledger",
@@ -41,6 +42,7 @@ __all__ = [
     "find_ledgers",
     "find_night",
     "find_night_before",
+    "find_oldest_kept",
     "open_catalog",
     "publish_night",
     "publish_snapshot",

@@ -1,21 +1,23 @@
 """What no commit refers to: found by streamed listings, and removed while no driver can be at work on it.
 
 Only files of known kinds are ever named; whatever else lies in the output is kept, and so are prompts, the table, the
-commits and a run's records (job.yaml, stats.json, its report).
+commits and a run's records (job.yaml, stats.json, its report), unless the table of old nights is to go too.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, datetime, timedelta, timezone
 from itertools import chain, groupby
 from typing import Any
 
-from pipeline.lake.commits import read_commit
+from pipeline.lake.commits import published_nights, read_commit
+from pipeline.lake.iceberg import retract_night
 from pipeline.lake.ledger import find_ledger
 from pipeline.storage import ObjectInfo, Store, leases, paths
 
@@ -34,129 +36,258 @@ class Garbage:
     size: int
 
 
-def collect_garbage(output: Store, older_than_s: float, *, delete: bool) -> Iterator[Garbage]:
+@dataclass(frozen=True)
+class Retention:
+    """Which nights are old, and what of them goes.
+
+    oldest_kept: nights before it are old. table: old nights go as a whole; else their masks, maps, shards, manifests
+    and reference patches do, and their commits say so, while their rows and their runs' records stay.
+    """
+
+    oldest_kept: date
+    table: bool = False
+
+
+def find_oldest_kept(
+    output: Store, *, keep_nights: int | None = None, keep_days: int | None = None, today: date
+) -> date | None:
+    """The first of the last `keep_nights` published nights, or of the last `keep_days` days. The last published night
+    is always kept. None where that leaves no night out."""
+    nights = [date.fromisoformat(night) for night in published_nights(output)]
+    if not nights:
+        return None
+    if keep_nights is not None:
+        oldest = nights[-keep_nights:][0]
+    elif keep_days is not None:
+        oldest = min(today - timedelta(days=keep_days - 1), nights[-1])
+    else:
+        return None
+    return oldest if nights[0] < oldest else None
+
+
+def collect_garbage(
+    output: Store, older_than_s: float, *, delete: bool, retention: Retention | None = None
+) -> Iterator[Garbage]:
     """The files, last written longer ago than older_than_s, that no commit refers to; delete: each is removed first.
 
     A run whose driver is alive is left alone. Removal takes the driver's place by its lease, and reads the commit again
     while it holds it, so that a run which starts meanwhile waits, and then finds its files whole or gone, not half.
+    retention: also what is kept no longer of old nights, if their commits were written longer ago than older_than_s.
+    What a process that is killed leaves, the next one removes. Raises LakeError or CatalogError where the table of old
+    nights is to go, and the Iceberg catalog that holds them cannot be reached.
     """
-    before = time.time() - older_than_s
-    for name, infos in groupby(output.list("runs"), lambda info: info.key.split("/")[1]):
-        if _RUN_ID.fullmatch(name):
-            yield from _sweep(output, name, infos, before, delete)
-        elif name.partition(".claim-")[1]:
-            yield from _sweep_leases(output, f"runs/{name.partition('.claim-')[0]}", infos, before, delete)
-    for kind in ("masks", "maps"):
-        for (night, version), infos in groupby(output.list(kind), lambda info: tuple(info.key.split("/")[1:3])):
-            run_id = f"{night.removeprefix('run_date=')}-{version.partition('-')[0]}"
-            if _RUN_ID.fullmatch(run_id):
-                yield from _sweep(output, run_id, infos, before, delete)
-    for night, infos in groupby(output.list(paths.LEDGER), lambda info: info.key.split("/")[1]):
-        if _NIGHT.fullmatch(night):
-            yield from _sweep_ledgers(output, night, infos, before, delete)
-    for info in output.leftovers():
-        if _is_older(info, before):
-            if delete:
-                output.delete(info.key)
-            yield Garbage("unfinished writes", info.key, info.size or 0)
+    collector = _Collector(output, time.time() - older_than_s, delete, retention)
+    yield from collector.retire()
+    yield from collector.sweep()
 
 
-def _sweep(output: Store, run_id: str, infos: Iterable[ObjectInfo], before: float, delete: bool) -> Iterator[Garbage]:
-    commit = read_commit(output, run_id[:10])
-    found = (
-        Garbage(kind, info.key, info.size or 0)
-        for info in infos
-        if _is_older(info, before) and (kind := _kind(info.key, run_id, commit))
-    )
-    first = next(found, None)
-    if first is None:
-        return
-    name = paths.driver_lease(run_id)
-    if not delete:
-        if (holder := leases.holder(output, name)) is not None:
-            _spare(run_id, holder)
-        else:
-            yield from chain([first], found)
-        return
-    lease = leases.try_acquire(output, name, leases.new_owner(), leases.LEASE_S)
-    if lease is None:
-        _spare(run_id, leases.holder(output, name))
-        return
-    with lease.held(leases.LEASE_S, discard=True):
-        commit = read_commit(output, run_id[:10])
-        for item in chain([first], found):
+class _Collector:
+    """Looks at all files of an output once. before: files that were written after that time (Unix) are left alone."""
+
+    def __init__(self, output: Store, before: float, delete: bool, retention: Retention | None) -> None:
+        self.output = output
+        self.before = before
+        self.delete = delete
+        self.oldest_kept = "" if retention is None else str(retention.oldest_kept)
+        self.removes_old = retention is not None and retention.table
+        self.old = self._find_old()
+
+    def _find_old(self) -> frozenset[str]:
+        """Nights that are old. Where their table is to go, also those of which only a part of it is left."""
+        if not self.oldest_kept:
+            return frozenset()
+        nights = {_night_of(info): info for info in self.output.list("commits")}
+        left = {info.key.split("/")[1].removeprefix("run_date=") for info in self.output.list(paths.TABLE)}
+        return frozenset(
+            night
+            for night in nights.keys() | (left if self.removes_old else set())
+            if _NIGHT.fullmatch(night)
+            and night < self.oldest_kept
+            and (night not in nights or self._is_older(nights[night]))
+        )
+
+    def retire(self) -> Iterator[Garbage]:
+        """Has the commits of old nights say what they lose, or removes their commits and tables."""
+        for night in sorted(self.old):
+            commit = read_commit(self.output, night) or {}
+            if not self.removes_old and commit.get("cleared_at"):
+                continue
+            if commit and (holder := leases.holder(self.output, paths.driver_lease(commit["run_id"]))):
+                _spare(commit["run_id"], holder)
+                continue
+            name = paths.night_lease(date.fromisoformat(night))
+            if not self.delete:
+                if self.removes_old and leases.holder(self.output, name) is None:
+                    yield from self._table_of(night)
+            elif lease := leases.try_acquire(self.output, name, leases.new_owner(), leases.LEASE_S):
+                with lease.held(leases.LEASE_S, discard=True):
+                    if self.removes_old:
+                        yield from self._remove_table(night, lease)
+                    else:
+                        self._clear(night, lease)
+                    yield from _predecessors(lease)
+
+    def _clear(self, night: str, lease: leases.Lease) -> None:
+        version = self.output.version(paths.commit_key(night))
+        commit = read_commit(self.output, night)
+        if commit is None:
+            return
+        lease.check()
+        data = json.dumps({**commit, "cleared_at": _now()}, indent=2, ensure_ascii=False).encode()
+        self.output.replace(paths.commit_key(night), data, version)
+
+    def _remove_table(self, night: str, lease: leases.Lease) -> Iterator[Garbage]:
+        if commit := read_commit(self.output, night):
+            retract_night(self.output, commit["run_id"], lease)
+        for item in self._table_of(night):
             lease.check()
-            if item.kind != "leases" and _kind(item.key, run_id, commit):
-                output.delete(item.key)
-                yield item
-        yield from _predecessors(lease)
+            self.output.delete(item.key)
+            yield item
 
+    def _table_of(self, night: str) -> Iterator[Garbage]:
+        """The commit, which goes first: a night without one is not published, whatever is left of its table."""
+        key = paths.commit_key(night)
+        if self.output.exists(key):
+            yield Garbage("commits", key, self.output.info(key).size or 0)
+        for info in list(self.output.list(f"{paths.TABLE}/run_date={night}")):
+            if self._is_older(info):
+                yield Garbage("table", info.key, info.size or 0)
 
-def _sweep_ledgers(
-    output: Store, night: str, infos: Iterable[ObjectInfo], before: float, delete: bool
-) -> Iterator[Garbage]:
-    """Those of commits that were replaced, or never written. Whoever publishes the night is waited for elsewhere."""
-    old = [info for info in infos if _is_older(info, before)]
-    name = paths.night_lease(date.fromisoformat(night))
+    def sweep(self) -> Iterator[Garbage]:
+        """What no commit refers to."""
+        for name, infos in groupby(self.output.list("runs"), lambda info: info.key.split("/")[1]):
+            if _RUN_ID.fullmatch(name):
+                yield from self._sweep_run(name, infos)
+            elif name.partition(".claim-")[1]:
+                yield from self._sweep_leases(f"runs/{name.partition('.claim-')[0]}", infos)
+        for kind in ("masks", "maps"):
+            for (night, version), infos in groupby(
+                self.output.list(kind), lambda info: tuple(info.key.split("/")[1:3])
+            ):
+                run_id = f"{night.removeprefix('run_date=')}-{version.partition('-')[0]}"
+                if _RUN_ID.fullmatch(run_id):
+                    yield from self._sweep_run(run_id, infos)
+        for night, infos in groupby(self.output.list(paths.LEDGER), lambda info: info.key.split("/")[1]):
+            if _NIGHT.fullmatch(night):
+                yield from self._sweep_ledgers(night, infos)
+        for info in self.output.leftovers():
+            if self._is_older(info):
+                if self.delete:
+                    self.output.delete(info.key)
+                yield Garbage("unfinished writes", info.key, info.size or 0)
 
-    def find() -> list[Garbage]:
-        ledger = find_ledger(output, night)
-        kept = None if ledger is None else ledger.key
-        return [Garbage("ledgers", info.key, info.size or 0) for info in old if info.key != kept]
+    def _commit_of(self, night: str) -> Mapping[str, Any] | None:
+        """The commit of a night: as it is, or, where nothing is removed now, as it would be afterwards."""
+        commit = read_commit(self.output, night)
+        if commit is None or self.delete or night not in self.old:
+            return commit
+        return None if self.removes_old else {**commit, "cleared_at": _now()}
 
-    if not find():
-        return
-    if not delete:
-        yield from find() if leases.holder(output, name) is None else ()
-    elif lease := leases.try_acquire(output, name, leases.new_owner(), leases.LEASE_S):
-        with lease.held(leases.LEASE_S):
-            for item in find():
-                lease.check()
-                output.delete(item.key)
-                yield item
-
-
-def _sweep_leases(
-    output: Store, name: str, infos: Iterable[ObjectInfo], before: float, delete: bool
-) -> Iterator[Garbage]:
-    found = [Garbage("leases", info.key, info.size or 0) for info in infos if _is_older(info, before)]
-    if not found:
-        return
-    if not delete:
-        yield from found if leases.holder(output, name) is None else ()
-    elif lease := leases.try_acquire(output, name, leases.new_owner(), leases.LEASE_S):
+    def _sweep_run(self, run_id: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
+        commit, goes = self._commit_of(run_id[:10]), self.removes_old and run_id[:10] < self.oldest_kept
+        found = (
+            Garbage(kind, info.key, info.size or 0)
+            for info in infos
+            if self._is_older(info) and (kind := _kind(info.key, run_id, commit, goes))
+        )
+        first = next(found, None)
+        if first is None:
+            return
+        name = paths.driver_lease(run_id)
+        if not self.delete:
+            if (holder := leases.holder(self.output, name)) is not None:
+                _spare(run_id, holder)
+            else:
+                yield from chain([first], found)
+            return
+        lease = leases.try_acquire(self.output, name, leases.new_owner(), leases.LEASE_S)
+        if lease is None:
+            _spare(run_id, leases.holder(self.output, name))
+            return
         with lease.held(leases.LEASE_S, discard=True):
+            commit = self._commit_of(run_id[:10])
+            for item in chain([first], found):
+                lease.check()
+                if item.kind != "leases" and _kind(item.key, run_id, commit, goes):
+                    self.output.delete(item.key)
+                    yield item
             yield from _predecessors(lease)
+
+    def _sweep_ledgers(self, night: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
+        """Those of commits that were replaced, removed or never written; none of a night that is being published."""
+        old = [info for info in infos if self._is_older(info)]
+        name = paths.night_lease(date.fromisoformat(night))
+
+        def find() -> list[Garbage]:
+            ledger = None if self._commit_of(night) is None else find_ledger(self.output, night)
+            kept = None if ledger is None else ledger.key
+            return [Garbage("ledgers", info.key, info.size or 0) for info in old if info.key != kept]
+
+        if not find():
+            return
+        if not self.delete:
+            yield from find() if leases.holder(self.output, name) is None else ()
+        elif lease := leases.try_acquire(self.output, name, leases.new_owner(), leases.LEASE_S):
+            with lease.held(leases.LEASE_S):
+                for item in find():
+                    lease.check()
+                    self.output.delete(item.key)
+                    yield item
+
+    def _sweep_leases(self, name: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
+        found = [Garbage("leases", info.key, info.size or 0) for info in infos if self._is_older(info)]
+        if not found:
+            return
+        if not self.delete:
+            yield from found if leases.holder(self.output, name) is None else ()
+        elif lease := leases.try_acquire(self.output, name, leases.new_owner(), leases.LEASE_S):
+            with lease.held(leases.LEASE_S, discard=True):
+                yield from _predecessors(lease)
+
+    def _is_older(self, info: ObjectInfo) -> bool:
+        return info.modified is not None and info.modified < self.before
 
 
 def _predecessors(lease: leases.Lease) -> Iterator[Garbage]:
     return (Garbage("leases", key, lease.store.info(key).size or 0) for key in lease.keys[:-1])
 
 
-def _kind(key: str, run_id: str, commit: Mapping[str, Any] | None) -> str | None:
-    """What a file of a run is, if nothing refers to it; None for what is to be kept."""
+def _kind(key: str, run_id: str, commit: Mapping[str, Any] | None, goes: bool) -> str | None:
+    """What a file of a run is, if nothing refers to it; None for what is to be kept.
+
+    goes: the run's night is to go as a whole, so that without a commit the run's records go too.
+    """
     top, second, third = (*key.split("/", 3), "", "")[:3]
     used = commit if commit is not None and commit["run_id"] == run_id else None
+    whole = None if used is None or used.get("cleared_at") else used
     # A commit of before the folder was written down is taken to need all that could be its own.
-    folder = None if used is None else used.get("shards")
+    folder = None if whole is None else whole.get("shards")
     if top in ("masks", "maps"):
         digest = (folder or "").partition("/masked-")[2]
-        kept = used and (folder is None or third == paths.mask_version(run_id, digest or None))
+        kept = whole and (folder is None or third == paths.mask_version(run_id, digest or None))
         return None if kept else top
     if third == "shards":
-        return None if used else "shards"
+        return None if whole else "shards"
     if third.startswith("masked-"):
-        kept = used and (folder is None or folder == f"{top}/{second}/{third}")
+        kept = whole and (folder is None or folder == f"{top}/{second}/{third}")
         return None if kept else "shards with masks"
     if third.startswith("table-"):
         return None if used and any(key == entry["key"] for entry in used["files"]) else "versions of the table"
     if third.startswith("manifest-"):
-        return None if used and key == paths.manifest_key(run_id, used["manifest"]) else "manifests"
-    return "leases" if third.startswith("driver.claim-") else None
+        return None if whole and key == paths.manifest_key(run_id, whole["manifest"]) else "manifests"
+    if third == "references":
+        return None if whole else "reference patches"
+    if third.startswith("driver.claim-"):
+        return "leases"
+    return "records" if goes and commit is None else None
 
 
-def _is_older(info: ObjectInfo, before: float) -> bool:
-    return info.modified is not None and info.modified < before
+def _night_of(info: ObjectInfo) -> str:
+    return info.key.removeprefix("commits/").removesuffix(".json")
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
 
 
 def _spare(run_id: str, holder: str | None) -> None:

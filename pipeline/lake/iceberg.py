@@ -7,11 +7,12 @@ snapshot refers to; Iceberg's own maintenance (remove_orphan_files) removes them
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -20,11 +21,12 @@ import pyarrow.parquet as pq
 from pipeline.lake.commits import read_commit
 from pipeline.lake.reading import read_groups
 from pipeline.storage import Store, leases, open_store, paths, redact
-from schemas.job import JobConfig
+from schemas.job import JobConfig, parse_job, read_job_yaml
 from schemas.tables import SCORES
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
+    from pyiceberg.manifest import DataFile
     from pyiceberg.table import Table
 
 logger = logging.getLogger(__name__)
@@ -92,8 +94,6 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
     owner: for the lease on the night, which keeps the commit from being replaced meanwhile. Raises LakeError,
     CatalogError, or LeaseLostError.
     """
-    from pyiceberg.exceptions import CommitFailedException, ValidationException
-
     catalog = open_catalog(job)
     lease = leases.acquire(output, paths.night_lease(job.run_date), owner, job.engine.lease_s)
     assert lease is not None  # it is never done without us
@@ -101,29 +101,51 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
         commit = read_commit(output, job.run_date)
         if commit is None:
             raise LakeError(f"night {job.run_date} has no commit at {output.uri('')}")
-        try:
+        with _as_catalog_error(job):
             table = _open_table(catalog, job.lake.table)
             facts = _facts(commit)
             if _is_published(table, facts):
                 return
             files = [_write_file(table, entry, job.run_date, output) for entry in commit["files"]]
-            for attempt in range(1, _ATTEMPTS + 1):
-                lease.check()
-                try:
-                    _commit(table, files, job.run_date, facts)
-                    break
-                except (CommitFailedException, ValidationException):
-                    if attempt == _ATTEMPTS:
-                        raise
-                    table.refresh()
-        except (LakeError, OSError, leases.LeaseLostError):
-            raise
-        except Exception as error:  # catalogs and their drivers have no common base of errors
-            raise CatalogError(
-                f"the Iceberg table {job.lake.table} did not take night {job.run_date}: "
-                f"{type(error).__name__}: {redact(str(error))}"
-            ) from error
+            _commit(table, files, job.run_date, facts, lease)
     logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
+
+
+def retract_night(output: Store, run_id: str, lease: leases.Lease) -> None:
+    """Takes the night of a published run out of its Iceberg table, in one snapshot; does nothing where it is in none.
+
+    lease: on the night, held by the caller. Raises LakeError or CatalogError.
+    """
+    from pyiceberg.exceptions import NoSuchTableError
+
+    try:
+        job = parse_job(read_job_yaml(output.read(paths.run_key(run_id, "job.yaml")).decode()))
+    except FileNotFoundError:
+        return
+    if job.lake.format != "iceberg":
+        return
+    catalog = open_catalog(job)
+    with _as_catalog_error(job):
+        try:
+            table = catalog.load_table(job.lake.table)
+        except NoSuchTableError:
+            return
+        if _files_of(table, job.run_date):
+            _commit(table, [], job.run_date, {"alfa.run_date": str(job.run_date)}, lease)
+
+
+@contextlib.contextmanager
+def _as_catalog_error(job: JobConfig) -> Iterator[None]:
+    """Raises what a catalog raises as CatalogError: catalogs and their drivers have no common base of errors."""
+    try:
+        yield
+    except (LakeError, OSError, leases.LeaseLostError):
+        raise
+    except Exception as error:
+        raise CatalogError(
+            f"the Iceberg table {job.lake.table} did not take night {job.run_date}: "
+            f"{type(error).__name__}: {redact(str(error))}"
+        ) from error
 
 
 def _open_table(catalog: Catalog, name: str) -> Table:
@@ -193,12 +215,28 @@ def _write_file(table: Table, entry: Mapping[str, Any], run_date: datetime.date,
     return path
 
 
-def _commit(table: Table, paths: list[str], run_date: datetime.date, facts: Mapping[str, str]) -> None:
+def _files_of(table: Table, run_date: datetime.date) -> list[DataFile]:
+    return [task.file for task in table.scan(row_filter=f"run_date = '{run_date}'").plan_files()]
+
+
+def _commit(
+    table: Table, paths: list[str], run_date: datetime.date, facts: Mapping[str, str], lease: leases.Lease
+) -> None:
+    """Puts files in the place of the night's, in one snapshot; tries again where another night came between."""
+    from pyiceberg.exceptions import CommitFailedException, ValidationException
     from pyiceberg.io.pyarrow import parquet_files_to_data_files
 
-    old = [task.file for task in table.scan(row_filter=f"run_date = '{run_date}'").plan_files()]
-    with table.transaction() as change, change.update_snapshot(dict(facts)).overwrite() as snapshot:
-        for file in old:
-            snapshot.delete_data_file(file)
-        for file in parquet_files_to_data_files(table.io, table.metadata, iter(paths)):
-            snapshot.append_data_file(file)
+    for attempt in range(1, _ATTEMPTS + 1):
+        lease.check()
+        old = _files_of(table, run_date)
+        try:
+            with table.transaction() as change, change.update_snapshot(dict(facts)).overwrite() as snapshot:
+                for file in old:
+                    snapshot.delete_data_file(file)
+                for file in parquet_files_to_data_files(table.io, table.metadata, iter(paths)):
+                    snapshot.append_data_file(file)
+            return
+        except (CommitFailedException, ValidationException):
+            if attempt == _ATTEMPTS:
+                raise
+            table.refresh()

@@ -82,7 +82,7 @@ def gather(output: Store, commit: Mapping[str, Any]) -> Report:
         errors=errors,
         images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
         failures=[_listed(row, root) for row in failed],
-        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output),
+        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output, masks=not commit.get("cleared_at")),
         comparison=_compare(output, commit["run_date"], root, shown),
         prompts=_read_prompts(output, run_id),
         model=first["model"],
@@ -166,7 +166,8 @@ def _listed(row: Row, root: str) -> ListedImage:
     )
 
 
-def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: Store) -> list[Exhibit]:
+def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: Store, *, masks: bool) -> list[Exhibit]:
+    """masks: whether those of the night are still there."""
     photos = Photos(open_store(job.dataset.images, job.storage), job.dataset.max_pixels)
     page = posixpath.dirname(paths.report_key(run.run_id))
     with ThreadPoolExecutor(_THREADS, "report") as pool:
@@ -176,7 +177,7 @@ def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: 
         for row, (photo, fault) in zip(rows, pictures, strict=True):
             found = details.get(row["image_id"], {})
             grid = found.get("grid")
-            key = output.key_of(row["mask_uri"]) if row["mask_uri"] else None
+            key = output.key_of(row["mask_uri"]) if masks and row["mask_uri"] else None
             exhibits.append(
                 Exhibit(
                     image=_listed(row, root),

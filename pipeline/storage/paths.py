@@ -118,7 +118,7 @@ def mask_version(run_id: str, thresholds_digest: str | None = None) -> str:
     return f"{version}-{thresholds_digest}" if thresholds_digest else version
 
 
-def commit_key(run_date: datetime.date) -> str:
+def commit_key(run_date: datetime.date | str) -> str:
     """The one object that says what belongs to a night."""
     return f"commits/{run_date}.json"
 
