@@ -15,7 +15,7 @@ from pipeline.alfa import load_encoder, locate_weights
 from pipeline.engine import connect, node_resources, plan_actors
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import open_catalog
-from pipeline.prompts import missing_key
+from pipeline.prompts import require_askable, try_model
 from pipeline.storage import open_store, redact
 from schemas.job import EMBEDDED_NOTE, JobConfig
 
@@ -33,10 +33,13 @@ class Check:
     detail: str
 
 
-def run_check(job: JobConfig, console: Console, *, as_json: bool = False) -> int:
-    """Runs all checks, also after one has failed, and prints their outcomes. Returns 0, or 2 where one failed."""
+def run_check(job: JobConfig, console: Console, *, ask: bool = False, as_json: bool = False) -> int:
+    """Runs all checks, also after one has failed, and prints their outcomes. Returns 0, or 2 where one failed.
+
+    ask: put one tiny question to the LLM.
+    """
     checks = []
-    for check in _run_checks(job):
+    for check in _run_checks(job, ask):
         checks.append(check)
         if not as_json:
             mark = Text("ok  ", "green") if check.passed else Text("FAIL", "red")
@@ -47,13 +50,13 @@ def run_check(job: JobConfig, console: Console, *, as_json: bool = False) -> int
     return 0 if passed else 2
 
 
-def _run_checks(job: JobConfig) -> Iterator[Check]:
+def _run_checks(job: JobConfig, ask: bool) -> Iterator[Check]:
     checks: dict[str, Callable[[JobConfig], str]] = {
         "images readable": _check_images,
         "output writable": _check_output,
         "create-only writes": _check_create,
         "weights loadable": _check_weights,
-        "LLM": _check_llm,
+        "LLM": _ask_llm if ask else _check_llm,
         "cluster": _check_cluster,
     }
     if job.lake.format == "iceberg":
@@ -116,9 +119,15 @@ def _check_weights(job: JobConfig) -> str:
 def _check_llm(job: JobConfig) -> str:
     if not job.prompts.asks_llm:
         return "none configured: known classes get bundled prompts, others the base ensemble"
-    if (missing := missing_key(job.prompts)) is not None:
-        raise CheckError(f"{job.prompts.llm} needs {missing}, and not empty, in the environment of driver and workers")
-    return f"{job.prompts.llm}, key present"
+    require_askable(job.prompts)
+    key = "its server says whether it wants a key" if job.prompts.api_base else "key present"
+    return f"{job.prompts.llm}, {key}; not asked (--ask does)"
+
+
+def _ask_llm(job: JobConfig) -> str:
+    if not job.prompts.asks_llm:
+        return _check_llm(job)
+    return f"{job.prompts.llm} answers {try_model(job.prompts)!r}"
 
 
 def _check_catalog(job: JobConfig) -> str:

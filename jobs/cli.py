@@ -76,11 +76,15 @@ def demo(
 
 @app.command(rich_help_panel=RUN, epilog="Example: alfa check job.yaml --json")
 @spread_flags
-def check(flags: JobFlags, as_json: AsJson = False) -> None:
+def check(
+    flags: JobFlags,
+    ask: Annotated[bool, typer.Option("--ask", help="Also put one tiny question to the LLM.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Try everything that the job needs: stores, weights, LLM key, cluster."""
     from jobs.check import run_check
 
-    exits.run(lambda: run_check(flags.read_job(), open_console(), as_json=as_json))
+    exits.run(lambda: run_check(flags.read_job(), open_console(), ask=ask, as_json=as_json))
 
 
 @app.command(rich_help_panel=RUN, epilog="Example: alfa prompts job.yaml --llm openai/gpt-4o-mini")

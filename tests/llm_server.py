@@ -21,14 +21,16 @@ Reply = tuple[int, dict[str, str], str]
 HANG: Reply = (-1, {}, "")
 
 
-def chat(content: str) -> Reply:
-    """A well-formed answer of the chat protocol with this content."""
+def chat(content: str | None, finish: str = "stop", **message: str) -> Reply:
+    """A well-formed answer of the chat protocol with this content. message: other keys beside it."""
     body = {
         "id": "1",
         "object": "chat.completion",
         "created": 0,
         "model": "test",
-        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": content}}],
+        "choices": [
+            {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": content, **message}}
+        ],
         "usage": {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150},
     }
     return 200, {}, json.dumps(body)
@@ -37,14 +39,20 @@ def chat(content: str) -> Reply:
 class LLMServer:
     """Context manager. script: replies for the next requests, in order; afterwards every answer is good.
 
-    on_request is called with the class of each request before it is answered.
+    on_request is called with the class of each request before it is answered; a question about no class counts as "".
+    refuse: what the server answers to a request that it does not take, else None.
     """
 
-    def __init__(self, script: list[Reply] | None = None, on_request: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        script: list[Reply] | None = None,
+        on_request: Callable[[str], None] = lambda _: None,
+        refuse: Callable[[dict[str, Any]], Reply | None] = lambda _: None,
+    ) -> None:
         self.script = list(script or [])
         self.requests: Counter[str] = Counter()
         self.bodies: list[str] = []
-        self._on_request = on_request
+        self._on_request, self._refuse = on_request, refuse
         self._lock, self._over = threading.Lock(), threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
@@ -68,11 +76,14 @@ class LLMServer:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-                class_name = json.loads(json.loads(body)["messages"][1]["content"])["class"]
+                request = json.loads(body)
+                messages, refusal = request["messages"], server._refuse(request)
+                class_name = json.loads(messages[1]["content"])["class"] if len(messages) > 1 else ""
                 with server._lock:
                     server.requests[class_name] += 1
                     server.bodies.append(body)
-                    status, headers, text = server.script.pop(0) if server.script else chat(json.dumps(ANSWER))
+                    good = chat(json.dumps(ANSWER) if class_name else "ready")
+                    status, headers, text = refusal or (server.script.pop(0) if server.script else good)
                 server._on_request(class_name)
                 if status < 0:
                     server._over.wait()

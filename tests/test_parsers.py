@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.images import DatasetError, list_images, open_dataset
-from pipeline.prompts import llm
+from pipeline.prompts.answers import read_description
 from pipeline.storage import Store
 from schemas.job import Dataset, JobError, Storage, dump_job_yaml, parse_job, read_job_yaml
 from tests.llm_server import ANSWER
@@ -148,7 +148,7 @@ def test_any_visa_split_is_listed_or_refused(
 @example('{"a":' * 20_000 + "}" * 20_000)
 def test_any_answer_of_an_llm_is_a_description_or_a_value_error(text: str) -> None:
     with pytest.raises(ValueError) as caught:
-        llm._parse(text)
+        read_description(text)
     assert is_plain(str(caught.value)) and len(str(caught.value)) < 3000
 
 
@@ -160,7 +160,7 @@ def test_a_mutated_answer_is_a_plain_description_or_a_value_error(data: st.DataO
     answer[key] = data.draw(SCALARS.map(str) | st.lists(st.text(max_size=20), max_size=8) | st.just(answer.get(key)))
     answer["normal"] = [*answer["normal"][:5], data.draw(st.text(max_size=320))]
     try:
-        found = llm._parse(json.dumps(answer))
+        found = read_description(json.dumps(answer))
     except ValueError as error:
         assert is_plain(str(error))
     else:

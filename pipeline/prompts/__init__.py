@@ -6,7 +6,7 @@ May import: storage, schemas. Only llm.py imports litellm.
 
 from pipeline.prompts.compose import compose_ensemble, record_prompts
 from pipeline.prompts.library import PromptLibraryError, find, find_or_make, make_offline, obtain
-from pipeline.prompts.llm import LLMError, missing_key
+from pipeline.prompts.llm import LLMError, require_askable, try_model
 
 __all__ = [
     "LLMError",
@@ -15,7 +15,8 @@ __all__ = [
     "find",
     "find_or_make",
     "make_offline",
-    "missing_key",
     "obtain",
     "record_prompts",
+    "require_askable",
+    "try_model",
 ]

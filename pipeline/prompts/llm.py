@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 
+from pipeline.prompts.answers import read_description
 from pipeline.storage import redact
 from schemas.job import Prompts
 from schemas.prompts import ClassDescription, Usage
+from schemas.text import one_line
+
+logger = logging.getLogger(__name__)
 
 INSTRUCTION_VERSION = 1
 """Counts changes of what is asked; part of the recipe, so a new instruction asks anew."""
 
 FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
-_LONGEST_ANSWER = 200_000
+_MORE_TOKENS = 8192
+"""Room for an answer that was cut: ten times what a description needs, for models that think first."""
 
 _INSTRUCTION = """\
 You help to find visual defects on industrial parts by describing them for an image-text model.
@@ -31,6 +36,35 @@ Answer with one JSON object and nothing else:
  "defects": [6 to 10 objects {"name": short noun phrase, "look": phrase on how the defect looks on this part}]}
 Each phrase of "normal" and each "look" follows the word "with" in "a photo of a part with ...": lower case, no full
 stop, 5 to 18 words, only what a camera sees: colour, shape, texture, place. Be specific to the class."""
+
+_QUESTION = "Answer with the one word: ready"
+
+
+def _closed(**properties: object) -> dict[str, object]:
+    """The JSON schema of an object that has these keys and no others, as strict servers want it."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+_TEXT = {"type": "string"}
+ANSWER_SCHEMA = _closed(
+    domain={"type": "string", "enum": ["object", "texture"]},
+    normal={"type": "array", "items": _TEXT},
+    defects={"type": "array", "items": _closed(name=_TEXT, look=_TEXT)},
+)
+"""Of the answer, in the words that every server knows: lengths and counts are checked here."""
+
+_FORMS: dict[str, dict[str, Any]] = {
+    "json_schema": {
+        "type": "json_schema",
+        "json_schema": {"name": "description", "strict": True, "schema": ANSWER_SCHEMA},
+    },
+    "json_object": {"type": "json_object"},
+}
 
 
 class LLMError(RuntimeError):
@@ -44,40 +78,53 @@ def describe_class(
 
     before_attempt runs before each request and may forbid it by raising. Raises LLMError.
     """
-    if config.api_base is None and (missing := missing_key(config)) is not None:
-        raise LLMError(
-            f"{config.llm} needs {missing}, and not empty, in the environment of driver and workers; nothing was asked "
-            f"for class {class_name!r}"
-        )
+    conversation = _Conversation(config, f"class {class_name!r}", before_attempt)
     messages = [
         {"role": "system", "content": _INSTRUCTION},
         {"role": "user", "content": json.dumps({"class": class_name})},
     ]
-    usage = Usage()
     fault = ""
     for _ in range(2):
-        text, spent = _complete(messages, class_name, config, before_attempt)
-        usage = _add(usage, spent)
+        text = conversation.ask(messages)
         try:
-            return _parse(text), usage
+            return read_description(text), conversation.usage
         except ValueError as error:
-            fault = str(error)
-        complaint = f"That is not valid: {fault}. Answer again with the JSON object alone."
-        messages += [{"role": "assistant", "content": text[:4000]}, {"role": "user", "content": complaint}]
+            fault = f"{error}{conversation.note}"
+        complaint = f"That is not valid: {fault}. Answer again with the whole JSON object alone."
+        messages += [{"role": "assistant", "content": text[:4000] or "{}"}, {"role": "user", "content": complaint}]
     raise LLMError(
         f"{config.llm} gave no valid description of class {class_name!r}, also when told what was wrong ({fault}); "
         f"try a stronger model, or set prompts.on_failure=base"
     )
 
 
-def missing_key(config: Prompts) -> str | None:
-    """The environment variables that the model's provider needs and that are not set, or empty; None where nothing is
-    missing."""
-    if config.llm is None:
-        return None
-    answer = _litellm().validate_environment(model=config.llm, api_base=config.api_base)
-    missing: list[str] = answer.get("missing_keys") or []
-    return None if answer.get("keys_in_environment") or not missing else ", ".join(missing)
+def try_model(config: Prompts) -> str:
+    """Asks the LLM one tiny question with the job's patience. Returns its answer, shortened. Raises LLMError."""
+    conversation = _Conversation(config, "a test question", lambda: None, form=None)
+    return one_line(conversation.ask([{"role": "user", "content": _QUESTION}]))[:60]
+
+
+def require_askable(config: Prompts) -> None:
+    """Raises LLMError where a model cannot be asked at all: its provider is not known, or wants a key that is not set.
+
+    A server of one's own (api_base) gets the key that is set, and needs none here: it says itself if it wants one.
+    """
+    litellm = _litellm()
+    try:
+        litellm.get_llm_provider(config.llm, api_base=config.api_base)
+    except Exception:  # a plain BadRequestError, whose text is an advertisement
+        raise LLMError(
+            f"{config.llm} names no provider that litellm knows; write PROVIDER/MODEL, such as openai/gpt-4o-mini, or "
+            f"openai/MODEL with prompts.api_base for a server that speaks OpenAI's protocol"
+        ) from None
+    if config.api_base is None and (missing := _missing_keys(config)):
+        raise LLMError(f"{config.llm} needs {missing}, and not empty, in the environment of driver and workers")
+
+
+def _missing_keys(config: Prompts) -> str:
+    """The environment variables that the model's provider needs and that are not set, or empty."""
+    answer = _litellm().validate_environment(model=config.llm)
+    return "" if answer.get("keys_in_environment") else ", ".join(answer.get("missing_keys") or [])
 
 
 def _litellm() -> Any:
@@ -93,88 +140,149 @@ def _litellm() -> Any:
     return litellm
 
 
-def _complete(
-    messages: list[dict[str, str]], class_name: str, config: Prompts, before_attempt: Callable[[], None]
-) -> tuple[str, Usage]:
-    """One answer, with own backoff: litellm's retries have none, and retry what cannot succeed."""
-    litellm = _litellm()
-    transient = (
-        litellm.Timeout,
-        litellm.RateLimitError,
-        litellm.InternalServerError,
-        litellm.ServiceUnavailableError,
-        litellm.BadGatewayError,
-        litellm.APIConnectionError,
-    )
-    calls = 0
-    while True:
-        before_attempt()
-        calls += 1
+class _AskAgain(Exception):
+    """A request that brought no answer, and the next one asks otherwise; the message says why."""
+
+
+class _Options(NamedTuple):
+    """What goes with the messages; None: the server's default. form: a key of _FORMS."""
+
+    temperature: float | None
+    form: str | None
+    max_tokens: int | None = None
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return ", ".join(f"{name} {value}" for name, value in given.items()) or "no options"
+
+    def without_refused(self, words: str) -> _Options:
+        """Less what a refusal in these words is about; where that is not told, less everything."""
+        words = words.lower()
+        if self.temperature is not None and "temperature" in words:
+            return self._replace(temperature=None)
+        if self.max_tokens is not None and "tokens" in words:
+            return self._replace(max_tokens=None)
+        if self.form == "json_schema" and ("format" in words or "schema" in words):
+            return self._replace(form="json_object")
+        if self.form is not None and ("format" in words or "json" in words):
+            return self._replace(form=None)
+        return _Options(None, None)
+
+
+class _Conversation:
+    """Questions to one LLM: what they cost, and which options its server takes."""
+
+    def __init__(
+        self, config: Prompts, about: str, before_attempt: Callable[[], None], form: str | None = "json_schema"
+    ) -> None:
+        require_askable(config)
+        litellm = _litellm()
+        if form == "json_schema" and config.api_base is None and not litellm.supports_response_schema(config.llm):
+            form = "json_object"
+        self.usage = Usage()
+        self.note = ""  # what else to say of the last answer
+        self._more_asked = False
+        self._litellm, self._config, self._about, self._before_attempt = litellm, config, about, before_attempt
+        self._options = _Options(config.temperature, form)
+        # The clients of some providers refuse to ask without a key, also a server that wants none.
+        self._key = "none" if config.api_base and _missing_keys(config) else None
+        self._passing = (
+            litellm.Timeout,
+            litellm.RateLimitError,
+            litellm.InternalServerError,
+            litellm.ServiceUnavailableError,
+            litellm.BadGatewayError,
+            litellm.APIConnectionError,
+        )
+
+    def ask(self, messages: list[dict[str, str]]) -> str:
+        """The text of the answer, in at most max_attempts requests. litellm's own retries have no pause, and repeat
+        what cannot succeed. Raises LLMError."""
+        model, most = self._config.llm, self._config.max_attempts
+        attempts = Retrying(
+            retry=retry_if_exception_type((_AskAgain, *self._passing)),
+            stop=stop_after_attempt(most),
+            wait=_pause,
+            reraise=True,
+        )
         try:
-            response = litellm.completion(
-                model=config.llm,
+            return attempts(self._ask_once, messages)
+        except (_AskAgain, *self._passing) as error:
+            advice = "raise prompts.max_attempts" if isinstance(error, _AskAgain) else "try later"
+            raise LLMError(
+                f"{model} did not answer for {self._about} in {most} attempts; the last: {_describe(error)}; {advice}, "
+                f"or set prompts.on_failure=base"
+            ) from None
+
+    def _ask_once(self, messages: list[dict[str, str]]) -> str:
+        self._before_attempt()
+        self.usage = self.usage.model_copy(update={"calls": self.usage.calls + 1})
+        model, options = self._config.llm, self._options
+        try:
+            response = self._litellm.completion(
+                model=model,
                 messages=messages,
-                api_base=config.api_base,
-                temperature=config.temperature,
-                timeout=config.timeout_s,
-                response_format={"type": "json_object"},
+                api_base=self._config.api_base,
+                api_key=self._key,
+                temperature=options.temperature,
+                max_tokens=options.max_tokens,
+                response_format=_FORMS.get(options.form or ""),
+                timeout=self._config.timeout_s,
                 max_retries=0,
                 num_retries=0,
                 drop_params=True,
             )
-            return response.choices[0].message.content or "", _usage(litellm, response, calls)
-        except transient as error:
-            if calls >= config.max_attempts:
-                raise LLMError(
-                    f"{config.llm} did not answer for class {class_name!r} in {calls} attempts; the last: "
-                    f"{_describe(error)}; try later, or set prompts.on_failure=base"
-                ) from None
-            time.sleep(_pause(calls, error))
-        except litellm.AuthenticationError as error:
+        except self._passing:
+            raise
+        except self._litellm.AuthenticationError as error:
             raise LLMError(
-                f"{config.llm} refuses the API key ({_describe(error)}); set the provider's key in the environment of "
-                f"the driver and the workers; alfa check names it"
+                f"{model} refuses the API key ({_describe(error)}); set the provider's key in the environment of the "
+                f"driver and the workers; alfa check names it"
             ) from None
         except Exception as error:  # litellm passes on whatever a provider's client raises
-            raise LLMError(f"{config.llm} cannot be asked about class {class_name!r}: {_describe(error)}") from None
+            if getattr(error, "status_code", None) not in (400, 422) or options == _Options(None, None):
+                raise LLMError(f"{model} cannot be asked about {self._about}: {_describe(error)}") from None
+            self._options = options.without_refused(f"{error} {getattr(error, 'body', None)}")
+            logger.warning("%s refuses a request (%s); asking again with %s", model, _describe(error), self._options)
+            raise _AskAgain(_describe(error)) from None
+        self.usage = _add(self.usage, _usage(self._litellm, response))
+        choice = response.choices[0]
+        cut = choice.finish_reason == "length"
+        if cut and not self._more_asked:
+            self._more_asked = True
+            self._options = options._replace(max_tokens=_MORE_TOKENS)
+            logger.warning("%s: the token limit cut the answer; asking again with %s", model, self._options)
+            raise _AskAgain("the token limit cut the answer")
+        self.note = f"; the token limit cut it, also when {_MORE_TOKENS} tokens were asked for" if cut else ""
+        # Servers that take a model's thoughts out of its answer sometimes take all of it.
+        return choice.message.content or getattr(choice.message, "reasoning_content", None) or ""
 
 
-def _pause(attempt: int, error: Exception) -> float:
-    """Seconds until the next attempt: what the server asks for, else exponential with jitter."""
+def _pause(state: RetryCallState) -> float:
+    """Seconds until the next attempt: what the server asks for, else exponential with jitter; none to ask otherwise."""
+    error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, _AskAgain):
+        return 0.0
     headers = getattr(getattr(error, "response", None), "headers", None) or {}
     asked = str(headers.get("retry-after", ""))
     if asked.replace(".", "", 1).isdigit():
         return min(float(asked), _LONGEST_PAUSE_S)
-    return min(FIRST_PAUSE_S * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5), _LONGEST_PAUSE_S)
+    return min(FIRST_PAUSE_S * 2.0 ** (state.attempt_number - 1) * random.uniform(0.5, 1.5), _LONGEST_PAUSE_S)
 
 
-def _describe(error: Exception) -> str:
+def _describe(error: BaseException) -> str:
     """Kind and start of an error's text."""
-    return f"{type(error).__name__}: {redact(str(error))[:300]}"
+    words = redact(str(error))[:300]
+    return words if isinstance(error, _AskAgain) else f"{type(error).__name__}: {words}"
 
 
-def _parse(text: str) -> ClassDescription:
-    """The description in an answer that may hold prose or a code fence around it. Raises ValueError with the fault."""
-    if len(text) > _LONGEST_ANSWER:
-        raise ValueError(f"the answer has {len(text)} characters, more than {_LONGEST_ANSWER}")
-    start, end = text.find("{"), text.rfind("}")
-    if start < 0 or end < start:
-        raise ValueError("there is no JSON object in the answer")
-    try:
-        return ClassDescription.model_validate_json(text[start : end + 1])
-    except ValidationError as error:
-        faults = (f"{'.'.join(str(step) for step in fault['loc'])} {fault['msg']}".strip() for fault in error.errors())
-        raise ValueError("; ".join(list(faults)[:5])) from None
-
-
-def _usage(litellm: Any, response: Any, calls: int) -> Usage:
+def _usage(litellm: Any, response: Any) -> Usage:
     try:
         cost = float(litellm.completion_cost(completion_response=response))
     except Exception:  # raised in many kinds for every model without a price; a local model has none
         cost = None
     usage = getattr(response, "usage", None)
     return Usage(
-        calls=calls,
         prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
         completion_tokens=getattr(usage, "completion_tokens", 0) or 0,
         cost_usd=cost,

@@ -13,6 +13,7 @@ import duckdb
 import pytest
 
 from tests.command import alfa, lines_of_others
+from tests.llm_server import LLMServer
 from tests.places import DEMO
 
 NIGHT = "2026-01-02"
@@ -149,15 +150,19 @@ def test_status_shows_runs(night: tuple[Path, Path]) -> None:
 
 
 def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path, Path], tmp_path: Path) -> None:
-    good = alfa("check", "--images", night[0], "--output", tmp_path, "--json")
+    with LLMServer() as server:
+        llm = ("--llm", "openai/test", "--set", f"prompts.api_base={server.api_base}", "--ask")
+        good = alfa("check", "--images", night[0], "--output", tmp_path, *llm, "--json", OPENAI_API_KEY="")
     assert good.returncode == 0, good.stdout
+    assert server.requests == {"": 1}
+    assert "openai/test answers 'ready'" in good.stdout
     document = json.loads(good.stdout)
     assert document["passed"] is True
     names = ["images readable", "output writable", "create-only writes", "weights loadable", "LLM", "cluster"]
     assert [(check["name"], check["passed"]) for check in document["checks"]] == [(name, True) for name in names]
     places = ("--images", tmp_path / "none", "--output", "/proc/alfa")
     models = ("--model", "ViT-B-16/no-such-tag", "--llm", "openai/gpt-4o")
-    bad = alfa("check", *places, *models, OPENAI_API_KEY="")
+    bad = alfa("check", *places, *models, "--ask", OPENAI_API_KEY="")
     assert bad.returncode == 2
     assert [line[:4] for line in bad.stdout.splitlines()] == ["FAIL"] * 5 + ["ok  "]
     for words in ("no images", "output writable", "no-such-tag", "needs OPENAI_API_KEY, and not empty"):
