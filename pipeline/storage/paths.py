@@ -14,6 +14,8 @@ LEDGER = "ledger"
 
 _LONGEST_VALUE = 200
 """Bytes of a quoted partition value; file systems allow 255 a name."""
+_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""What readers take for no class at all, also where it is quoted."""
 
 
 def run_key(run_id: str, name: str) -> str:
@@ -87,10 +89,11 @@ def map_key(run_date: datetime.date, version: str, class_name: str, image_key: s
 def partition(run_date: datetime.date, class_name: str) -> str:
     """Hive partition of the table, quoted as Spark and Arrow do.
 
-    A class whose quoted name is too long for a file system has the partition of its beginning, `~` and a hash.
+    A class whose quoted name is too long for a file system, or is Hive's word for null, has the partition of its
+    beginning, `~` and a hash.
     """
     quoted = quote(class_name, safe="")
-    if len(quoted) > _LONGEST_VALUE:
+    if len(quoted) > _LONGEST_VALUE or class_name == _NULL:
         digest = hashlib.blake2b(class_name.encode(), digest_size=16).hexdigest()
         start = class_name
         while len(quote(f"{start}~{digest}", safe="")) > _LONGEST_VALUE:

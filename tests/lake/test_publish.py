@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,8 +23,10 @@ CLASSES = ("bolt", "nut")
 ROWS = 40
 
 
-def make_run(output: Store, name: str, score: float = 0.5, night: str = "2026-01-02") -> tuple[Run, list[str]]:
-    """A run whose shards lie in the store: rows of both classes, each with the run's id."""
+def make_run(
+    output: Store, name: str, score: float = 0.5, night: str = "2026-01-02", classes: Sequence[str] = CLASSES
+) -> tuple[Run, list[str]]:
+    """A run whose shards lie in the store: rows of all classes, each with the run's id."""
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
     run = Run(f"{night}-{name}", job, "model", "0" * 64)
     shards = ["one", "two"]
@@ -43,7 +46,7 @@ def make_run(output: Store, name: str, score: float = 0.5, night: str = "2026-01
                 "weights_sha256": "0" * 64,
                 "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
             }
-            for class_name in CLASSES
+            for class_name in classes
             for number in range(ROWS // 2)
         ]
         buffer = io.BytesIO()
