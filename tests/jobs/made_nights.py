@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from collections.abc import Collection
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from schemas.job import JobConfig, parse_job
 from schemas.tables import SHARD
 from tests.places import DEMO
 
-FIRST, SECOND, THIRD = "2026-01-01", "2026-01-02", "2026-01-03"
+FIRST, SECOND, THIRD, FOURTH = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
 
 
 def job_of(folder: Path, night: str, **keys: Any) -> JobConfig:
@@ -31,8 +32,9 @@ def job_of(folder: Path, night: str, **keys: Any) -> JobConfig:
     return parse_job(document)
 
 
-def publish_as_scored(job: JobConfig, **stats: Any) -> None:
-    """Publishes all images of the job as its night. stats: what its run's stats.json says."""
+def publish_as_scored(job: JobConfig, failed: Collection[str] = (), **stats: Any) -> None:
+    """Publishes all images of the job as its night. failed: keys of those that are errors. stats: what its run's
+    stats.json says."""
     output, weights, fits = Store(job.output.uri), locate_weights(job.model), text_fits(job.model)
     images = pa.Table.from_batches(list_images(open_dataset(job.dataset, job.storage))).to_pylist()
     names = sorted({image["class_name"] for image in images})
@@ -47,9 +49,10 @@ def publish_as_scored(job: JobConfig, **stats: Any) -> None:
             "image_etag": image["etag"],
             "run_id": run.run_id,
             "shard_id": "one",
-            "status": "ok",
-            "score": 0.4,
-            "is_anomalous": False,
+            "status": "error" if image["key"] in failed else "ok",
+            "error_type": "corrupt" if image["key"] in failed else None,
+            "score": None if image["key"] in failed else 0.4,
+            "is_anomalous": None if image["key"] in failed else False,
             "prompt_fingerprint": ensembles[image["class_name"]].fingerprint,
             "model": run.model,
             "weights_sha256": run.weights_sha256,

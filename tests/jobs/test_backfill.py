@@ -16,10 +16,8 @@ from pipeline.lake import published_nights
 from pipeline.storage import Store
 from schemas.job import JobConfig, JobError
 from tests.command import alfa
-from tests.jobs.made_nights import FIRST, SECOND, THIRD, copy_photos, job_of, publish_as_scored
+from tests.jobs.made_nights import FIRST, FOURTH, SECOND, THIRD, copy_photos, job_of, publish_as_scored
 from tests.llm_server import LLMServer
-
-FOURTH = "2026-01-04"
 
 
 class Scorer:

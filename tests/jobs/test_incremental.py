@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -19,7 +19,8 @@ from pipeline.lake import read_commit
 from pipeline.prompts import make_offline
 from pipeline.storage import Store, paths
 from schemas.job import JobConfig
-from tests.jobs.made_nights import FIRST, SECOND, THIRD, copy_photos, job_of, publish_as_scored
+from tests.command import alfa
+from tests.jobs.made_nights import FIRST, FOURTH, SECOND, THIRD, copy_photos, job_of, publish_as_scored
 
 
 @pytest.fixture
@@ -38,19 +39,22 @@ def planned(job: JobConfig, scratch: Path) -> list[str]:
 
 
 def test_a_night_with_nothing_new_is_published_empty_without_ray(folder: Path) -> None:
-    text = io.StringIO()
-    assert run_score(job_of(folder, SECOND), Console(file=text, width=200)) == 0
-    assert not ray.is_initialized()
-    output, commit = Store(str(folder / "out")), read_commit(Store(str(folder / "out")), SECOND)
+    where = ("--images", folder / "in", "--output", folder / "out", "--run-date", SECOND)
+    sets = ("--set", "dataset.select=new", "--set", "lake.format=iceberg")
+    done = alfa("score", *where, *sets, RAY_ADDRESS="127.0.0.1:1")  # no Ray answers there
+    assert done.returncode == 0, done.stderr
+    assert "6 images listed: 6 have a score from another night" in done.stderr
+    assert "new  0; 6 listed, 6 scored in other nights, 0 given up" in done.stdout
+    assert "images  0, 0 ok; errors: none" in done.stdout and "nothing was left to score" in done.stdout
+    output = Store(str(folder / "out"))
+    commit = read_commit(output, SECOND)
     assert commit is not None and (commit["rows"], commit["files"], commit["select"]) == (0, [], "new")
     stats = json.loads(output.read(paths.run_key(commit["run_id"], "stats.json")))
     assert stats["state"] == "done" and stats["selection"] == {"listed": 6, "scored": 6, "given_up": 0}
     page = output.read(paths.report_key(commit["run_id"])).decode()
     assert "Nothing was new." in page and "Of 6 images listed, 6 have a score from another night" in page
-    assert "new  0; 6 listed, 6 scored in other nights, 0 given up" in text.getvalue()
     assert not list(output.list(f"scores/run_date={SECOND}"))
-    again = io.StringIO()
-    assert run_score(job_of(folder, SECOND), Console(file=again, width=200)) == 0
+    assert run_score(job_of(folder, SECOND), Console(quiet=True)) == 0 and not ray.is_initialized()
     assert read_commit(output, SECOND) == commit
 
 
@@ -69,6 +73,45 @@ def test_what_arrived_or_changed_is_new_and_what_was_scored_otherwise_too(folder
     assert len(planned(job_of(folder, SECOND, prompts={"described": False}), folder)) == 8
     assert len(planned(job_of(folder, SECOND, dataset={"select": "all"}), folder)) == 8
     assert planned(job_of(folder, SECOND, threshold={"value": 0.7}), folder) == found  # raw scores are the same
+
+
+def test_errors_are_tried_again_in_as_many_nights_as_the_job_says(folder: Path) -> None:
+    broken = min(f"capsules/{path.name}" for path in (folder / "in" / "capsules").iterdir())
+    publish_as_scored(job_of(folder, FIRST), failed=[broken])
+    assert planned(job_of(folder, SECOND), folder) == [broken]
+    assert planned(job_of(folder, SECOND, dataset={"retry_errors": False}), folder) == []
+    publish_as_scored(job_of(folder, SECOND), failed=[broken])
+    assert planned(job_of(folder, THIRD, dataset={"retry_nights": 1}), folder) == []
+    assert planned(job_of(folder, THIRD, dataset={"retry_nights": 2}), folder) == [broken]
+    publish_as_scored(job_of(folder, SECOND))
+    assert planned(job_of(folder, THIRD, dataset={"retry_nights": 2}), folder) == []
+
+
+def test_teams_methods_and_outputs_do_not_mix(folder: Path) -> None:
+    """The other team's photos have the same names, bytes and times, and lie elsewhere."""
+    shutil.copytree(folder / "in", folder / "theirs")
+    theirs: dict[str, Any] = {"dataset": {"images": str(folder / "theirs")}}
+    assert len(planned(job_of(folder, SECOND, **theirs), folder)) == 6
+    publish_as_scored(job_of(folder, SECOND, **theirs))
+    for keys in ({}, theirs):
+        assert planned(job_of(folder, THIRD, **keys), folder) == []
+    changed = min((folder / "theirs" / "hazelnut").iterdir())
+    os.utime(changed, ns=(1, 1))
+    assert planned(job_of(folder, THIRD), folder) == []
+    assert planned(job_of(folder, THIRD, **theirs), folder) == [f"hazelnut/{changed.name}"]
+
+    other: dict[str, Any] = {"method": {"adaptation": "none"}}
+    assert len(planned(job_of(folder, THIRD, **other), folder)) == 6
+    publish_as_scored(job_of(folder, THIRD, **other))
+    for keys in ({}, other):
+        assert planned(job_of(folder, FOURTH, **keys), folder) == []
+    assert len(planned(job_of(folder, FOURTH, **other, **theirs), folder)) == 6
+    assert len(planned(job_of(folder, FOURTH, output={"uri": str(folder / "another")}), folder)) == 6
+
+    # A night has one commit: who publishes another team's night anew takes its photos out, and they are scored again.
+    publish_as_scored(job_of(folder, FIRST, **theirs))
+    assert len(planned(job_of(folder, FOURTH), folder)) == 6
+    assert planned(job_of(folder, FOURTH, **other), folder) == []
 
 
 def test_prompts_that_were_edited_make_their_class_new(folder: Path) -> None:

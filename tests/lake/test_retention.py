@@ -12,7 +12,9 @@ from pathlib import Path
 import duckdb
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
+from jobs.cli import app
 from jobs.export import run_export
 from jobs.gc import run_gc
 from jobs.ledger import run_ledger
@@ -31,7 +33,6 @@ from pipeline.lake import (
 from pipeline.report import drift
 from pipeline.storage import Store, leases, paths
 from schemas.job import Storage, dump_job_yaml
-from tests.command import alfa
 from tests.killed_driver import kill_around
 from tests.lake.test_garbage import DAY_S, age, keys
 from tests.lake.test_iceberg import job_for
@@ -258,11 +259,12 @@ def test_the_command_says_what_goes_and_removes_only_when_told(tmp_path: Path) -
     assert "nothing was removed" in shown and keys(output) == before
     assert run_gc(output, console, 24, delete=True, keep_days=10_000) == 0
     assert without_leases(keys(output)) == without_leases(before)
-    done = alfa("gc", tmp_path, "--keep-nights", "1", "--table", "--delete", "--json")
-    assert done.returncode == 0, done.stderr
+    cli = CliRunner()
+    done = cli.invoke(app, ["gc", str(tmp_path), "--keep-nights", "1", "--table", "--delete", "--json"])
+    assert done.exit_code == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["old_before"] == THIRD and document["kinds"]["commits"]["files"] == 2
     assert published_nights(output) == [THIRD]
-    for wrong in (("--table",), ("--keep-nights", "1", "--keep-days", "1"), ("--keep-nights", "0")):
-        assert alfa("gc", tmp_path, *wrong, PATH=os.environ["PATH"]).returncode == 2
+    for wrong in (["--table"], ["--keep-nights", "1", "--keep-days", "1"], ["--keep-nights", "0"]):
+        assert cli.invoke(app, ["gc", str(tmp_path), *wrong]).exit_code == 2
     assert left(output, photos_named("c"), tonight=TONIGHT) == []
