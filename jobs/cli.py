@@ -162,7 +162,8 @@ def backfill(
             return exits.attempt(lambda: run_score(job, console))
         from jobs.submit import run_submit
 
-        how: dict[str, Any] = {"upload": upload, "wait": True, "again": again}
+        # A night that is begun here is not published, or is to be done again, whatever became of an earlier job of it.
+        how: dict[str, Any] = {"upload": upload, "wait": True, "again": True}
         return exits.attempt(lambda: run_submit(job, address, console, logs.current_format(), **how))
 
     def run() -> int:

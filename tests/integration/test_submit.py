@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -145,6 +147,35 @@ def test_a_job_that_fails_passes_its_exit_code_on(head: Head, tmp_path: Path) ->
     assert {first, second} == {min(first, second), f"{min(first, second)}-2"}
     followed = alfa(*command, "--set", "engine.max_error_rate=0", **head.environment)
     assert followed.returncode == 1 and "more than max_error_rate 0" in followed.stdout, followed.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_backfill_submits_the_nights_that_are_missing_and_goes_on_where_it_stopped(
+    head: Head, tmp_path: Path
+) -> None:
+    first, second, third = nights = ["2026-01-01", "2026-01-02", "2026-01-03"]
+    photos = sorted((ROOT / "infra" / "demo" / "images" / "hazelnut" / "test" / "good").iterdir())[:2]
+    for night in (first, third):  # no photos yet on the second
+        (tmp_path / night / "hazelnut").mkdir(parents=True)
+        for photo in photos:
+            shutil.copy(photo, tmp_path / night / "hazelnut")
+
+    def backfill() -> tuple[int, dict[str, str]]:
+        done = alfa(
+            "backfill", "--images", tmp_path / "{run_date}", "--output", tmp_path / "out", "--set", "engine.lease_s=1",
+            "--from", first, "--to", third, "--submit", "--address", head.address, "--stop-on-error",
+            limit_s=600, **head.environment,
+        )  # fmt: skip
+        return done.returncode, dict(re.findall(r"│ (2026-\d\d-\d\d) │ (.*?)\s*│", done.stdout))
+
+    assert backfill() == (1, {first: "published", second: "refused, exit code 2", third: "not begun"})
+    shutil.copytree(tmp_path / first, tmp_path / second)
+    (tmp_path / "out" / "commits" / f"{first}.json").unlink()  # its job has succeeded, but it is published no more
+    assert backfill() == (0, dict.fromkeys(nights, "published"))
+    assert backfill() == (0, dict.fromkeys(nights, "was published"))
+    names = sorted(name.removeprefix("alfa-")[:10] for name in jobs_of(head, tmp_path / "out"))
+    assert names == [first, first, second, second, third] and rows(tmp_path / "out") == 6
 
 
 @pytest.mark.slow
