@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
@@ -15,6 +14,7 @@ from jobs.console import make_table
 from pipeline.lake import read_commit
 from pipeline.storage import open_store
 from schemas.job import JobConfig
+from schemas.records import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _try(score: Callable[[JobConfig], int], job: JobConfig) -> int:
         return exits.ERRORS
 
 
-def _find_commit(job: JobConfig) -> dict[str, Any] | None:
+def _find_commit(job: JobConfig) -> Commit | None:
     return read_commit(open_store(job.output.uri, job.storage), job.run_date)
 
 
@@ -88,9 +88,7 @@ def _print(outcomes: Sequence[Outcome], console: Console) -> None:
         commit = _find_commit(outcome.job)
         cells = ["-"] * 3
         if commit is not None:
-            entries = commit["files"]
-            errors = sum(sum(entry["errors"].values()) for entry in entries)
-            cells = [str(commit["rows"]), str(sum(entry["anomalies"] for entry in entries)), str(errors)]
+            cells = [str(commit.rows), str(sum(commit.anomalies.values())), str(commit.failed)]
         table.add_row(str(outcome.job.run_date), _describe(outcome), *cells, f"{outcome.seconds:.0f} s")
     console.print(table)
 

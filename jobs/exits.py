@@ -13,6 +13,7 @@ from jobs import logs
 from jobs.logs import LogFormat
 from pipeline.storage import AddressError
 from schemas.job import JobError
+from schemas.records import RecordError
 
 ERRORS, USAGE, INTERRUPTED = 1, 2, 130
 
@@ -36,7 +37,7 @@ def attempt(job: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         _complain("stopped; finished shards are kept. Run the same command again to resume")
         return INTERRUPTED
-    except (AddressError, JobError) as error:
+    except (AddressError, JobError, RecordError) as error:
         return _complain_of(str(error))
     except OSError as error:
         return _give_up(error)

@@ -20,12 +20,12 @@ def run_export(output: Store, run: str, kind: str, target: str | None, storage: 
     None: exports/<run_id>/<format> in the output. Raises ExportError where the run is not published.
     """
     commit = find_night(output, run)
-    if kind == "coco" and commit.get("cleared_at"):
-        raise ExportError(f"--to coco needs masks; those of night {commit['run_date']} were removed by alfa gc")
-    job = parse_job(read_job_yaml(output.read(paths.run_key(commit["run_id"], "job.yaml")).decode()))
+    if kind == "coco" and commit.cleared_at:
+        raise ExportError(f"--to coco needs masks; those of night {commit.run_date} were removed by alfa gc")
+    job = parse_job(read_job_yaml(output.read(paths.run_key(commit.run_id, "job.yaml")).decode()))
     images = job.dataset.images
     source = open_store(images.rpartition("/")[0] if images.endswith((".parquet", ".csv")) else images, job.storage)
-    folder, prefix = (open_store(target, storage), "") if target else (output, f"exports/{commit['run_id']}/{kind}/")
+    folder, prefix = (open_store(target, storage), "") if target else (output, f"exports/{commit.run_id}/{kind}/")
     with tempfile.TemporaryDirectory(prefix="alfa-export-") as scratch:
         rows = read_rows(output, commit, masks=kind == "coco")
         count = export_rows(kind, rows, commit, source.key_of, Path(scratch))

@@ -45,7 +45,7 @@ def _state(output: Store, ledger: Ledger, there: set[str], owner: str, rebuild: 
 
 
 def _errors(ledger: Ledger) -> int:
-    return sum(sum(entry["errors"].values()) for entry in ledger.entries)
+    return sum(entry.failed for entry in ledger.entries)
 
 
 def _conclude(nights: int, wrong: int, stray: int, rebuild: bool) -> Iterator[str]:

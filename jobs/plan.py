@@ -27,6 +27,7 @@ from pipeline.scoring import HASHED, Manifest, identify_shards
 from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
+from schemas.records import Commit
 
 _SHOWN = 5
 """Files that are named of each kind."""
@@ -74,7 +75,7 @@ class ClassPlan:
 class LastNight:
     """A published night: its commit, and what its run's stats.json says; empty where that is missing."""
 
-    commit: Mapping[str, Any]
+    commit: Commit
     stats: Mapping[str, Any]
 
 
@@ -155,8 +156,8 @@ def plan_night(job: JobConfig) -> NightPlan:
         prompts = record_prompts(known, [compose_ensemble(prompt_set, fits) for prompt_set in known])
         run = name_run(job, weights, prompts, references, table)
         run_id, finished = run.run_id, len(paths.finished_shards(output, run.shards) & set(shard_ids))
-        commit = read_commit(output, job.run_date) or {}
-        is_published = (commit.get("run_id"), commit.get("manifest")) == (run_id, manifest.digest)
+        commit = read_commit(output, job.run_date)
+        is_published = commit is not None and (commit.run_id, commit.manifest) == (run_id, manifest.digest)
     nights = _read_last_nights(output)
     return NightPlan(
         run_date=str(job.run_date),
@@ -266,9 +267,9 @@ def _read_last_nights(output: Store) -> list[LastNight]:
     found: list[LastNight] = []
     for night in reversed(published_nights(output)):
         commit = read_commit(output, night)
-        if commit and commit["rows"]:
+        if commit and commit.rows:
             try:
-                stats = json.loads(output.read(paths.run_key(commit["run_id"], "stats.json")))
+                stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
             except FileNotFoundError:
                 stats = {}
             found.append(LastNight(commit, stats))
@@ -281,10 +282,10 @@ def _result_bytes(output: Store, night: LastNight) -> float:
     """Bytes that an image has left in the lake: in the table and its version that the commit names, in the shards, and
     as a mask."""
     commit = night.commit
-    rows = 2 * sum(entry["bytes"] for entry in commit["files"])
-    shards = sum(info.size or 0 for info in output.list(commit["shards"])) if "shards" in commit else 0
-    masks = [info.size or 0 for info in islice(output.list(f"masks/run_date={commit['run_date']}"), _SAMPLE)]
-    return float((rows + shards) / commit["rows"] + (sum(masks) / len(masks) if masks else 0))
+    rows = 2 * sum(entry.bytes for entry in commit.files)
+    shards = sum(info.size or 0 for info in output.list(commit.shards)) if commit.shards else 0
+    masks = [info.size or 0 for info in islice(output.list(f"masks/run_date={commit.run_date}"), _SAMPLE)]
+    return float((rows + shards) / commit.rows + (sum(masks) / len(masks) if masks else 0))
 
 
 def _document(plan: NightPlan) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 
@@ -12,6 +10,7 @@ from jobs.console import print_line
 from pipeline.lake import published_nights, read_commit
 from pipeline.report import ReportError, write_report
 from pipeline.storage import Store, paths, redact
+from schemas.records import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -25,18 +24,18 @@ def run_report(output: Store, run_id: str | None, run_date: str | None, console:
     commit = read_commit(output, night)
     if commit is None:
         raise ReportError(f"night {night} is not published at {output.uri('')}; alfa status shows its runs")
-    if run_id is not None and commit["run_id"] != run_id:
-        raise ReportError(f"night {night} is published by run {commit['run_id']}, not by {run_id}")
+    if run_id is not None and commit.run_id != run_id:
+        raise ReportError(f"night {night} is published by run {commit.run_id}, not by {run_id}")
     print_line(console, write_report(output, commit))
     return 0
 
 
-def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str | None:
+def report_night(output: Store, commit: Commit, *, anew: bool) -> str | None:
     """Writes the report at the end of a night. Returns its address, or None where it could not be written.
 
     anew: also where there is one already. The night is published by then, so a report that fails is a warning only.
     """
-    key = paths.report_key(commit["run_id"])
+    key = paths.report_key(commit.run_id)
     try:
         return write_report(output, commit) if anew or not output.exists(key) else output.uri(key)
     except Exception as error:
@@ -45,7 +44,7 @@ def report_night(output: Store, commit: Mapping[str, Any], *, anew: bool) -> str
             type(error).__name__,
             redact(str(error)),
             output.uri(""),
-            commit["run_id"],
+            commit.run_id,
         )
         return None
 

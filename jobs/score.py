@@ -41,6 +41,7 @@ from pipeline.scoring import (
 )
 from pipeline.storage import Store, leases, open_store, paths, read_shards
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
+from schemas.records import Commit
 
 logger = logging.getLogger(__name__)
 
@@ -63,28 +64,30 @@ def run_score(job: JobConfig, console: Console) -> int:
         if job.lake.format == "iceberg":
             publish_snapshot(job, output, leases.new_owner())
     report = report_night(output, commit, anew=stats.get("state") == "done")
-    totals = _totals(commit)
-    found, errors = sum(totals["anomalies"].values()), sum(totals["errors"].values())
     logger.info(
-        "night %s is published: %d images, %d anomalous, %d errors", job.run_date, commit["rows"], found, errors
+        "night %s is published: %d images, %d anomalous, %d errors",
+        job.run_date,
+        commit.rows,
+        sum(commit.anomalies.values()),
+        commit.failed,
     )
     print_summary(plan, commit, stats, report, output, console)
     return _exit_code(commit, job.engine.max_error_rate)
 
 
-def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[dict[str, Any], dict[str, Any]]:
+def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[Commit, dict[str, Any]]:
     """Executes the run. Returns its commit and its stats.
 
     Where another driver works on the run, this one waits until that has published it, or has died, and then goes on
     from there.
     """
     run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, leases.new_owner()
-    published: dict[str, Any] = {}
+    published: list[Commit] = []
 
     def is_published() -> bool:
         commit = read_commit(output, run.job.run_date)
-        if commit and (commit["run_id"], commit["manifest"]) == (run.run_id, plan.manifest.digest):
-            published.update(commit)
+        if commit and (commit.run_id, commit.manifest) == (run.run_id, plan.manifest.digest):
+            published.append(commit)
         return bool(published)
 
     def say(holder: str) -> None:
@@ -95,14 +98,14 @@ def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) ->
     lease = leases.acquire(output, paths.driver_lease(run.run_id), owner, lease_s, is_published, say)
     if lease is None:
         logger.info("run %s is already published; nothing to do", run.run_id)
-        return published, {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
+        return published[-1], {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
     with lease.held(lease_s):
         return _execute(plan, output, console, lease, started)
 
 
 def _execute(
     plan: Plan, output: Store, console: Console, lease: leases.Lease, started: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[Commit, dict[str, Any]]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(paths.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
@@ -192,49 +195,44 @@ def _digest(thresholds: Mapping[str, Thresholds]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _totals(commit: Mapping[str, Any]) -> dict[str, Any]:
-    errors: Counter[str] = Counter()
-    for entry in commit["files"]:
-        errors.update(entry["errors"])
-    anomalies = {entry["class_name"]: entry["anomalies"] for entry in commit["files"]}
-    return {"rows": commit["rows"], "errors": dict(errors), "anomalies": anomalies}
+def _totals(commit: Commit) -> dict[str, Any]:
+    return {"rows": commit.rows, "errors": commit.errors, "anomalies": commit.anomalies}
 
 
-def _exit_code(commit: Mapping[str, Any], max_error_rate: float) -> int:
-    errors = sum(_totals(commit)["errors"].values())
-    if commit["rows"] and errors / commit["rows"] > max_error_rate:
-        logger.error("%d of %d images are errors, more than max_error_rate %g", errors, commit["rows"], max_error_rate)
+def _exit_code(commit: Commit, max_error_rate: float) -> int:
+    if commit.rows and commit.failed / commit.rows > max_error_rate:
+        logger.error(
+            "%d of %d images are errors, more than max_error_rate %g", commit.failed, commit.rows, max_error_rate
+        )
         return 1
     return 0
 
 
 def print_summary(
     plan: Plan,
-    commit: Mapping[str, Any],
+    commit: Commit,
     stats: Mapping[str, Any],
     report: str | None,
     output: Store,
     console: Console,
 ) -> None:
     """Prints what a person wants to know at the end: how many images, what failed, what it cost, where it all is."""
-    run, totals = plan.run, _totals(commit)
+    run = plan.run
     columns = ("class", "images", "anomalous", "errors", "prompts")
     table = make_table(columns, left=("class", "prompts"), title=f"run {run.run_id}")
     sources = {item.class_name: item.source for item in plan.prompts.ensembles}
-    for entry in commit["files"]:
-        errors = sum(entry["errors"].values())
-        name = entry["class_name"]
-        table.add_row(escape(name), str(entry["rows"]), str(entry["anomalies"]), str(errors), sources.get(name, ""))
+    for entry in commit.files:
+        counts = map(str, (entry.rows, entry.anomalies, entry.failed))
+        table.add_row(escape(entry.class_name), *counts, sources.get(entry.class_name, ""))
     console.print(table)
-    errors = totals["errors"]
-    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(errors.items())) or "none"
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(commit.errors.items())) or "none"
     usage = stats["usage"]
     cost = "unknown" if usage["cost_usd"] is None else f"{usage['cost_usd']:.4f} USD"
     spent = f"{usage['calls']} calls"
     if usage["calls"]:
         spent += f", {usage['prompt_tokens'] + usage['completion_tokens']} tokens, cost {cost}"
     lines = [
-        ("images", f"{commit['rows']}, {commit['rows'] - sum(errors.values())} ok; errors: {listed}"),
+        ("images", f"{commit.rows}, {commit.rows - commit.failed} ok; errors: {listed}"),
         ("LLM", spent),
         *_describe_speed(stats),
         ("table", output.uri(paths.TABLE)),

@@ -70,7 +70,7 @@ def print_status(output: Store, console: Console, *, as_json: bool = False) -> i
 def read_status(output: Store) -> list[RunStatus]:
     """Reads the runs of an output, the newest night first."""
     commits = (read_commit(output, night) for night in published_nights(output))
-    published = {commit["run_id"]: bool(commit.get("cleared_at")) for commit in commits if commit is not None}
+    published = {commit.run_id: commit.cleared_at is not None for commit in commits if commit is not None}
     keys = [info.key for info in output.list("runs") if info.key.endswith("/stats.json")]
     return [_read_run(output, key, published) for key in sorted(keys, reverse=True)]
 

@@ -6,20 +6,19 @@ commits and a run's records (job.yaml, stats.json, its report), unless the table
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta, timezone
 from itertools import chain, groupby
-from typing import Any
 
 from pipeline.lake.commits import published_nights, read_commit
 from pipeline.lake.iceberg import retract_night
 from pipeline.lake.ledger import find_ledger
 from pipeline.storage import ObjectInfo, Store, leases, paths
+from schemas.records import Commit, dump_record
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +108,13 @@ class _Collector:
     def retire(self) -> Iterator[Garbage]:
         """Has the commits of old nights say what they lose, or removes their commits and tables."""
         for night in sorted(self.old):
-            commit = read_commit(self.output, night) or {}
-            if not self.removes_old and commit.get("cleared_at"):
-                continue
-            if commit and (holder := leases.holder(self.output, paths.driver_lease(commit["run_id"]))):
-                _spare(commit["run_id"], holder)
-                continue
+            commit = read_commit(self.output, night)
+            if commit is not None:
+                if not self.removes_old and commit.cleared_at:
+                    continue
+                if holder := leases.holder(self.output, paths.driver_lease(commit.run_id)):
+                    _spare(commit.run_id, holder)
+                    continue
             name = paths.night_lease(date.fromisoformat(night))
             if not self.delete:
                 if self.removes_old and leases.holder(self.output, name) is None:
@@ -133,12 +133,11 @@ class _Collector:
         if commit is None:
             return
         lease.check()
-        data = json.dumps({**commit, "cleared_at": _now()}, indent=2, ensure_ascii=False).encode()
-        self.output.replace(paths.commit_key(night), data, version)
+        self.output.replace(paths.commit_key(night), dump_record(_cleared(commit)), version)
 
     def _remove_table(self, night: str, lease: leases.Lease) -> Iterator[Garbage]:
         if commit := read_commit(self.output, night):
-            retract_night(self.output, commit["run_id"], lease)
+            retract_night(self.output, commit.run_id, lease)
         for item in self._table_of(night):
             lease.check()
             self.output.delete(item.key)
@@ -176,12 +175,12 @@ class _Collector:
                     self.output.delete(info.key)
                 yield Garbage("unfinished writes", info.key, info.size or 0)
 
-    def _commit_of(self, night: str) -> Mapping[str, Any] | None:
+    def _commit_of(self, night: str) -> Commit | None:
         """The commit of a night: as it is, or, where nothing is removed now, as it would be afterwards."""
         commit = read_commit(self.output, night)
         if commit is None or self.delete or night not in self.old:
             return commit
-        return None if self.removes_old else {**commit, "cleared_at": _now()}
+        return None if self.removes_old else _cleared(commit)
 
     def _sweep_run(self, run_id: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
         commit, goes = self._commit_of(run_id[:10]), self.removes_old and run_id[:10] < self.oldest_kept
@@ -252,16 +251,16 @@ def _predecessors(lease: leases.Lease) -> Iterator[Garbage]:
     return (Garbage("leases", key, lease.store.info(key).size or 0) for key in lease.keys[:-1])
 
 
-def _kind(key: str, run_id: str, commit: Mapping[str, Any] | None, goes: bool) -> str | None:
+def _kind(key: str, run_id: str, commit: Commit | None, goes: bool) -> str | None:
     """What a file of a run is, if nothing refers to it; None for what is to be kept.
 
     goes: the run's night is to go as a whole, so that without a commit the run's records go too.
     """
     top, second, third = (*key.split("/", 3), "", "")[:3]
-    used = commit if commit is not None and commit["run_id"] == run_id else None
-    whole = None if used is None or used.get("cleared_at") else used
+    used = commit if commit is not None and commit.run_id == run_id else None
+    whole = None if used is None or used.cleared_at else used
     # A commit of before the folder was written down is taken to need all that could be its own.
-    folder = None if whole is None else whole.get("shards")
+    folder = None if whole is None else whole.shards
     if top in ("masks", "maps"):
         digest = (folder or "").partition("/masked-")[2]
         kept = whole and (folder is None or third == paths.mask_version(run_id, digest or None))
@@ -272,9 +271,9 @@ def _kind(key: str, run_id: str, commit: Mapping[str, Any] | None, goes: bool) -
         kept = whole and (folder is None or folder == f"{top}/{second}/{third}")
         return None if kept else "shards with masks"
     if third.startswith("table-"):
-        return None if used and any(key == entry["key"] for entry in used["files"]) else "versions of the table"
+        return None if used and any(key == entry.key for entry in used.files) else "versions of the table"
     if third.startswith("manifest-"):
-        return None if whole and key == paths.manifest_key(run_id, whole["manifest"]) else "manifests"
+        return None if whole and key == paths.manifest_key(run_id, whole.manifest) else "manifests"
     if third == "references":
         return None if whole else "reference patches"
     if third.startswith("driver.claim-"):
@@ -286,8 +285,8 @@ def _night_of(info: ObjectInfo) -> str:
     return info.key.removeprefix("commits/").removesuffix(".json")
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat()
+def _cleared(commit: Commit) -> Commit:
+    return commit.model_copy(update={"cleared_at": datetime.now(timezone.utc)})
 
 
 def _spare(run_id: str, holder: str | None) -> None:

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,7 @@ from pipeline.lake.commits import read_commit
 from pipeline.lake.reading import read_groups
 from pipeline.storage import Store, leases, open_store, paths, redact
 from schemas.job import JobConfig, parse_job, read_job_yaml
+from schemas.records import Commit, CommitFile
 from schemas.tables import SCORES
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
             facts = _facts(commit)
             if _is_published(table, facts):
                 return
-            files = [_write_file(table, entry, job.run_date, output) for entry in commit["files"]]
+            files = [_write_file(table, entry, job.run_date, output) for entry in commit.files]
             _commit(table, files, job.run_date, facts, lease)
     logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
 
@@ -174,12 +175,12 @@ def _open_table(catalog: Catalog, name: str) -> Table:
     return table
 
 
-def _facts(commit: Mapping[str, Any]) -> dict[str, str]:
-    digest = hashlib.sha256("\n".join(entry["sha256"] for entry in commit["files"]).encode()).hexdigest()
+def _facts(commit: Commit) -> dict[str, str]:
+    digest = hashlib.sha256("\n".join(entry.sha256 for entry in commit.files).encode()).hexdigest()
     return {
-        "alfa.run_date": commit["run_date"],
-        "alfa.run_id": commit["run_id"],
-        "alfa.manifest": commit["manifest"],
+        "alfa.run_date": str(commit.run_date),
+        "alfa.run_id": commit.run_id,
+        "alfa.manifest": commit.manifest,
         "alfa.files": digest,
     }
 
@@ -195,7 +196,7 @@ def _is_published(table: Table, facts: Mapping[str, str]) -> bool:
     return False
 
 
-def _write_file(table: Table, entry: Mapping[str, Any], run_date: datetime.date, output: Store) -> str:
+def _write_file(table: Table, entry: CommitFile, run_date: datetime.date, output: Store) -> str:
     """Writes a class's rows with the table's columns and their ids, a row group at a time; returns where."""
     schema = table.schema().as_arrow()
     path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet")
@@ -206,7 +207,7 @@ def _write_file(table: Table, entry: Mapping[str, Any], run_date: datetime.date,
         for rows in read_groups(output, entry):
             columns = {name: rows.column(name) for name in rows.column_names}
             columns["run_date"] = pa.repeat(pa.scalar(run_date, pa.date32()), rows.num_rows)
-            columns["class_name"] = pa.repeat(entry["class_name"], rows.num_rows)
+            columns["class_name"] = pa.repeat(entry.class_name, rows.num_rows)
             values = [
                 columns[field.name].cast(field.type) if field.name in columns else pa.nulls(rows.num_rows, field.type)
                 for field in schema

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import date
 from enum import Enum
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ from pipeline.lake.sorting import regroup
 from pipeline.storage import Store, leases, map_ahead, paths
 from schemas.job import parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
+from schemas.records import Commit, CommitFile
 from schemas.tables import LEDGER
 
 logger = logging.getLogger(__name__)
@@ -145,14 +146,14 @@ class Ledger:
     """
 
     night: str
-    entries: Sequence[Mapping[str, Any]]
+    entries: Sequence[CommitFile]
     fingerprints: Mapping[str, str]
     key: str
 
     @property
     def rows(self) -> int:
         """Photos in it."""
-        return sum(entry["rows"] for entry in self.entries)
+        return sum(entry.rows for entry in self.entries)
 
 
 def find_ledgers(output: Store, but_for: date | None = None) -> list[Ledger]:
@@ -169,12 +170,12 @@ def find_ledger(output: Store, night: str) -> Ledger | None:
     return None if commit is None else describe_ledger(commit, _fingerprints(output, commit))
 
 
-def describe_ledger(commit: Mapping[str, Any], fingerprints: Mapping[str, str]) -> Ledger:
+def describe_ledger(commit: Commit, fingerprints: Mapping[str, str]) -> Ledger:
     """The ledger of a commit whose classes were scored as `fingerprints` say."""
-    entries = [entry for entry in commit["files"] if entry["class_name"] in fingerprints]
-    facts = [[entry["class_name"], entry["sha256"], fingerprints[entry["class_name"]]] for entry in entries]
-    digest = hashlib.blake2b(json.dumps([commit["run_id"], facts]).encode(), digest_size=8).hexdigest()
-    return Ledger(commit["run_date"], entries, fingerprints, paths.ledger_key(commit["run_date"], digest))
+    entries = [entry for entry in commit.files if entry.class_name in fingerprints]
+    facts = [[entry.class_name, entry.sha256, fingerprints[entry.class_name]] for entry in entries]
+    digest = hashlib.blake2b(json.dumps([commit.run_id, facts]).encode(), digest_size=8).hexdigest()
+    return Ledger(str(commit.run_date), entries, fingerprints, paths.ledger_key(commit.run_date, digest))
 
 
 def write_ledger(output: Store, ledger: Ledger, place: Store | None = None) -> None:
@@ -182,7 +183,7 @@ def write_ledger(output: Store, ledger: Ledger, place: Store | None = None) -> N
     with tempfile.TemporaryDirectory(prefix="alfa-ledger-") as scratch:
         path = Path(scratch, "ledger.parquet")
         classes = (
-            (ledger.fingerprints[entry["class_name"]], read_groups(output, entry, COLUMNS)) for entry in ledger.entries
+            (ledger.fingerprints[entry.class_name], read_groups(output, entry, COLUMNS)) for entry in ledger.entries
         )
         build_ledger(classes, path)
         (place or output).write(ledger.key, path)
@@ -238,19 +239,19 @@ def build_ledger(classes: Iterable[tuple[str, Iterable[pa.Table]]], path: Path) 
             writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
 
 
-def _fingerprints(output: Store, commit: Mapping[str, Any]) -> dict[str, str]:
+def _fingerprints(output: Store, commit: Commit) -> dict[str, str]:
     """What each class of a night was scored as: as the commit says, else as the run's folder lets one tell."""
-    said = {entry["class_name"]: entry["scored_as"] for entry in commit["files"] if entry.get("scored_as")}
-    if said or not commit["files"] or any("scored_as" in entry for entry in commit["files"]):
+    said = {entry.class_name: entry.scored_as for entry in commit.files if entry.scored_as}
+    if said or not commit.files or any("scored_as" in entry.model_fields_set for entry in commit.files):
         return said
     try:
-        job = parse_job(read_job_yaml(output.read(paths.run_key(commit["run_id"], "job.yaml")).decode()))
-        prompts = RunPrompts.model_validate_json(output.read(paths.run_key(commit["run_id"], "prompts.json")))
+        job = parse_job(read_job_yaml(output.read(paths.run_key(commit.run_id, "job.yaml")).decode()))
+        prompts = RunPrompts.model_validate_json(output.read(paths.run_key(commit.run_id, "prompts.json")))
     except (FileNotFoundError, ValueError):
         return {}
     if job.references is not None:  # which images they were is not written down
         return {}
-    with open_file(output, commit["files"][0]) as file:
+    with open_file(output, commit.files[0]) as file:
         weights = file.schema_arrow.metadata[b"alfa.weights_sha256"].decode()
     return {
         ensemble.class_name: job.class_fingerprint(ensemble.class_name, weights, ensemble.fingerprint)

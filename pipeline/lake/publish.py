@@ -16,7 +16,6 @@ what it found when it began, which the store itself compares (see Store.replace 
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections import Counter, defaultdict, deque
@@ -25,7 +24,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,6 +33,7 @@ from pipeline.lake.commits import read_commit
 from pipeline.lake.ledger import COLUMNS, build_ledger, describe_ledger
 from pipeline.lake.sorting import RowSorter
 from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
+from schemas.records import Commit, CommitFile, dump_record
 from schemas.tables import SCHEMA_VERSION, SCORES
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def publish_night(
     output: Store,
     owner: str,
     fingerprints: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> Commit:
     """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
 
     Memory is bounded whatever the number of rows. A local scratch folder (TMPDIR) holds the rows, compressed, and the
@@ -65,8 +64,8 @@ def publish_night(
     assert lease is not None  # it is never done without us
     with lease.held(lease_s):
         before = read_commit(output, run.job.run_date)
-        if before and before["run_id"] != run.run_id:
-            logger.warning("night %s was published by run %s; this run replaces it", run.job.run_date, before["run_id"])
+        if before and before.run_id != run.run_id:
+            logger.warning("night %s was published by run %s; this run replaces it", run.job.run_date, before.run_id)
         return _publish(run, manifest_digest, folder, shard_ids, output, lease, fingerprints or {})
 
 
@@ -78,7 +77,7 @@ def _publish(
     output: Store,
     lease: leases.Lease,
     fingerprints: Mapping[str, str],
-) -> dict[str, Any]:
+) -> Commit:
     run_date = run.job.run_date
     commit_version = output.version(paths.commit_key(run_date))
     found = {info.key: output.version(info.key) for info in output.list(f"{paths.TABLE}/run_date={run_date}")}
@@ -87,17 +86,16 @@ def _publish(
         entries = [_entry(run, manifest_digest, file, fingerprints.get(file.class_name)) for file in files]
         commit = _commit(run, manifest_digest, folder, entries)
         for file, entry in zip(files, entries, strict=True):
-            if not output.exists(entry["key"]):
-                output.write(entry["key"], file.path)
+            if not output.exists(entry.key):
+                output.write(entry.key, file.path)
         for file, entry in zip(files, entries, strict=True):
             lease.check()
-            _replace(output, entry["table_key"], file.path, found.get(entry["table_key"]), lease)
+            _replace(output, entry.table_key, file.path, found.get(entry.table_key), lease)
         _write_ledger(commit, files, fingerprints, output, Path(scratch))
-    for key in found.keys() - {entry["table_key"] for entry in entries}:
+    for key in found.keys() - {entry.table_key for entry in entries}:
         output.delete(key)
     lease.check()
-    data = json.dumps(commit, indent=2, ensure_ascii=False).encode()
-    _replace(output, paths.commit_key(run_date), data, commit_version, lease)
+    _replace(output, paths.commit_key(run_date), dump_record(commit), commit_version, lease)
     return commit
 
 
@@ -186,7 +184,7 @@ def _write_file(run: Run, facts: _Facts, groups: Iterable[pa.Table], path: Path)
 
 
 def _write_ledger(
-    commit: Mapping[str, Any], files: Sequence[_File], fingerprints: Mapping[str, str], output: Store, folder: Path
+    commit: Commit, files: Sequence[_File], fingerprints: Mapping[str, str], output: Store, folder: Path
 ) -> None:
     """Writes the ledger that the commit leads to, from the local files. Until the commit is there, it says nothing."""
     ledger = describe_ledger(commit, fingerprints)
@@ -207,30 +205,29 @@ def _read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
             yield file.read_row_group(number, list(columns))
 
 
-def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None) -> dict[str, Any]:
+def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None) -> CommitFile:
     run_date, facts = run.job.run_date, file.facts
-    return {
-        "class_name": file.class_name,
-        "scored_as": fingerprint,
-        "rows": facts.rows,
-        "errors": dict(sorted(facts.errors.items())),
-        "anomalies": facts.anomalies,
-        "key": paths.version_key(run.run_id, manifest_digest, run_date, file.class_name, file.sha256),
-        "table_key": paths.table_key(run_date, file.class_name),
-        "bytes": file.path.stat().st_size,
-        "sha256": file.sha256,
-    }
+    return CommitFile(
+        class_name=file.class_name,
+        scored_as=fingerprint,
+        rows=facts.rows,
+        errors=dict(sorted(facts.errors.items())),
+        anomalies=facts.anomalies,
+        key=paths.version_key(run.run_id, manifest_digest, run_date, file.class_name, file.sha256),
+        table_key=paths.table_key(run_date, file.class_name),
+        bytes=file.path.stat().st_size,
+        sha256=file.sha256,
+    )
 
 
-def _commit(run: Run, manifest_digest: str, folder: str, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run_date": str(run.job.run_date),
-        "run_id": run.run_id,
-        "manifest": manifest_digest,
-        "shards": folder,
-        "select": run.job.dataset.select,
-        "rows": sum(entry["rows"] for entry in entries),
-        "committed_at": datetime.now(timezone.utc).isoformat(),
-        "files": list(entries),
-    }
+def _commit(run: Run, manifest_digest: str, folder: str, entries: Sequence[CommitFile]) -> Commit:
+    return Commit(
+        run_date=run.job.run_date,
+        run_id=run.run_id,
+        manifest=manifest_digest,
+        shards=folder,
+        select=run.job.dataset.select,
+        rows=sum(entry.rows for entry in entries),
+        committed_at=datetime.now(timezone.utc),
+        files=tuple(entries),
+    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,17 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.storage import Store
+from schemas.records import CommitFile
 
 
 @contextlib.contextmanager
-def open_file(output: Store, entry: Mapping[str, Any]) -> Iterator[pq.ParquetFile]:
+def open_file(output: Store, entry: CommitFile) -> Iterator[pq.ParquetFile]:
     """The table's file of a class. entry: one of a commit's files."""
     # What a commit names is never written again, so it can be read range by range.
-    with output.open(entry["key"]) as source, pq.ParquetFile(source, pre_buffer=True) as file:
+    with output.open(entry.key) as source, pq.ParquetFile(source, pre_buffer=True) as file:
         yield file
 
 
-def read_groups(output: Store, entry: Mapping[str, Any], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_groups(output: Store, entry: CommitFile, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The rows of a class in their order, a row group at a time; columns: those that are wanted, else all."""
     with open_file(output, entry) as file:
         for number in range(file.num_row_groups):
@@ -30,7 +30,7 @@ def read_groups(output: Store, entry: Mapping[str, Any], columns: Sequence[str] 
 
 
 def take_rows(
-    output: Store, entry: Mapping[str, Any], places: npt.NDArray[np.int64], columns: Sequence[str] | None = None
+    output: Store, entry: CommitFile, places: npt.NDArray[np.int64], columns: Sequence[str] | None = None
 ) -> pa.Table:
     """The rows at these places in the class, in the order of `places`. Reads only the row groups that hold them."""
     with open_file(output, entry) as file:

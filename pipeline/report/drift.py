@@ -6,7 +6,7 @@ A class is held without its addresses, so that two nights of some million photos
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from scipy.stats import ks_2samp
 
 from pipeline.lake import read_commit, read_groups, take_rows
 from pipeline.storage import Store, paths
+from schemas.records import Commit, CommitFile
 
 PSI_THRESHOLD = 0.25
 """Convention for PSI: below 0.1 stable, to 0.25 to be watched, from there on shifted."""
@@ -46,7 +47,7 @@ class ClassNight:
     select: the night's dataset.select.
     """
 
-    entry: Mapping[str, Any] | None
+    entry: CommitFile | None
     photos: NDArray[np.int64]
     scores: NDArray[np.float32]
     anomalous: NDArray[np.bool_]
@@ -110,21 +111,21 @@ class ClassDrift:
 def read_pairs(output: Store, before: str, after: str) -> Iterator[tuple[str, ClassNight, ClassNight]]:
     """The classes of two nights, by name. Raises FileNotFoundError where a night is not published."""
     commits = [_published(output, night) for night in (before, after)]
-    files = [{entry["class_name"]: entry for entry in commit["files"]} for commit in commits]
-    selects = [commit.get("select", "all") for commit in commits]
+    files = [{entry.class_name: entry for entry in commit.files} for commit in commits]
+    selects = [commit.select for commit in commits]
     for name in sorted({name for night in files for name in night}):
         old, new = (_read_class(output, night.get(name), how) for night, how in zip(files, selects, strict=True))
         yield name, old, new
 
 
-def _published(output: Store, run_date: str) -> dict[str, Any]:
+def _published(output: Store, run_date: str) -> Commit:
     commit = read_commit(output, run_date)
     if commit is None:
         raise FileNotFoundError(f"night {run_date} is not published at {output.uri('')}")
     return commit
 
 
-def _read_class(output: Store, entry: Mapping[str, Any] | None, select: str) -> ClassNight:
+def _read_class(output: Store, entry: CommitFile | None, select: str) -> ClassNight:
     photos, scores, anomalous = ([np.empty(0, kind)] for kind in (np.int64, np.float32, np.bool_))
     setup: list[set[str]] = [set() for _ in _SETUP]
     for rows in read_groups(output, entry, _COLUMNS) if entry is not None else ():
@@ -152,17 +153,16 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
         if commit is None:
             continue
         try:
-            stats = json.loads(output.read(paths.run_key(commit["run_id"], "stats.json")))
+            stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
         except FileNotFoundError:
             stats = {}
-        errors = sum(sum(entry["errors"].values()) for entry in commit["files"])
         trend.append(
             {
                 "run_date": night,
-                "run_id": commit["run_id"],
-                "images": commit["rows"],
-                "error_rate": errors / commit["rows"] if commit["rows"] else 0.0,
-                "anomalous": sum(entry["anomalies"] for entry in commit["files"]),
+                "run_id": commit.run_id,
+                "images": commit.rows,
+                "error_rate": commit.failed / commit.rows if commit.rows else 0.0,
+                "anomalous": sum(commit.anomalies.values()),
                 # Runs of older versions have one rate, which counts from the start of Ray.
                 "images_per_second": stats.get("scoring_images_per_second", stats.get("images_per_second")),
             }
@@ -178,7 +178,7 @@ class Changes:
     where there was none.
     """
 
-    entry: Mapping[str, Any] | None
+    entry: CommitFile | None
     places: NDArray[np.int64]
     kinds: NDArray[np.int64]
     before: NDArray[np.float32]

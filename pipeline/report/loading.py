@@ -24,6 +24,7 @@ from pipeline.report.photos import Photos
 from pipeline.storage import Run, Store, open_store, paths, read_shard, redact
 from schemas.job import JobConfig, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts, UsedPrompts
+from schemas.records import Commit, CommitFile
 from schemas.text import one_line
 
 MOST_IMAGES = 10_000
@@ -49,20 +50,20 @@ class ReportError(ValueError):
     """There is nothing to report on; the message says what was looked for."""
 
 
-def gather(output: Store, commit: Mapping[str, Any]) -> Report:
+def gather(output: Store, commit: Commit) -> Report:
     """Reads all that a report shows of a published night.
 
     Raises ReportError where the run's folder lacks its job. Photos and shards that are gone leave gaps that are named.
     """
-    run_id = commit["run_id"]
+    run_id = commit.run_id
     job = _read_job(output, run_id)
-    entries = commit["files"]
-    counts = [entry["rows"] - sum(entry["errors"].values()) for entry in entries]
+    entries = commit.files
+    counts = [entry.rows - entry.failed for entry in entries]
     wanted = zip(
         entries,
         fair_shares(counts, MOST_IMAGES),
         fair_shares(counts, MOST_EXHIBITS),
-        fair_shares([sum(entry["errors"].values()) for entry in entries], MOST_FAILURES),
+        fair_shares([entry.failed for entry in entries], MOST_FAILURES),
         strict=True,
     )
     parts = [_read_class(output, *part) for part in wanted]
@@ -70,20 +71,17 @@ def gather(output: Store, commit: Mapping[str, Any]) -> Report:
     failed = [row for part in parts for row in part.failures]
     shown = _by_rank([part.rows[: part.exhibits] for part in parts])
     root = _common_root([row["image_uri"] for row in [*rows, *failed]])
-    errors: Counter[str] = Counter()
-    for entry in entries:
-        errors.update(entry["errors"])
     first = next(iter([*rows, *failed]), {"model": "", "weights_sha256": ""})
     return Report(
         job=job,
         commit=commit,
         stats=_read_stats(output, run_id),
         classes=[part.facts for part in parts],
-        errors=errors,
+        errors=commit.errors,
         images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
         failures=[_listed(row, root) for row in failed],
-        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output, masks=not commit.get("cleared_at")),
-        comparison=_compare(output, commit["run_date"], root, shown),
+        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output, masks=not commit.cleared_at),
+        comparison=_compare(output, str(commit.run_date), root, shown),
         prompts=_read_prompts(output, run_id),
         model=first["model"],
         weights_sha256=first["weights_sha256"],
@@ -123,9 +121,9 @@ class _ClassPart:
     exhibits: int
 
 
-def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: int, failures: int) -> _ClassPart:
+def _read_class(output: Store, entry: CommitFile, images: int, exhibits: int, failures: int) -> _ClassPart:
     """The most anomalous rows of a class, and its counts. Of all others only the scores are read."""
-    name = entry["class_name"]
+    name = entry.class_name
     groups = read_groups(output, entry, ["score"])
     scores = np.concatenate([np.empty(0, np.float32), *(group.column("score").to_numpy() for group in groups)])
     order = np.argsort(-scores, kind="stable")  # NaN, which stands for an error, comes last
@@ -136,8 +134,8 @@ def _read_class(output: Store, entry: Mapping[str, Any], images: int, exhibits: 
     )
     facts = ClassFacts(
         name=name,
-        images=entry["rows"],
-        anomalous=entry["anomalies"],
+        images=entry.rows,
+        anomalous=entry.anomalies,
         errors=len(scores) - scored,
         threshold=rows[0]["threshold"] if rows else None,
         scores=scores[order[:scored]],

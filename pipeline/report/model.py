@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pipeline.report.drift import ClassDrift
 from schemas.job import JobConfig
 from schemas.prompts import UsedPrompts
+from schemas.records import Commit
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +103,7 @@ class Report:
     anomalous first; classes and errors count all of it. stats: of the run, as jobs write it."""
 
     job: JobConfig
-    commit: Mapping[str, Any]
+    commit: Commit
     stats: Mapping[str, Any]
     classes: Sequence[ClassFacts]
     errors: Mapping[str, int]

@@ -7,7 +7,7 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import timezone
 from typing import Any
 
 import jinja2
@@ -22,6 +22,7 @@ from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.storage import Store, paths
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
 from schemas.prompts import UsedPrompts
+from schemas.records import Commit
 from schemas.text import one_line
 
 LARGEST = 15_000_000
@@ -36,9 +37,9 @@ _MOST_PROMPT_SETS = 100
 _MOST_REGIONS = 12
 
 
-def write_report(output: Store, commit: Mapping[str, Any]) -> str:
+def write_report(output: Store, commit: Commit) -> str:
     """Writes the page of a published night into its run's folder; returns where. Raises ReportError, OSError."""
-    key = paths.report_key(commit["run_id"])
+    key = paths.report_key(commit.run_id)
     output.write(key, render(gather(output, commit)).encode("utf-8", "replace"))
     return output.uri(key)
 
@@ -126,7 +127,7 @@ def _template() -> jinja2.Template:
         "share": lambda value, whole: f"{value / whole:.1%}" if whole else "0 %",
         "score": lambda value: _DASH if value is None else f"{value:.3f}",
         "cost": lambda value: "cost unknown" if value is None else f"{value:.4f} USD",
-        "moment": lambda text: f"{datetime.fromisoformat(text):%Y-%m-%d %H:%M} UTC",
+        "moment": lambda moment: f"{moment.astimezone(timezone.utc):%Y-%m-%d %H:%M} UTC",
     }
     return environment.from_string(_asset("report.html.j2"))
 
@@ -297,7 +298,7 @@ def _prompt_set(used: UsedPrompts, report: Report) -> dict[str, Any]:
 
 
 def _bounds(report: Report) -> str:
-    scored = report.commit["rows"] - sum(report.errors.values())
+    scored = report.commit.rows - sum(report.errors.values())
     gallery, listed = len(report.exhibits), len(report.images)
     if gallery == scored:
         held = f"Gallery and list hold all {scored:,} scored images."
@@ -312,8 +313,8 @@ def _bounds(report: Report) -> str:
 
 def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     commit, stats, job = report.commit, report.stats, report.job
-    yield "Run", commit["run_id"]
-    yield "Manifest", commit["manifest"]
+    yield "Run", commit.run_id
+    yield "Manifest", commit.manifest
     yield "Images", job.dataset.images
     yield "Output", job.output.uri
     yield "Model", report.model

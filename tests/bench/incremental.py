@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from pipeline.lake.ledger import build_ledger, describe_ledger
 from pipeline.lake.sorting import regroup
 from pipeline.scoring import write_manifest
 from pipeline.storage import Page, Store, paths
+from schemas.records import Commit, CommitFile, dump_record
 from tests.bench.measuring import print_table, resident_bytes, write_results
 
 A_NIGHT = 100_000
@@ -63,16 +64,21 @@ def write_night(output: Store, night: date, rows: pa.Table) -> None:
     rows = rows.append_column("status", pa.repeat(pa.scalar("ok"), rows.num_rows))
     tables = {name: rows.filter(pc.equal(rows.column("class_name"), name)) for name in FINGERPRINTS}
     files = [
-        {"class_name": name, "rows": table.num_rows, "sha256": hashlib.sha256(name.encode()).hexdigest(),
-         "scored_as": FINGERPRINTS[name], "errors": {}, "anomalies": 0}
+        CommitFile(
+            class_name=name, scored_as=FINGERPRINTS[name], rows=table.num_rows, errors={}, anomalies=0, key=name,
+            table_key=name, bytes=0, sha256=hashlib.sha256(name.encode()).hexdigest(),
+        )
         for name, table in tables.items()
     ]  # fmt: skip
-    commit = {"run_date": str(night), "run_id": f"{night}-{'a' * 12}", "rows": rows.num_rows, "files": files}
+    commit = Commit(
+        run_date=night, run_id=f"{night}-{'a' * 12}", manifest="m", rows=rows.num_rows, files=tuple(files),
+        committed_at=datetime.now(timezone.utc),
+    )  # fmt: skip
     ledger = describe_ledger(commit, FINGERPRINTS)
     with tempfile.TemporaryDirectory() as scratch:
         build_ledger(((FINGERPRINTS[name], [table]) for name, table in tables.items()), Path(scratch, "ledger"))
         output.write(ledger.key, Path(scratch, "ledger"))
-    output.write(paths.commit_key(night), json.dumps(commit).encode())
+    output.write(paths.commit_key(night), dump_record(commit))
 
 
 def list_alone(output: Store, source: ImageSource) -> dict[str, float]:

@@ -54,7 +54,7 @@ def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: 
     last = score(THIRD, "dataset.retry_nights=1")
     assert "4 images listed: 3 have a score from another night, 1 failed in 2 nights and are given up" in last
     commit = read_commit(output, THIRD)
-    assert commit is not None and commit["rows"] == 0 and names_of(THIRD) == []
+    assert commit is not None and commit.rows == 0 and names_of(THIRD) == []
     assert re.search(r"rate  nothing was left to score", last)
 
     for night in (FIRST, SECOND, THIRD):

@@ -66,7 +66,7 @@ def test_garbage_is_collected(s3: ObjectStorage) -> None:
     removed = {item.key for item in collect_garbage(output, -3600, delete=True)}
     left = {info.key for info in output.list()}
     assert removed == expected and sum("runs/2026-01-02-aaa/shards/" in key for key in removed) == 2
-    assert {entry[name] for entry in commit["files"] for name in ("key", "table_key")} < left
+    assert {getattr(entry, name) for entry in commit.files for name in ("key", "table_key")} < left
     assert not [key for key in left if key.startswith("runs/2026-01-02-aaa/")]
 
 

@@ -48,10 +48,10 @@ def test_a_night_with_nothing_new_is_published_empty_without_ray(folder: Path) -
     assert "images  0, 0 ok; errors: none" in done.stdout and "nothing was left to score" in done.stdout
     output = Store(str(folder / "out"))
     commit = read_commit(output, SECOND)
-    assert commit is not None and (commit["rows"], commit["files"], commit["select"]) == (0, [], "new")
-    stats = json.loads(output.read(paths.run_key(commit["run_id"], "stats.json")))
+    assert commit is not None and (commit.rows, commit.files, commit.select) == (0, (), "new")
+    stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
     assert stats["state"] == "done" and stats["selection"] == {"listed": 6, "scored": 6, "given_up": 0}
-    page = output.read(paths.report_key(commit["run_id"])).decode()
+    page = output.read(paths.report_key(commit.run_id)).decode()
     assert "Nothing was new." in page and "Of 6 images listed, 6 have a score from another night" in page
     assert not list(output.list(f"scores/run_date={SECOND}"))
     assert run_score(job_of(folder, SECOND), Console(quiet=True)) == 0 and not ray.is_initialized()
@@ -130,7 +130,7 @@ def test_a_day_without_images_is_no_fault_of_an_output_that_has_nights(folder: P
     sunday = {"images": str(folder / "in" / "{run_date}")}
     assert run_score(job_of(folder, SECOND, dataset=sunday), Console(quiet=True)) == 0
     commit = read_commit(Store(str(folder / "out")), SECOND)
-    assert commit is not None and commit["rows"] == 0
+    assert commit is not None and commit.rows == 0
     with pytest.raises(DatasetError, match="no images"):
         run_score(job_of(folder, THIRD, dataset={**sunday, "select": "all"}), Console(quiet=True))
     elsewhere = job_of(folder, THIRD, dataset=sunday, output={"uri": str(folder / "another")})

@@ -57,7 +57,7 @@ def keys(output: Store) -> set[str]:
 def kept_by_commit(output: Store) -> set[str]:
     commit = read_commit(output, NIGHT)
     assert commit is not None
-    return {entry[name] for entry in commit["files"] for name in ("key", "table_key")}
+    return {getattr(entry, name) for entry in commit.files for name in ("key", "table_key")}
 
 
 def test_what_no_commit_names_goes_and_everything_else_stays(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_night_published_again_while_garbage_is_collected_keeps_its_files(tmp_
         patch.setattr(leases, "try_acquire", slowly)
         list(collect_garbage(output, DAY_S, delete=True))
     commit = read_commit(output, NIGHT)
-    assert commit is not None and commit["run_id"] == "2026-01-02-aaa"
+    assert commit is not None and commit.run_id == "2026-01-02-aaa"
     assert kept_by_commit(output) <= keys(output)
     assert {f"runs/2026-01-02-aaa/shards/{shard}.parquet" for shard in ("one", "two")} <= keys(output)
 

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from datetime import date, datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +33,7 @@ from pipeline.lake import (
 from pipeline.prompts import compose_ensemble, make_offline, record_prompts
 from pipeline.storage import Run, Store, paths
 from schemas.job import dump_job_yaml, parse_job
+from schemas.records import Commit
 from schemas.tables import LEDGER, MANIFEST, SHARD
 
 FIRST, SECOND, THIRD, TONIGHT = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
@@ -55,7 +55,7 @@ def publish(
     fingerprints: Mapping[str, str] | None = None,
     run: str = "run",
     class_of: Mapping[Photo, str] | None = None,
-) -> dict[str, Any]:
+) -> Commit:
     """Publishes photos with their status as a night."""
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
     made = Run(f"{night}-{hashlib.sha256(run.encode()).hexdigest()[:12]}", job, "model", "0" * 64)
@@ -177,16 +177,17 @@ def test_a_ledger_that_is_missing_is_made_from_the_rows(tmp_path: Path, caplog: 
 def test_rows_of_a_version_that_wrote_no_fingerprints_are_known_by_the_run_s_folder(tmp_path: Path) -> None:
     output, photos = Store(str(tmp_path)), photos_named("a")
     commit = publish(output, FIRST, {photos[0]: "ok"})
-    for entry in commit["files"]:
+    document = json.loads(output.read(paths.commit_key(FIRST)))
+    for entry in document["files"]:
         del entry["scored_as"]
-    output.write(paths.commit_key(date.fromisoformat(FIRST)), json.dumps(commit).encode())
+    output.write(paths.commit_key(FIRST), json.dumps(document).encode())
     assert left(output, photos) == photos  # the run's folder has gone
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": FIRST})
     prompt_set = make_offline("nut")
     ensemble = compose_ensemble(prompt_set, lambda _: True)
-    output.write(paths.run_key(commit["run_id"], "job.yaml"), dump_job_yaml(job).encode())
+    output.write(paths.run_key(commit.run_id, "job.yaml"), dump_job_yaml(job).encode())
     prompts = record_prompts([prompt_set], [ensemble]).model_dump_json().encode()
-    output.write(paths.run_key(commit["run_id"], "prompts.json"), prompts)
+    output.write(paths.run_key(commit.run_id, "prompts.json"), prompts)
     assert left(output, photos, {"nut": job.class_fingerprint("nut", "0" * 64, ensemble.fingerprint)}) == []
     assert left(output, photos, {"nut": job.class_fingerprint("nut", "1" * 64, ensemble.fingerprint)}) == photos
 

@@ -72,12 +72,10 @@ def test_readers_that_poll_see_the_old_night_or_the_new_one(tmp_path: Path) -> N
         while not over.is_set():
             commit = read_commit(output, "2026-01-02")
             assert commit is not None
-            files = [output.read(entry["key"]) for entry in commit["files"]]
-            assert [hashlib.sha256(data).hexdigest() for data in files] == [
-                entry["sha256"] for entry in commit["files"]
-            ]
+            files = [output.read(entry.key) for entry in commit.files]
+            assert [hashlib.sha256(data).hexdigest() for data in files] == [entry.sha256 for entry in commit.files]
             runs = set.union(*map(runs_in, files))
-            assert len(files) == len(CLASSES) and runs == {commit["run_id"]}
+            assert len(files) == len(CLASSES) and runs == {commit.run_id}
             seen.update(runs)
             reads += 1
         return reads
@@ -108,8 +106,8 @@ def test_files_say_where_they_come_from_and_statistics_skip_what_is_not_asked_fo
     output = Store(str(tmp_path))
     run, shards = make_run(output, "first")
     monkeypatch.setattr("pipeline.lake.publish._ROWS_PER_GROUP", 10)
-    entry = publish_night(run, "m", run.shards, shards, output, "first")["files"][0]
-    file = pq.ParquetFile(io.BytesIO(output.read(entry["key"])))
+    entry = publish_night(run, "m", run.shards, shards, output, "first").files[0]
+    file = pq.ParquetFile(io.BytesIO(output.read(entry.key)))
     facts = {key.decode(): value.decode() for key, value in file.metadata.metadata.items()}
     assert {key: facts[key] for key in facts if key.startswith("alfa.") or key == "schema_version"} == {
         "schema_version": str(SCHEMA_VERSION),
@@ -133,13 +131,13 @@ def test_publishing_the_same_shards_again_writes_no_file_that_a_commit_named(tmp
     output = Store(str(tmp_path))
     run, shards = make_run(output, "first")
     first = publish_night(run, "m", run.shards, shards, output, "first")
-    written = {entry["key"]: output.version(entry["key"]) for entry in first["files"]}
+    written = {entry.key: output.version(entry.key) for entry in first.files}
     second = publish_night(run, "m", run.shards, shards, output, "first")
-    assert second["files"] == first["files"]
-    assert {entry["key"]: output.version(entry["key"]) for entry in second["files"]} == written
+    assert second.files == first.files
+    assert {entry.key: output.version(entry.key) for entry in second.files} == written
     make_run(output, "first", score=0.9)  # scored anew: other rows, other files
     third = publish_night(run, "m", run.shards, shards, output, "first")
-    assert not written.keys() & {entry["key"] for entry in third["files"]}
+    assert not written.keys() & {entry.key for entry in third.files}
     assert {key: output.version(key) for key in written} == written
 
 
@@ -156,9 +154,9 @@ def test_a_publisher_that_slept_through_another_ones_commit_writes_nothing_more(
     with pytest.raises(leases.LeaseLostError):
         publish_night(late[0], "m", late[0].shards, late[1], sleepy, "late")
     commit = read_commit(sleepy, "2026-01-02")
-    assert commit is not None and commit["run_id"] == early[0].run_id
-    for entry in commit["files"]:
-        assert runs_in(sleepy.read(entry["table_key"])) == {early[0].run_id}
+    assert commit is not None and commit.run_id == early[0].run_id
+    for entry in commit.files:
+        assert runs_in(sleepy.read(entry.table_key)) == {early[0].run_id}
 
 
 class SleepyStore(Store):
@@ -193,8 +191,8 @@ def test_two_that_publish_one_night_take_turns(tmp_path: Path, attempt: int) -> 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(publish, range(2)))
     commit = read_commit(output, "2026-01-02")
-    assert commit is not None and commit["rows"] == ROWS * len(CLASSES)
-    for entry in commit["files"]:
-        assert output.read(entry["table_key"]) == output.read(entry["key"])
-        assert runs_in(output.read(entry["table_key"])) == {commit["run_id"]}
+    assert commit is not None and commit.rows == ROWS * len(CLASSES)
+    for entry in commit.files:
+        assert output.read(entry.table_key) == output.read(entry.key)
+        assert runs_in(output.read(entry.table_key)) == {commit.run_id}
     assert len(list(output.list("scores"))) == len(CLASSES)

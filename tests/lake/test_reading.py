@@ -17,7 +17,7 @@ def test_rows_are_taken_in_the_order_that_was_asked_for(tmp_path: Path, monkeypa
     monkeypatch.setattr("pipeline.lake.publish._ROWS_PER_GROUP", 7)
     output = Store(str(tmp_path))
     run, shards = make_run(output, "aaa")
-    entry = publish_night(run, "m", run.shards, shards, output, "test")["files"][0]
+    entry = publish_night(run, "m", run.shards, shards, output, "test").files[0]
     groups = list(read_groups(output, entry))
     whole = pa.concat_tables(groups)
     assert [group.num_rows for group in groups] == [7] * 5 + [5] and whole.num_rows == ROWS

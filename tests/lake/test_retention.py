@@ -49,22 +49,27 @@ def make_lake(output: Store) -> dict[str, str]:
     runs = {}
     for night, photo in zip(NIGHTS, photos_named("a", "b", "c"), strict=True):
         commit = publish(output, night, {photo: "ok"})
-        runs[night] = commit["run_id"]
-        version = paths.mask_version(commit["run_id"])
+        runs[night] = commit.run_id
+        version = paths.mask_version(commit.run_id)
         output.write(paths.mask_key(date.fromisoformat(night), version, "nut", "a"), b"mask")
         output.write(paths.map_key(date.fromisoformat(night), version, "nut", "a"), b"map")
-        output.write(paths.manifest_key(commit["run_id"], commit["manifest"]), b"manifest")
-        output.write(paths.memory_key(commit["run_id"], "nut"), b"patches")
-        output.write(paths.report_key(commit["run_id"]), b"report")
-        output.write(paths.run_key(commit["run_id"], "job.yaml"), b"dataset: {images: x}\noutput: {uri: y}\n")
-        stats = {"images": 1, "shards": 1, "state": "done", "run_id": commit["run_id"], "errors": {}, "anomalies": {}}
+        output.write(paths.manifest_key(commit.run_id, commit.manifest), b"manifest")
+        output.write(paths.memory_key(commit.run_id, "nut"), b"patches")
+        output.write(paths.report_key(commit.run_id), b"report")
+        output.write(paths.run_key(commit.run_id, "job.yaml"), b"dataset: {images: x}\noutput: {uri: y}\n")
+        stats = {"images": 1, "shards": 1, "state": "done", "run_id": commit.run_id, "errors": {}, "anomalies": {}}
         facts = {"updated_at": "2026-01-02T00:00:00+00:00", "images_per_second": 4.0, "scoring_images_per_second": 5.0}
-        output.write(paths.run_key(commit["run_id"], "stats.json"), json.dumps({**stats, **facts}).encode())
+        output.write(paths.run_key(commit.run_id, "stats.json"), json.dumps({**stats, **facts}).encode())
     return runs
 
 
 def without_leases(names: Iterable[str]) -> set[str]:
     return {name for name in names if ".claim-" not in name}
+
+
+def is_cleared(output: Store, night: str) -> bool:
+    commit = read_commit(output, night)
+    return commit is not None and commit.cleared_at is not None
 
 
 def rows_by_glob(folder: Path) -> list[tuple[str, str]]:
@@ -75,9 +80,9 @@ def rows_by_glob(folder: Path) -> list[tuple[str, str]]:
 def rows_by_commits(output: Store) -> list[tuple[str, str]]:
     commits = [commit for night in published_nights(output) if (commit := read_commit(output, night))]
     return [
-        (commit["run_date"], row["image_uri"])
+        (str(commit.run_date), row["image_uri"])
         for commit in commits
-        for entry in commit["files"]
+        for entry in commit.files
         for rows in read_groups(output, entry)
         for row in rows.to_pylist()
     ]
@@ -105,11 +110,12 @@ def test_old_nights_lose_masks_maps_and_shards_and_keep_their_rows(tmp_path: Pat
     age(tmp_path)
     before, rows = keys(output), rows_by_glob(tmp_path)
     expected = list(collect_garbage(output, DAY_S, delete=False, retention=CUT))
-    assert keys(output) == before and "cleared_at" not in (read_commit(output, FIRST) or {})
+    assert keys(output) == before and not is_cleared(output, FIRST)
     removed = list(collect_garbage(output, DAY_S, delete=True, retention=CUT))
     assert set(removed) == set(expected) and len(set(removed)) == len(removed)
     old = (runs[FIRST], runs[SECOND])
     assert before - keys(output) == {item.key for item in removed}
+    assert [is_cleared(output, night) for night in NIGHTS] == [True, True, False]
     assert {item.key for item in removed if item.kind != "leases"} == {
         *(paths.shard_key(f"runs/{run}/shards", "one") for run in old),
         *(paths.manifest_key(run, "m") for run in old),
@@ -155,10 +161,10 @@ def test_a_cleared_night_can_be_published_again(tmp_path: Path) -> None:
     age(tmp_path)
     list(collect_garbage(output, DAY_S, delete=True, retention=CUT))
     commit = publish(output, FIRST, dict.fromkeys(photos_named("a", "d"), "ok"), {"nut": METHOD}, run="another")
-    assert read_commit(output, FIRST) == commit and "cleared_at" not in commit
+    assert read_commit(output, FIRST) == commit and commit.cleared_at is None
     assert left(output, photos_named("a", "b", "c", "d", "e")) == photos_named("e")
     age(tmp_path)
-    shards = f"runs/{commit['run_id']}/shards/one.parquet"
+    shards = f"runs/{commit.run_id}/shards/one.parquet"
     assert shards in keys(output)
     assert shards in {item.key for item in collect_garbage(output, DAY_S, delete=True, retention=CUT)}
 

@@ -19,6 +19,7 @@ from pipeline.prompts import compose_ensemble, record_prompts
 from pipeline.storage import Run, Store, paths
 from schemas.job import dump_job_yaml, parse_job
 from schemas.prompts import PromptSet, Usage
+from schemas.records import Commit
 from schemas.tables import SHARD
 
 NIGHT = "2026-01-02"
@@ -96,7 +97,7 @@ def publish(
     night: str = NIGHT,
     overrides: Sequence[str] = (),
     **stats: Any,
-) -> dict[str, Any]:
+) -> Commit:
     """Publishes rows as a night, with a job of these overrides; returns the commit."""
     output = Store(str(folder))
     document = {"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": night}

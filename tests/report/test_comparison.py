@@ -12,13 +12,14 @@ import pytest
 from pipeline.report import gather, render
 from pipeline.report.loading import MOST_CHANGES
 from pipeline.storage import Store
+from schemas.records import Commit
 from tests.report.nights import NIGHT, failed, publish, scored
 from tests.report.test_report import Page
 
 BEFORE, LATER = "2026-01-01", "2026-01-03"
 
 
-def night(folder: Path, date: str, scores: Mapping[str, float | None], **stats: Any) -> dict[str, Any]:
+def night(folder: Path, date: str, scores: Mapping[str, float | None], **stats: Any) -> Commit:
     """Publishes images by class/name; None: an error. The threshold is 0.6."""
     photos = folder / "in"
     rows = [
@@ -30,13 +31,13 @@ def night(folder: Path, date: str, scores: Mapping[str, float | None], **stats: 
     return publish(folder / "out", photos, rows, night=date, **stats)
 
 
-def read(folder: Path, commit: dict[str, Any]) -> tuple[Any, Page]:
+def read(folder: Path, commit: Commit) -> tuple[Any, Page]:
     report = gather(Store(str(folder / "out")), commit)
     return report.comparison, Page(render(report))
 
 
 @pytest.fixture
-def two_nights(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+def two_nights(tmp_path: Path) -> tuple[Path, list[Commit]]:
     """Bolts fall from an even spread to 0; one nut is newly anomalous, one is new, one an error."""
     even = {f"bolt/{n}.jpg": 0.05 + 0.1 * n for n in range(10)}
     first = night(tmp_path, BEFORE, {**even, "nut/a.jpg": 0.5, "nut/c.jpg": 0.5}, scoring_images_per_second=8)
@@ -44,7 +45,7 @@ def two_nights(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
     return tmp_path, [first, night(tmp_path, NIGHT, second)]
 
 
-def test_changes_drift_and_trend_are_said(two_nights: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_changes_drift_and_trend_are_said(two_nights: tuple[Path, list[Commit]]) -> None:
     folder, (_, commit) = two_nights
     found, page = read(folder, commit)
     assert (found.before, found.fault, found.counts) == (BEFORE, None, {"became": 1, "new": 1, "resolved": 4})
@@ -72,14 +73,14 @@ def test_changes_drift_and_trend_are_said(two_nights: tuple[Path, list[dict[str,
     assert bars == ["60.0", "27.7", "60.0"]  # 60 (2 / 13) / (4 / 12) = 27.7; the first night has no errors
 
 
-def test_the_first_night_has_nothing_to_be_compared_with(two_nights: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_first_night_has_nothing_to_be_compared_with(two_nights: tuple[Path, list[Commit]]) -> None:
     folder, (first, _) = two_nights
     found, page = read(folder, first)
     assert found.before is None and found.fault is None and not found.trend
     assert "The first night here: there is none to compare it with yet." in page.words and "Since" not in page.words
 
 
-def test_a_night_is_compared_with_the_last_published_one(two_nights: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_night_is_compared_with_the_last_published_one(two_nights: tuple[Path, list[Commit]]) -> None:
     folder, _ = two_nights
     found, page = read(folder, night(folder, LATER, {"nut/a.jpg": 0.9, "cap/a.jpg": 0.1}))
     assert found.before == NIGHT and sum(found.counts.values()) == 0
@@ -87,18 +88,18 @@ def test_a_night_is_compared_with_the_last_published_one(two_nights: tuple[Path,
     assert "with another verdict" not in page.words and "Last 3 nights" in page.words
 
 
-def test_a_night_removed_by_hand_is_named_and_costs_no_report(two_nights: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_night_removed_by_hand_is_named_and_costs_no_report(two_nights: tuple[Path, list[Commit]]) -> None:
     folder, (first, commit) = two_nights
-    shutil.rmtree(folder / "out" / "runs" / first["run_id"])
-    for entry in first["files"]:
-        (folder / "out" / entry["key"]).unlink(missing_ok=True)
+    shutil.rmtree(folder / "out" / "runs" / first.run_id)
+    for entry in first.files:
+        (folder / "out" / entry.key).unlink(missing_ok=True)
     found, page = read(folder, commit)
     assert "FileNotFoundError" in found.fault and "Earlier nights could not be read." in page.words
     assert f"Since {BEFORE}" in page.words and len(page.data["exhibits"]) == 12
     assert "2026-01-01124 · 33.33%0.00%\u2013" in page.words  # the commit still says so
     (folder / "out" / "commits" / f"{BEFORE}.json").write_text("{")
     found, page = read(folder, commit)
-    assert "JSONDecodeError" in found.fault and not found.trend
+    assert "RecordError" in found.fault and not found.trend
     assert "Earlier nights could not be read." in page.words
 
 

@@ -17,6 +17,7 @@ from jobs.report import report_night, run_report
 from pipeline.report import ReportError, gather, render, write_report
 from pipeline.report.loading import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
 from pipeline.storage import Store
+from schemas.records import Commit
 from tests.report.nights import NIGHT, failed, prompt_set, publish, save_photo, scored
 
 HOSTILE = (
@@ -61,12 +62,12 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
 
-def read(folder: Path, commit: dict[str, Any]) -> Page:
+def read(folder: Path, commit: Commit) -> Page:
     return Page(render(gather(Store(str(folder)), commit)))
 
 
 @pytest.fixture
-def night(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+def night(tmp_path: Path) -> tuple[Path, Commit]:
     """Two classes: three bolts, of which one is anomalous and one an error, and one nut; photos of the bolts alone."""
     photos = tmp_path / "in"
     rows = [
@@ -80,7 +81,7 @@ def night(tmp_path: Path) -> tuple[Path, dict[str, Any]]:
     return tmp_path / "out", publish(tmp_path / "out", photos, rows, [prompt_set("bolt"), prompt_set("nut")])
 
 
-def test_headline_classes_errors_prompts_and_run_are_said(night: tuple[Path, dict[str, Any]]) -> None:
+def test_headline_classes_errors_prompts_and_run_are_said(night: tuple[Path, Commit]) -> None:
     page = read(*night)
     for words in (
         f"Night of {NIGHT}",
@@ -99,7 +100,7 @@ def test_headline_classes_errors_prompts_and_run_are_said(night: tuple[Path, dic
     assert "Embedded model" not in page.text
 
 
-def test_the_table_of_classes_counts_and_draws_each_score(night: tuple[Path, dict[str, Any]]) -> None:
+def test_the_table_of_classes_counts_and_draws_each_score(night: tuple[Path, Commit]) -> None:
     page = read(*night)
     assert "bolt3133.3%10.6500.9000.600" in page.words.replace(" ", "")
     bars = [attributes for tag, attributes in page.elements if tag == "rect"]
@@ -107,7 +108,7 @@ def test_the_table_of_classes_counts_and_draws_each_score(night: tuple[Path, dic
     assert [(bar["x"], bar.get("class")) for bar in bars] == [("0", None), ("195", "hot"), ("40", None)]
 
 
-def test_an_image_is_shown_with_its_map_regions_and_prompts(night: tuple[Path, dict[str, Any]]) -> None:
+def test_an_image_is_shown_with_its_map_regions_and_prompts(night: tuple[Path, Commit]) -> None:
     data = read(*night).data
     order = [
         (data["classes"][number], key)
@@ -192,7 +193,7 @@ def test_text_from_outside_stays_text(tmp_path: Path, text: str) -> None:
     assert text in page.text and "<!--" not in html and "49" not in page.data["classes"][0]
 
 
-def test_the_page_runs_its_own_script_alone_and_loads_nothing(night: tuple[Path, dict[str, Any]]) -> None:
+def test_the_page_runs_its_own_script_alone_and_loads_nothing(night: tuple[Path, Commit]) -> None:
     page = read(*night)
     policy = next(str(a["content"]) for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
     assert "default-src 'none'" in policy and "script-src 'sha256-" in policy and "unsafe" not in policy
@@ -200,9 +201,9 @@ def test_the_page_runs_its_own_script_alone_and_loads_nothing(night: tuple[Path,
     assert not any(tag in ("link", "iframe", "object") for tag, _ in page.elements)
 
 
-def test_a_night_without_shards_or_record_of_prompts_still_has_a_page(night: tuple[Path, dict[str, Any]]) -> None:
+def test_a_night_without_shards_or_record_of_prompts_still_has_a_page(night: tuple[Path, Commit]) -> None:
     folder, commit = night
-    run = folder / "runs" / commit["run_id"]
+    run = folder / "runs" / commit.run_id
     shutil.rmtree(run / "shards")
     (run / "prompts.json").unlink()
     (run / "stats.json").unlink()
@@ -251,22 +252,22 @@ def test_fair_shares(sizes: list[int], total: int, shares: list[int]) -> None:
 
 
 def test_a_finished_night_is_rendered_anew_and_what_is_not_published_is_refused(
-    night: tuple[Path, dict[str, Any]],
+    night: tuple[Path, Commit],
 ) -> None:
     output, commit, console = Store(str(night[0])), night[1], Console(file=io.StringIO())
     place = Path(report_night(output, commit, anew=False) or "")
-    assert place == night[0] / "runs" / commit["run_id"] / "report" / "index.html"
+    assert place == night[0] / "runs" / commit.run_id / "report" / "index.html"
     place.write_text("old")
     assert report_night(output, commit, anew=False) == str(place) and place.read_text() == "old"
-    assert run_report(output, commit["run_id"], None, console) == 0 and "Night of" in place.read_text()
+    assert run_report(output, commit.run_id, None, console) == 0 and "Night of" in place.read_text()
     with pytest.raises(ReportError, match="is published by run"):
         run_report(output, f"{NIGHT}-{'b' * 12}", None, console)
     with pytest.raises(ReportError, match="is not published"):
         run_report(output, None, "2025-01-01", console)
 
 
-def test_a_report_that_fails_is_a_warning(night: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture) -> None:
-    (night[0] / "runs" / night[1]["run_id"] / "job.yaml").unlink()
+def test_a_report_that_fails_is_a_warning(night: tuple[Path, Commit], caplog: pytest.LogCaptureFixture) -> None:
+    (night[0] / "runs" / night[1].run_id / "job.yaml").unlink()
     output = Store(str(night[0]))
     with pytest.raises(ReportError, match=r"job\.yaml is not there"):
         write_report(output, night[1])

@@ -268,14 +268,14 @@ def test_a_published_night_holds_every_row_once_and_replaces_the_last(detector: 
     shard_ids = [shard.shard_id for shard in shards_of(job)]
     for _ in range(2):
         commit = publish_night(run, "digest", run.shards, shard_ids, output, "test")
-        assert read_commit(output, job.run_date) == commit and commit["rows"] == 24
+        assert read_commit(output, job.run_date) == commit and commit.rows == 24
         files = [info.key for info in output.list("scores")]
-        assert files == [entry["table_key"] for entry in commit["files"]]
+        assert files == [entry.table_key for entry in commit.files]
         published = pa.concat_tables(pq.read_table(io.BytesIO(output.read(key)), partitioning=None) for key in files)
         assert published.schema.equals(SCORES)
         assert sorted(published.column("image_id").to_pylist()) == sorted(str(row["image_id"]) for row in rows)
-        for entry in commit["files"]:
-            assert output.read(entry["key"]) == output.read(entry["table_key"])
+        for entry in commit.files:
+            assert output.read(entry.key) == output.read(entry.table_key)
 
 
 def test_every_published_field_is_documented() -> None:

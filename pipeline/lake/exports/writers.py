@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.images import split_regions
 from pipeline.lake.exports.rows import ExportError, Row
+from schemas.records import Commit
 
 ANOMALY = "anomaly"
 """Name of a region whose defect nobody has described."""
@@ -30,7 +31,7 @@ class ExportCount:
 
 
 def export_rows(
-    kind: str, rows: Iterable[Row], commit: Mapping[str, Any], key_of: Callable[[str], str | None], folder: Path
+    kind: str, rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path
 ) -> ExportCount:
     """Writes the files of a format into a local folder; error rows are left out and counted.
 
@@ -51,9 +52,7 @@ def export_rows(
     return count
 
 
-def _write_coco(
-    rows: Iterable[Row], commit: Mapping[str, Any], key_of: Callable[[str], str | None], folder: Path
-) -> None:
+def _write_coco(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
     """images.json (what pycocotools' COCO reads) and results.json (for its loadRes): a result a region, as RLE.
 
     The union of an image's results is its mask. Category: class and defect; score: the region's peak.
@@ -63,7 +62,7 @@ def _write_coco(
     except ImportError as error:
         raise ExportError(f"--to coco needs pycocotools ({error}); pip install 'alfa-pipeline[export]'") from None
     categories: dict[tuple[str, str], int] = {}
-    description = f"{commit['run_id']}, scored by alfa"
+    description = f"{commit.run_id}, scored by alfa"
     with (folder / "images.json").open("w") as images, _json_list(folder / "results.json") as add_result:
         images.write(f'{{"info": {json.dumps({"description": description})}, "licenses": [], "images": [')
         for number, row in enumerate(rows, start=1):
@@ -96,14 +95,12 @@ def _write_coco(
         images.write(f'\n], "annotations": [], "categories": {json.dumps(listed, ensure_ascii=False)}}}\n')
 
 
-def _write_fiftyone(
-    rows: Iterable[Row], commit: Mapping[str, Any], key_of: Callable[[str], str | None], folder: Path
-) -> None:
+def _write_fiftyone(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
     """A FiftyOneDataset: metadata.json without `version`, so that fields are inferred, and samples.json.
 
     Photos and masks stay where they are. Boxes are relative to the image: x, y, width, height in 0 to 1.
     """
-    info = {"run_id": commit["run_id"], "run_date": commit["run_date"]}
+    info = {"run_id": commit.run_id, "run_date": str(commit.run_date)}
     (folder / "metadata.json").write_text(json.dumps({"media_type": "image", "info": info}, indent=2))
     with _json_list(folder / "samples.json", '{"samples": ', "}") as add_sample:
         for row in rows:
@@ -138,9 +135,7 @@ def _write_fiftyone(
             )
 
 
-def _write_label_studio(
-    rows: Iterable[Row], commit: Mapping[str, Any], key_of: Callable[[str], str | None], folder: Path
-) -> None:
+def _write_label_studio(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
     """tasks.json with a prediction a photo (rectangles in per cent of the image) and label_config.xml for the project.
 
     A local photo is addressed as Label Studio serves local files, with the document root /.
@@ -157,7 +152,7 @@ def _write_label_studio(
                     "data": {"image": image, "class_name": row["class_name"], "image_id": row["image_id"]},
                     "predictions": [
                         {
-                            "model_version": f"{row['model']} {commit['run_id']}",
+                            "model_version": f"{row['model']} {commit.run_id}",
                             "score": row["score"],
                             "result": results,
                         }
@@ -210,7 +205,7 @@ def _json_list(path: Path, before: str = "", after: str = "") -> Iterator[Callab
         file.write(f"\n]{after}\n")
 
 
-_Writer = Callable[[Iterable[Row], Mapping[str, Any], Callable[[str], "str | None"], Path], None]
+_Writer = Callable[[Iterable[Row], Commit, Callable[[str], "str | None"], Path], None]
 
 _WRITERS: Mapping[str, _Writer] = {"coco": _write_coco, "fiftyone": _write_fiftyone, "labelstudio": _write_label_studio}
 
