@@ -7,7 +7,7 @@ May import: storage, tiling, schemas.
 from pipeline.images.budget import FILE_BYTES, PIXELS, give_back_freed_memory
 from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, fit_image
 from pipeline.images.isolation import decode_isolated
-from pipeline.images.layouts import GOOD, DatasetError, ImageSource, list_images, list_references, open_dataset
+from pipeline.images.layouts import DatasetError, ImageSource, list_images, list_references, open_dataset
 from pipeline.images.masks import (
     Region,
     encode_empty_mask,
@@ -17,6 +17,7 @@ from pipeline.images.masks import (
     split_regions,
     upsample,
 )
+from pipeline.images.tables import GOOD
 from pipeline.images.watchdog import HangGuard
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import io
@@ -10,15 +9,16 @@ import logging
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, groupby, islice, repeat
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
-import pyarrow.parquet as pq
 
+from pipeline.images import tables
+from pipeline.images.tables import GOOD
 from pipeline.storage import ObjectInfo, Page, Store, open_store
 from schemas.job import Dataset, References, Storage, without_credentials
 from schemas.tables import MANIFEST
@@ -27,10 +27,7 @@ from schemas.text import one_line
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-GOOD = "good"
-
 _VISA_SPLIT = "split_csv/1cls.csv"
-_TABLES = (".parquet", ".csv")
 _BATCH = 16_384
 _LOOKED_AT = 2000
 """Keys that `auto` looks at before it decides."""
@@ -58,7 +55,8 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Opened images. store: their root (layout table: the table's folder); layout: never `auto`."""
+    """Opened images. store: their root (layout table: the table's folder); layout: never `auto`; table_key: the table's
+    file, empty for a folder of parts."""
 
     store: Store
     layout: str
@@ -70,29 +68,32 @@ class ImageSource:
 def open_dataset(
     dataset: Dataset, storage: Storage, output: Store | None = None, *, may_be_empty: bool = False
 ) -> ImageSource:
-    """Finds the root and the layout of the images. With dataset.class_name and another layout than flat, only that
-    class is listed.
+    """Finds the root and the layout of the images. dataset.class_name is the class of all in layout flat and in a table
+    that names none; else only that class is listed.
 
     output: where the results go, if they go anywhere. may_be_empty: no images are no fault, here and in list_images.
     Raises DatasetError where no layout can be told, or where a folder of images and the output are one or lie in each
     other: the next night would score this one's masks.
     """
-    if dataset.images.lower().endswith(_TABLES) and dataset.layout in ("auto", "table"):
+    store = open_store(dataset.images, storage)
+    is_table = dataset.images.lower().endswith(tables.SUFFIXES) and dataset.layout in ("auto", "table")
+    if is_table and not tables.has_parts(store):
         folder, _, name = dataset.images.rpartition("/")
         store = open_store(folder or ".", storage)
         if not store.exists(name):
             raise DatasetError(f"the table {dataset.images} is not there")
         return ImageSource(store, "table", dataset.class_name, name, may_be_empty)
-    store = open_store(dataset.images, storage)
     if output is not None and store.overlaps(output):
         raise DatasetError(
             f"output.uri {output.uri('')} and dataset.images {store.uri('')} must lie apart, neither in the other: the "
             f"next night would take masks for photos. Give the results a folder of their own"
         )
     layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name, may_be_empty)
-    if layout == "table":
-        raise DatasetError(f"layout table wants a .parquet or .csv file, not {dataset.images}")
-    return ImageSource(store, layout, dataset.class_name, None, may_be_empty)
+    if layout != "table":
+        return ImageSource(store, layout, dataset.class_name, None, may_be_empty)
+    if not tables.has_parts(store):
+        raise DatasetError(f"layout table wants a {_TABLES_HELP}, not {dataset.images}")
+    return ImageSource(store, layout, dataset.class_name, "", may_be_empty)
 
 
 def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
@@ -137,16 +138,22 @@ def list_references(
     return known_good
 
 
+_TABLES_HELP = f"{', '.join(tables.SUFFIXES)} file or a folder of Parquet files"
 _LAYOUTS_HELP = (
     "layouts: folders (root/class/...), flat (one class, named by dataset.class_name), mvtec (class/test/kind/...), "
-    "visa (split_csv/1cls.csv), table (a .parquet or .csv file with uri and class_name)"
+    f"visa (split_csv/1cls.csv), table (a {_TABLES_HELP}, with columns uri and class_name)"
 )
 
 
 def _recognise(store: Store, class_name: str | None, may_be_empty: bool) -> str:
     if store.exists(_VISA_SPLIT):
         return "visa"
-    keys = [info.key for info in islice(_list_keys(store), _LOOKED_AT)]
+    try:
+        keys = [info.key for info in islice(_list_keys(store), _LOOKED_AT)]
+    except NotADirectoryError:
+        raise DatasetError(f"{store.uri('')} is a file, and no table that alfa reads; {_LAYOUTS_HELP}") from None
+    if not keys and tables.has_parts(store):
+        return "table"
     if not keys and may_be_empty:
         return "folders"
     if not keys:
@@ -267,7 +274,9 @@ def _list_mvtec_train(source: ImageSource) -> Iterator[_Row]:
 def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
     """A split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
-    _require_columns(table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT))
+    tables.require_columns(
+        table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT)
+    )
     rows = [row for row in table.to_pylist() if row["split"] == split]
     if not all(row["object"] and row["image"] for row in rows):
         raise DatasetError(f"{source.store.uri(_VISA_SPLIT)}: a row of split {split} has no object or no image")
@@ -283,20 +292,20 @@ def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
 
 @_by_column
 def _list_table(source: ImageSource) -> Iterator[_Row]:
-    """Rows of a Parquet or CSV file; an uri is absolute, or relative to the table's folder."""
-    name = str(source.table_key)
-    place, number = source.store.uri(name), 0
-    for batch in _read_table(source.store, name):
-        _require_columns(batch.schema.names, ("uri", "class_name"), place)
-        names = ("uri", "class_name", "size", "etag", "label", "mask_uri")
-        columns = (batch.column(name).to_pylist() if name in batch.schema.names else repeat(None) for name in names)
-        for uri, class_name, size, etag, label, mask in zip(*columns, strict=False):
+    """Rows of a table; an uri is absolute, or relative to the table's folder. Its class_name may be the job's."""
+    labels, number = tables.Labels(), 0
+    wanted = ("uri",) if source.class_name else ("uri", "class_name")
+    for rows in tables.read_table(source.store, str(source.table_key), wanted):
+        columns = {"class_name": repeat(source.class_name), **rows}
+        values = (columns.get(name, repeat(None)) for name in tables.COLUMNS)
+        for address, given, size, etag, label, mask in zip(*values, strict=False):
             number += 1
+            uri, class_name, etag, mask = map(tables.to_text, (address, given, etag, mask))
             if not uri or not class_name:
-                raise DatasetError(f"{place}: row {number} has no {'class_name' if uri else 'uri'}")
-            uri, key = _locate(source.store, _resolve(source.store, str(uri)))
-            mask = _resolve(source.store, str(mask)) if mask else None
-            yield _Row(uri, key, str(class_name), size, etag, label, mask)
+                raise ValueError(f"row {number} has no {'class_name' if uri else 'uri'}")
+            uri, key = _locate(source.store, _resolve(source.store, uri))
+            mask = _resolve(source.store, mask) if mask else None
+            yield _Row(uri, key, class_name, size, etag, labels.read(label), mask)
 
 
 _LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
@@ -315,33 +324,6 @@ _TRAIN_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
 _STRINGS = pa.csv.ConvertOptions(
     column_types={name: pa.string() for name in ("object", "split", "label", "image", "mask")}, strings_can_be_null=True
 )
-
-
-def _read_table(store: Store, name: str) -> Iterator[pa.RecordBatch]:
-    data = io.BytesIO(store.read(name))
-    try:
-        if name.lower().endswith(".parquet"):
-            yield from pq.ParquetFile(data).iter_batches()
-        else:
-            texts = {column: pa.string() for column in ("uri", "class_name", "label", "mask_uri", "etag")}
-            yield from pa.csv.open_csv(
-                data,
-                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=True),
-            )
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"{store.uri(name)} cannot be read as a table: {str(error)[:300]}") from None
-
-
-def _require_columns(found: Iterable[str], wanted: Iterable[str], place: str) -> None:
-    found = list(found)
-    if len(set(found)) < len(found):
-        raise DatasetError(f"{place} has two columns of one name; its columns: {', '.join(found)}")
-    for name in wanted:
-        if name not in found:
-            near = difflib.get_close_matches(name, found, n=1)
-            hint = f" (is {near[0]!r} meant?)" if near else ""
-            raise DatasetError(f"{place} has no column {name!r}{hint}; its columns: {', '.join(found)}")
 
 
 def _resolve(store: Store, uri: str) -> str:

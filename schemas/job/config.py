@@ -70,7 +70,9 @@ class Dataset(Part):
     layout: Literal["auto", "folders", "flat", "mvtec", "visa", "table"] = Field(
         "auto", description="how class names are found; auto recognises the layout and says which"
     )
-    class_name: str | None = Field(None, min_length=1, description="the class of every image (layout flat)")
+    class_name: str | None = Field(
+        None, min_length=1, description="the class of every image (layout flat, tables that name none)"
+    )
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
     select: Literal["all", "new"] = Field(
         "all",
