@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,13 +21,13 @@ from rich.markup import escape
 from jobs.console import make_table, print_json, print_line
 from jobs.planning import choose_all_references, list_night, name_run, open_source, read_thresholds, select_references
 from pipeline.alfa import locate_weights, text_fits
-from pipeline.lake import Selection, published_nights, read_commit
+from pipeline.lake import Selection, published_nights, read_commit, read_stats
 from pipeline.prompts import compose_ensemble, find_or_make, record_prompts
 from pipeline.scoring import HASHED, Manifest, identify_shards
 from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
-from schemas.records import Commit
+from schemas.records import Commit, RunStats
 
 _SHOWN = 5
 """Files that are named of each kind."""
@@ -73,10 +73,10 @@ class ClassPlan:
 
 @dataclass(frozen=True, eq=False)
 class LastNight:
-    """A published night: its commit, and what its run's stats.json says; empty where that is missing."""
+    """A published night: its commit, and what its run's stats.json says; None where that is missing."""
 
     commit: Commit
-    stats: Mapping[str, Any]
+    stats: RunStats | None
 
 
 @dataclass(frozen=True)
@@ -246,19 +246,14 @@ def _usual_usage(output: Store, model: str | None) -> Usage | None:
 
 def _find_pace(nights: Sequence[LastNight], model: str) -> Pace | None:
     """The pace of the last runs that have scored with this model; None where there is none."""
-    found = [
-        night.stats
-        for night in nights
-        if night.stats.get("model") == model and night.stats.get("scoring_images_per_second")
-    ][:_RUNS]
+    stats = [night.stats for night in nights if night.stats is not None and night.stats.model == model]
+    found = [each for each in stats if each.scoring_images_per_second][:_RUNS]
     if not found:
         return None
-    rate = float(np.median([stats["scoring_images_per_second"] for stats in found]))
-    actors = [stats["actors"] for stats in found if "actors" in stats]
-    cores, gpus = (
-        float(np.median([each["count"] * each[kind] for each in actors])) if actors else None
-        for kind in ("cpus", "gpus")
-    )
+    rate = float(np.median([each.rate for each in found]))
+    actors = [each.actors for each in found if each.actors is not None]
+    cores = float(np.median([each.count * each.cpus for each in actors])) if actors else None
+    gpus = float(np.median([each.count * each.gpus for each in actors])) if actors else None
     return Pace(len(found), rate, cores, gpus)
 
 
@@ -268,11 +263,7 @@ def _read_last_nights(output: Store) -> list[LastNight]:
     for night in reversed(published_nights(output)):
         commit = read_commit(output, night)
         if commit and commit.rows:
-            try:
-                stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
-            except FileNotFoundError:
-                stats = {}
-            found.append(LastNight(commit, stats))
+            found.append(LastNight(commit, read_stats(output, commit.run_id)))
         if len(found) == _NIGHTS:
             break
     return found

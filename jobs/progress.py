@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from datetime import datetime, timezone
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.lake import exposition, run_event
 from pipeline.scoring import ShardStats
 from pipeline.storage import Store, paths, redact
+from schemas.records import Commit, RunState, RunStats, dump_record
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +24,13 @@ class RunProgress:
     """Counts what finished shards report, and tells the lake and the console. A context manager around the loop."""
 
     def __init__(
-        self, facts: dict[str, Any], output: Store, console: Console, images: int, actors: int, job_started: float
+        self, facts: RunStats, output: Store, console: Console, images: int, actors: int, job_started: float
     ) -> None:
-        """facts: what stats.json says of the run besides its counts (run_id, images, shards, source, ...).
+        """facts: what stats.json says of the run besides what is counted here.
 
         images: how many are left to score. job_started: when the whole job began, by time.monotonic.
         """
-        self.facts = {**facts, "started_at": _now()}
+        self.facts = facts.model_copy(update={"started_at": _now()})
         self.scored = 0
         self.errors: Counter[str] = Counter()
         self.anomalies: Counter[str] = Counter()
@@ -99,32 +98,31 @@ class RunProgress:
         anomalies = f", {self.anomalies.total()} anomalous" if self.anomalies.total() else ""
         return f"{self.errors.total()} errors{anomalies}"
 
-    def write(self, state: str, **more: Any) -> dict[str, Any]:
+    def write(self, state: RunState, error: str | None = None, commit: Commit | None = None) -> RunStats:
         """Writes stats.json, and the same facts as metrics.prom. Returns the content of stats.json.
 
-        state: running, done, failed or interrupted. more: the error, or the totals of the published night.
+        commit: of the published night, whose totals then count, also of what other jobs of the run have scored.
         """
         now = self._written = time.monotonic()
-        stats = {
-            **self.facts,
+        counted = {
             "state": state,
+            "error": error,
             "updated_at": _now(),
             "scored_by_this_job": self.scored,
             "images_per_second": round(self.scored / max(now - self._started, 1e-9), 2),
             "scoring_images_per_second": round(self.rate, 2),
             "scoring_seconds": round(self.scoring_s, 1),
             "total_seconds": round(now - self._job_started, 1),
-            "errors": dict(self.errors),
-            "anomalies": dict(self.anomalies),
-            **more,
+            "rows": None if commit is None else commit.rows,
+            "errors": dict(self.errors) if commit is None else commit.errors,
+            "anomalies": dict(self.anomalies) if commit is None else commit.anomalies,
         }
-        stats["lineage"] = run_event(stats, stats["source"], self._output.uri(""), stats.get("error"))
-        run_id = stats["run_id"]
-        self._output.write(paths.run_key(run_id, "metrics.prom"), exposition(stats))
-        data = json.dumps(stats, indent=2, ensure_ascii=False).encode()
-        self._output.write(paths.run_key(run_id, "stats.json"), data)
+        stats = self.facts.model_copy(update=counted)
+        stats = stats.model_copy(update={"lineage": run_event(stats, self._output.uri(""))})
+        self._output.write(paths.run_key(stats.run_id, "metrics.prom"), exposition(stats))
+        self._output.write(paths.run_key(stats.run_id, "stats.json"), dump_record(stats))
         return stats
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+def _now() -> datetime:
+    return datetime.now(timezone.utc).replace(microsecond=0)

@@ -11,9 +11,9 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -41,7 +41,7 @@ from pipeline.scoring import (
 )
 from pipeline.storage import Store, leases, open_store, paths, read_shards
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
-from schemas.records import Commit
+from schemas.records import ActorCounts, Commit, RunStats, SelectionCounts
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def run_score(job: JobConfig, console: Console) -> int:
         commit, stats = _run_or_wait(plan, output, console, started)
         if job.lake.format == "iceberg":
             publish_snapshot(job, output, leases.new_owner())
-    report = report_night(output, commit, anew=stats.get("state") == "done")
+    report = report_night(output, commit, anew=stats is not None)
     logger.info(
         "night %s is published: %d images, %d anomalous, %d errors",
         job.run_date,
@@ -75,8 +75,8 @@ def run_score(job: JobConfig, console: Console) -> int:
     return _exit_code(commit, job.engine.max_error_rate)
 
 
-def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[Commit, dict[str, Any]]:
-    """Executes the run. Returns its commit and its stats.
+def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[Commit, RunStats | None]:
+    """Executes the run. Returns its commit and its stats; None for them where nothing was left to do.
 
     Where another driver works on the run, this one waits until that has published it, or has died, and then goes on
     from there.
@@ -98,14 +98,14 @@ def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) ->
     lease = leases.acquire(output, paths.driver_lease(run.run_id), owner, lease_s, is_published, say)
     if lease is None:
         logger.info("run %s is already published; nothing to do", run.run_id)
-        return published[-1], {"scored_by_this_job": 0, "usage": plan.usage.model_dump()}
+        return published[-1], None
     with lease.held(lease_s):
         return _execute(plan, output, console, lease, started)
 
 
 def _execute(
     plan: Plan, output: Store, console: Console, lease: leases.Lease, started: float
-) -> tuple[Commit, dict[str, Any]]:
+) -> tuple[Commit, RunStats | None]:
     run, job, manifest = plan.run, plan.run.job, plan.manifest
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
     output.write(paths.run_key(run.run_id, "prompts.json"), plan.prompts.model_dump_json().encode())
@@ -119,27 +119,30 @@ def _execute(
         logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
     waiting = (shard for shard in cut_shards(manifest.batches(), size) if shard.shard_id not in finished)
     left = max(0, manifest.images - len(finished) * size)
-    facts = {
-        "run_id": run.run_id,
-        "run_date": str(job.run_date),
-        "source": plan.source.store.uri(""),
-        "images": manifest.images,
-        "shards": len(shard_ids),
-        "model": run.model,
-        "embedded_model": plan.weights.is_embedded,
-        "prompt_sources": Counter(item.source for item in plan.prompts.ensembles),
-        "usage": plan.usage.model_dump(),
-        "versions": versions(),
-    }
-    if plan.selection is not None:
-        facts["selection"] = asdict(plan.selection)
+    facts = RunStats(
+        run_id=run.run_id,
+        run_date=job.run_date,
+        source=plan.source.store.uri(""),
+        state="running",
+        updated_at=datetime.now(timezone.utc),
+        images=manifest.images,
+        shards=len(shard_ids),
+        errors={},
+        anomalies={},
+        model=run.model,
+        embedded_model=plan.weights.is_embedded,
+        prompt_sources=Counter(item.source for item in plan.prompts.ensembles),
+        usage=plan.usage,
+        selection=None if plan.selection is None else SelectionCounts(**asdict(plan.selection)),
+        versions=versions(),
+    )
     if not shard_ids:
         with RunProgress(facts, output, console, 0, 0, started) as progress:
             commit = publish_night(run, manifest.digest, run.shards, [], output, lease.owner)
-            return commit, progress.write("done", **_totals(commit))
+            return commit, progress.write("done", commit=commit)
     with connect(job):
         pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
-        facts["actors"] = asdict(pool.plan)
+        facts = facts.model_copy(update={"actors": ActorCounts(**asdict(pool.plan))})
         try:
             with RunProgress(facts, output, console, left, pool.plan.count, started) as progress:
                 if len(finished) < len(shard_ids):
@@ -151,7 +154,7 @@ def _execute(
                 folder = _mask_all(plan, pool, shard_ids, output, lease)
                 lease.check()
                 commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints)
-                return commit, progress.write("done", **_totals(commit))
+                return commit, progress.write("done", commit=commit)
         finally:
             pool.close()
 
@@ -195,10 +198,6 @@ def _digest(thresholds: Mapping[str, Thresholds]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _totals(commit: Commit) -> dict[str, Any]:
-    return {"rows": commit.rows, "errors": commit.errors, "anomalies": commit.anomalies}
-
-
 def _exit_code(commit: Commit, max_error_rate: float) -> int:
     if commit.rows and commit.failed / commit.rows > max_error_rate:
         logger.error(
@@ -211,7 +210,7 @@ def _exit_code(commit: Commit, max_error_rate: float) -> int:
 def print_summary(
     plan: Plan,
     commit: Commit,
-    stats: Mapping[str, Any],
+    stats: RunStats | None,
     report: str | None,
     output: Store,
     console: Console,
@@ -226,11 +225,11 @@ def print_summary(
         table.add_row(escape(entry.class_name), *counts, sources.get(entry.class_name, ""))
     console.print(table)
     listed = ", ".join(f"{count} {kind}" for kind, count in sorted(commit.errors.items())) or "none"
-    usage = stats["usage"]
-    cost = "unknown" if usage["cost_usd"] is None else f"{usage['cost_usd']:.4f} USD"
-    spent = f"{usage['calls']} calls"
-    if usage["calls"]:
-        spent += f", {usage['prompt_tokens'] + usage['completion_tokens']} tokens, cost {cost}"
+    usage = plan.usage
+    cost = "unknown" if usage.cost_usd is None else f"{usage.cost_usd:.4f} USD"
+    spent = f"{usage.calls} calls"
+    if usage.calls:
+        spent += f", {usage.prompt_tokens + usage.completion_tokens} tokens, cost {cost}"
     lines = [
         ("images", f"{commit.rows}, {commit.rows - commit.failed} ok; errors: {listed}"),
         ("LLM", spent),
@@ -252,11 +251,10 @@ def print_summary(
         print_line(console, f"{name:>7}  {text}")
 
 
-def _describe_speed(stats: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if not stats["scored_by_this_job"]:
+def _describe_speed(stats: RunStats | None) -> list[tuple[str, str]]:
+    if stats is None or not stats.scored_by_this_job:
         return [("rate", "nothing was left to score")]
-    rate, scoring_s = stats["scoring_images_per_second"], stats["scoring_seconds"]
     return [
-        ("rate", f"{rate:g} images/s, over {scoring_s:g} s of scoring"),
-        ("time", f"{stats['total_seconds']:g} s in total, with listing, start of Ray and models, and publishing"),
+        ("rate", f"{stats.rate:g} images/s, over {stats.scoring_seconds:g} s of scoring"),
+        ("time", f"{stats.total_seconds:g} s in total, with listing, start of Ray and models, and publishing"),
     ]

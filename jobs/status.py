@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -11,8 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from jobs.console import make_table, print_json, print_line
-from pipeline.lake import published_nights, read_commit
+from pipeline.lake import published_nights, read_commit, read_stats
 from pipeline.storage import Store, paths
+from schemas.records import RunStats
 
 _SILENT_AFTER_S = 300
 """A driver writes its stats four times a minute; one that has not for so long is taken for dead."""
@@ -72,28 +72,27 @@ def read_status(output: Store) -> list[RunStatus]:
     commits = (read_commit(output, night) for night in published_nights(output))
     published = {commit.run_id: commit.cleared_at is not None for commit in commits if commit is not None}
     keys = [info.key for info in output.list("runs") if info.key.endswith("/stats.json")]
-    return [_read_run(output, key, published) for key in sorted(keys, reverse=True)]
+    found = (read_stats(output, key.split("/")[1]) for key in sorted(keys, reverse=True))
+    return [_read_run(output, stats, published) for stats in found if stats is not None]
 
 
-def _read_run(output: Store, key: str, published: Mapping[str, bool]) -> RunStatus:
+def _read_run(output: Store, stats: RunStats, published: Mapping[str, bool]) -> RunStatus:
     """published: runs that are, and whether alfa gc has removed their shards since."""
-    stats = json.loads(output.read(key))
-    age = datetime.now(timezone.utc) - datetime.fromisoformat(stats["updated_at"])
-    is_silent = stats["state"] == "running" and age.total_seconds() > _SILENT_AFTER_S
+    age = datetime.now(timezone.utc) - stats.updated_at
+    is_silent = stats.state == "running" and age.total_seconds() > _SILENT_AFTER_S
     return RunStatus(
-        run_id=stats["run_id"],
-        state=stats["state"],
+        run_id=stats.run_id,
+        state=stats.state,
         silent_s=int(age.total_seconds()) if is_silent else None,
-        published=stats["run_id"] in published,
-        cleared=published.get(stats["run_id"], False),
-        shards=stats["shards"],
-        finished_shards=len(paths.finished_shards(output, paths.run_key(stats["run_id"], "shards"))),
-        images=stats["images"],
-        errors=stats["errors"],
-        anomalies=stats["anomalies"],
-        # Runs of older versions have one rate, which counts from the start of Ray.
-        images_per_second=stats.get("scoring_images_per_second", stats["images_per_second"]),
-        updated_at=stats["updated_at"],
+        published=stats.run_id in published,
+        cleared=published.get(stats.run_id, False),
+        shards=stats.shards,
+        finished_shards=len(paths.finished_shards(output, paths.run_key(stats.run_id, "shards"))),
+        images=stats.images,
+        errors=stats.errors,
+        anomalies=stats.anomalies,
+        images_per_second=stats.rate,
+        updated_at=stats.updated_at.isoformat(),
     )
 
 

@@ -4,7 +4,7 @@ In: finished shards, a run's figures. Out: the scores table, commits, exports, O
 May import: images, storage, schemas.
 """
 
-from pipeline.lake.commits import find_night_before, published_nights, read_commit
+from pipeline.lake.commits import find_night_before, published_nights, read_commit, read_stats
 from pipeline.lake.ddl import DIALECTS, render_ddl
 from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
 from pipeline.lake.garbage import Retention, collect_garbage, find_oldest_kept
@@ -51,6 +51,7 @@ __all__ = [
     "read_groups",
     "read_known",
     "read_rows",
+    "read_stats",
     "rebuild_ledger",
     "render_ddl",
     "run_event",

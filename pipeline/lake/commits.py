@@ -1,11 +1,11 @@
-"""Commits: what belongs to a published night."""
+"""Commits: what belongs to a published night; and what its run says of itself."""
 
 from __future__ import annotations
 
 import datetime
 
 from pipeline.storage import Store, paths
-from schemas.records import Commit, parse_record
+from schemas.records import Commit, RunStats, parse_record
 
 
 def read_commit(output: Store, run_date: datetime.date | str) -> Commit | None:
@@ -16,6 +16,16 @@ def read_commit(output: Store, run_date: datetime.date | str) -> Commit | None:
     except FileNotFoundError:
         return None
     return parse_record(Commit, data, output.uri(key))
+
+
+def read_stats(output: Store, run_id: str) -> RunStats | None:
+    """How a run goes, or went; None where its folder does not say. Raises RecordError."""
+    key = paths.run_key(run_id, "stats.json")
+    try:
+        data = output.read(key)
+    except FileNotFoundError:
+        return None
+    return parse_record(RunStats, data, output.uri(key))
 
 
 def published_nights(output: Store) -> list[str]:

@@ -3,42 +3,43 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.storage import paths
+from schemas.records import RunStats
 
 _SPEC = "https://openlineage.io/spec"
 _EVENTS = {"running": "RUNNING", "done": "COMPLETE", "failed": "FAIL", "interrupted": "ABORT"}
 
 
-def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | None = None) -> dict[str, Any]:
-    """The event of a run's state. stats: see jobs.progress; source, output: addresses of the images and of the lake.
+def run_event(stats: RunStats, output: str) -> dict[str, Any]:
+    """The event of a run's state. output: address of the lake.
 
     The run's UUID follows from the lake's address and the run_id, so that all events of a run, also of its resumptions,
-    belong together. error: what stopped the run.
+    belong together.
     """
-    counts = {name: stats[name] for name in ("errors", "anomalies", "scored_by_this_job", "images_per_second")}
+    names = ("errors", "anomalies", "scored_by_this_job", "images_per_second")
+    counts = {name: getattr(stats, name) for name in names}
     facets = {
         "nominalTime": _facet(
             "facets/1-0-1/NominalTimeRunFacet.json#/$defs/NominalTimeRunFacet",
-            nominalStartTime=f"{stats['run_date']}T00:00:00Z",
+            nominalStartTime=f"{stats.run_date}T00:00:00Z",
         ),
-        "alfa": _facet("2-0-2/OpenLineage.json#/$defs/RunFacet", runId=stats["run_id"], model=stats["model"], **counts),
+        "alfa": _facet("2-0-2/OpenLineage.json#/$defs/RunFacet", runId=stats.run_id, model=stats.model, **counts),
     }
-    if error is not None:
+    if stats.error is not None:
         facets["errorMessage"] = _facet(
             "facets/1-0-0/ErrorMessageRunFacet.json#/$defs/ErrorMessageRunFacet",
-            message=error,
+            message=stats.error,
             programmingLanguage="PYTHON",
         )
     table: dict[str, Any] = _dataset(f"{output}/{paths.TABLE}")
-    if "rows" in stats:
+    if stats.rows is not None:
         statistics = _facet(
             "facets/1-0-2/OutputStatisticsOutputDatasetFacet.json#/$defs/OutputStatisticsOutputDatasetFacet",
-            rowCount=stats["rows"],
+            rowCount=stats.rows,
         )
         table["outputFacets"] = {"outputStatistics": statistics}
     job_type = _facet(
@@ -48,13 +49,13 @@ def run_event(stats: Mapping[str, Any], source: str, output: str, error: str | N
         jobType="JOB",
     )
     return {
-        "eventType": _EVENTS[stats["state"]],
-        "eventTime": stats["updated_at"],
+        "eventType": _EVENTS[stats.state],
+        "eventTime": stats.updated_at.isoformat(),
         "producer": _producer(),
         "schemaURL": f"{_SPEC}/2-0-2/OpenLineage.json#/$defs/RunEvent",
-        "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{output}#{stats['run_id']}")), "facets": facets},
+        "run": {"runId": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{output}#{stats.run_id}")), "facets": facets},
         "job": {"namespace": output, "name": "alfa.score", "facets": {"jobType": job_type}},
-        "inputs": [_dataset(source)],
+        "inputs": [_dataset(stats.source)] if stats.source else [],
         "outputs": [table],
     }
 

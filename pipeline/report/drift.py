@@ -5,7 +5,6 @@ A class is held without its addresses, so that two nights of some million photos
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +14,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
-from pipeline.lake import read_commit, read_groups, take_rows
-from pipeline.storage import Store, paths
+from pipeline.lake import read_commit, read_groups, read_stats, take_rows
+from pipeline.storage import Store
 from schemas.records import Commit, CommitFile
 
 PSI_THRESHOLD = 0.25
@@ -152,10 +151,7 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
         commit = read_commit(output, night)
         if commit is None:
             continue
-        try:
-            stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
-        except FileNotFoundError:
-            stats = {}
+        stats = read_stats(output, commit.run_id)
         trend.append(
             {
                 "run_date": night,
@@ -163,8 +159,7 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
                 "images": commit.rows,
                 "error_rate": commit.failed / commit.rows if commit.rows else 0.0,
                 "anomalous": sum(commit.anomalies.values()),
-                # Runs of older versions have one rate, which counts from the start of Ray.
-                "images_per_second": stats.get("scoring_images_per_second", stats.get("images_per_second")),
+                "images_per_second": None if stats is None else stats.rate,
             }
         )
     return trend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import posixpath
 from collections import Counter
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipeline.lake import find_night_before, published_nights, read_groups, take_rows
+from pipeline.lake import find_night_before, published_nights, read_groups, read_stats, take_rows
 from pipeline.report import drift
 from pipeline.report.model import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
 from pipeline.report.photos import Photos
@@ -75,7 +74,7 @@ def gather(output: Store, commit: Commit) -> Report:
     return Report(
         job=job,
         commit=commit,
-        stats=_read_stats(output, run_id),
+        stats=read_stats(output, run_id),
         classes=[part.facts for part in parts],
         errors=commit.errors,
         images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
@@ -274,13 +273,6 @@ def _read_job(output: Store, run_id: str) -> JobConfig:
         return parse_job(read_job_yaml(output.read(key).decode()))
     except FileNotFoundError:
         raise ReportError(f"{output.uri(key)} is not there: the folder of run {run_id} was removed or moved") from None
-
-
-def _read_stats(output: Store, run_id: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(output.read(paths.run_key(run_id, "stats.json"))))
-    except FileNotFoundError:
-        return {}
 
 
 def _read_prompts(output: Store, run_id: str) -> Sequence[UsedPrompts]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.report.drift import ClassDrift
 from schemas.job import JobConfig
 from schemas.prompts import UsedPrompts
-from schemas.records import Commit
+from schemas.records import Commit, RunStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +100,11 @@ class Comparison:
 @dataclass(frozen=True, eq=False)
 class Report:
     """A published night. images, failures and exhibits are the part of the night that a page has room for, the most
-    anomalous first; classes and errors count all of it. stats: of the run, as jobs write it."""
+    anomalous first; classes and errors count all of it. stats: of the run; None where its folder lacks them."""
 
     job: JobConfig
     commit: Commit
-    stats: Mapping[str, Any]
+    stats: RunStats | None
     classes: Sequence[ClassFacts]
     errors: Mapping[str, int]
     images: Sequence[ListedImage]

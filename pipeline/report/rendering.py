@@ -21,7 +21,7 @@ from pipeline.report.loading import gather
 from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.storage import Store, paths
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
-from schemas.prompts import UsedPrompts
+from schemas.prompts import Usage, UsedPrompts
 from schemas.records import Commit
 from schemas.text import one_line
 
@@ -67,12 +67,12 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "model_note": _model_note(report),
         "anomalous": sum(facts.anomalous for facts in report.classes),
         "failed": sum(report.errors.values()),
-        "usage": {"calls": 0, **report.stats.get("usage", {})},
+        "usage": report.stats.usage if report.stats else Usage(),
         "span": span,
         "classes": [_class_line(facts, numbers[facts.name], span) for facts in sorted(shown, key=lambda one: one.name)],
         "prompts": [_prompt_set(used, report) for used in report.prompts[:_MOST_PROMPT_SETS]],
         "bounds": _bounds(report),
-        "selection": report.stats.get("selection"),
+        "selection": report.stats.selection if report.stats else None,
         "since": report.comparison,
         "drifts": _most_drifted(report.comparison.classes),
         "others": [item.class_name for item in report.comparison.classes if item.is_of_other_photos and item.images[0]],
@@ -95,9 +95,11 @@ def render(report: Report, largest: int = LARGEST) -> str:
 
 def _model_note(report: Report) -> tuple[str, str] | None:
     """What must be known of the model before its scores are read, as a title and a sentence; None of a named one."""
-    if report.stats.get("embedded_model"):
+    if report.stats is None:
+        return None
+    if report.stats.embedded_model:
         return "Embedded model.", f"{report.model} is {EMBEDDED_NOTE}."
-    if report.stats.get("demonstration_model"):  # a night of an earlier version
+    if report.stats.demonstration_model:  # a night of an earlier version
         return "Demonstration model.", f"The scores of {report.model} say nothing about real defects."
     return None
 
@@ -322,8 +324,9 @@ def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
     yield "Adaptation", job.method.adaptation
     yield "Aligner", str(job.resolved_method.aligner)
     yield "Threshold", _describe_threshold(job)
-    yield "Scored by the last job", f"{stats.get('scored_by_this_job', 0):,} images"
-    yield from stats.get("versions", {}).items()
+    if stats is not None:
+        yield "Scored by the last job", f"{stats.scored_by_this_job:,} images"
+        yield from stats.versions.items()
 
 
 def _describe_threshold(job: JobConfig) -> str:

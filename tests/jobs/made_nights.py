@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from collections.abc import Collection
 from datetime import datetime, timezone
@@ -22,6 +21,7 @@ from pipeline.storage import Run, Store, paths
 from schemas.job import JobConfig, parse_job
 from schemas.tables import SHARD
 from tests.places import DEMO
+from tests.stats import write_stats
 
 FIRST, SECOND, THIRD, FOURTH = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
 
@@ -66,8 +66,7 @@ def publish_as_scored(job: JobConfig, failed: Collection[str] = (), **stats: Any
     fingerprints = class_fingerprints(job, weights, ensembles.values(), {})
     publish_night(run, "m" * 12, run.shards, ["one"], output, "test", fingerprints)
     if stats:
-        known = {"model": run.model, "run_id": run.run_id, **stats}
-        output.write(paths.run_key(run.run_id, "stats.json"), json.dumps(known).encode())
+        write_stats(output, run.run_id, **{"model": run.model, **stats})
 
 
 def copy_photos(folder: Path) -> None:

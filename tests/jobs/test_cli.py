@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
@@ -27,6 +27,7 @@ from pipeline.evaluation import PUBLISHED
 from pipeline.lake import DIALECTS, FORMATS
 from pipeline.storage import Store, paths
 from schemas.job import parse_job
+from schemas.records import Commit, dump_record
 from tests.command import COMMAND, alfa
 from tests.places import ROOT
 
@@ -164,8 +165,9 @@ def test_status_as_json_is_all_of_stdout(tmp_path: Path) -> None:
     older = f"2026-01-01-{'b' * 12}"
     write_stats(tmp_path, scoring_images_per_second=7.5)
     write_stats(tmp_path, older, updated_at=longer_ago)
-    (tmp_path / "commits").mkdir()
-    (tmp_path / "commits" / "2026-01-02.json").write_text(json.dumps({"run_id": RUN_ID}))
+    day, now = date(2026, 1, 2), datetime.now(timezone.utc)
+    commit = Commit(run_date=day, run_id=RUN_ID, manifest="m", rows=0, committed_at=now, files=())
+    Store(str(tmp_path)).write(paths.commit_key(day), dump_record(commit))
     shown = alfa("status", tmp_path, "--json")
     assert shown.returncode == 0
     document = json.loads(shown.stdout)

@@ -53,7 +53,7 @@ def odd_lake(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = Store(str(folder))
     run, shards = make_run(output, "aaa", 0.895, NIGHTS[1], ODD)
     commit = publish_night(run, "m", run.shards, shards, output, "test")
-    assert [entry["class_name"] for entry in commit["files"]] == sorted(ODD)
+    assert [entry.class_name for entry in commit.files] == sorted(ODD)
     return folder
 
 

@@ -10,23 +10,29 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.lake import exposition, run_event
+from schemas.records import RunStats
 
-STATS: dict[str, Any] = {
-    "run_id": "2026-01-02-abc",
-    "run_date": "2026-01-02",
-    "model": "ViT-B-16/openai",
-    "state": "failed",
-    "images": 10,
-    "scored_by_this_job": 6,
-    "images_per_second": 2.5,
-    "scoring_images_per_second": 4.5,
-    "total_seconds": 9.5,
-    "errors": {"corrupt": 2},
-    "anomalies": {'we"ird\n\\class': 3},
-    "usage": {"calls": 1, "prompt_tokens": 20, "completion_tokens": 30, "cost_usd": None},
-    "started_at": "2026-01-02T01:00:00+00:00",
-    "updated_at": "2026-01-02T01:00:10+00:00",
-}
+STATS = RunStats.model_validate(
+    {
+        "run_id": "2026-01-02-abc",
+        "run_date": "2026-01-02",
+        "model": "ViT-B-16/openai",
+        "state": "failed",
+        "images": 10,
+        "shards": 2,
+        "scored_by_this_job": 6,
+        "images_per_second": 2.5,
+        "scoring_images_per_second": 4.5,
+        "total_seconds": 9.5,
+        "errors": {"corrupt": 2},
+        "anomalies": {'we"ird\n\\class': 3},
+        "usage": {"calls": 1, "prompt_tokens": 20, "completion_tokens": 30, "cost_usd": None},
+        "started_at": "2026-01-02T01:00:00+00:00",
+        "updated_at": "2026-01-02T01:00:10+00:00",
+        "source": "s3://factory/photos",
+        "error": "the disk is full",
+    }
+)
 
 
 def test_prometheus_reads_back_what_stats_say() -> None:
@@ -56,8 +62,8 @@ def facets_of(part: Any) -> Iterator[dict[str, Any]]:
 
 
 def test_the_lineage_event_is_a_run_event_of_its_run() -> None:
-    event = run_event(STATS, "s3://factory/photos", "s3://lake/inspection", error="the disk is full")
-    assert event["eventType"] == "FAIL" and event["eventTime"] == STATS["updated_at"]
+    event = run_event(STATS, "s3://lake/inspection")
+    assert event["eventType"] == "FAIL" and event["eventTime"] == "2026-01-02T01:00:10+00:00"
     assert {"producer", "schemaURL", "run", "job"} <= set(event)
     assert event["inputs"] == [{"namespace": "s3://factory", "name": "photos"}]
     assert event["outputs"] == [{"namespace": "s3://lake", "name": "inspection/scores"}]
@@ -65,11 +71,11 @@ def test_the_lineage_event_is_a_run_event_of_its_run() -> None:
     assert event["run"]["facets"]["alfa"]["errors"] == {"corrupt": 2}
     assert all({"_producer", "_schemaURL"} <= set(facet) for facet in facets_of(event))
 
-    done = run_event({**STATS, "state": "done", "rows": 10}, "s3://factory/photos", "s3://lake/inspection")
+    done = run_event(STATS.model_copy(update={"state": "done", "rows": 10, "error": None}), "s3://lake/inspection")
     assert done["eventType"] == "COMPLETE" and "errorMessage" not in done["run"]["facets"]
     assert done["outputs"][0]["outputFacets"]["outputStatistics"]["rowCount"] == 10
     assert uuid.UUID(done["run"]["runId"]) == uuid.UUID(event["run"]["runId"])
-    other = run_event(STATS, "s3://factory/photos", "s3://lake/another")
+    other = run_event(STATS, "s3://lake/another")
     assert other["run"]["runId"] != event["run"]["runId"]
 
 
@@ -84,6 +90,6 @@ def test_the_lineage_event_is_a_run_event_of_its_run() -> None:
 def test_datasets_are_named_as_openlineage_names_them(
     address: str, photos: tuple[str, str], scores: tuple[str, str]
 ) -> None:
-    event = run_event(STATS, address, address)
+    event = run_event(STATS.model_copy(update={"source": address}), address)
     named = [(item["namespace"], item["name"]) for item in [*event["inputs"], *event["outputs"]]]
     assert named == [photos, scores] and event["job"]["namespace"] == address

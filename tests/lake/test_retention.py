@@ -38,6 +38,7 @@ from tests.lake.test_garbage import DAY_S, age, keys
 from tests.lake.test_iceberg import job_for
 from tests.lake.test_ledger import FIRST, METHOD, SECOND, THIRD, TONIGHT, left, photos_named, publish
 from tests.lake.test_publish import make_run
+from tests.stats import write_stats
 
 NIGHTS = (FIRST, SECOND, THIRD)
 CUT = Retention(date.fromisoformat(THIRD))
@@ -57,9 +58,7 @@ def make_lake(output: Store) -> dict[str, str]:
         output.write(paths.memory_key(commit.run_id, "nut"), b"patches")
         output.write(paths.report_key(commit.run_id), b"report")
         output.write(paths.run_key(commit.run_id, "job.yaml"), b"dataset: {images: x}\noutput: {uri: y}\n")
-        stats = {"images": 1, "shards": 1, "state": "done", "run_id": commit.run_id, "errors": {}, "anomalies": {}}
-        facts = {"updated_at": "2026-01-02T00:00:00+00:00", "images_per_second": 4.0, "scoring_images_per_second": 5.0}
-        output.write(paths.run_key(commit.run_id, "stats.json"), json.dumps({**stats, **facts}).encode())
+        write_stats(output, commit.run_id, scoring_images_per_second=5.0)
     return runs
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,6 +20,7 @@ from schemas.job import dump_job_yaml, parse_job
 from schemas.prompts import PromptSet, Usage
 from schemas.records import Commit
 from schemas.tables import SHARD
+from tests.stats import write_stats
 
 NIGHT = "2026-01-02"
 THRESHOLD = 0.6
@@ -110,7 +110,7 @@ def publish(
     rates = {"images_per_second": 7.5, "scoring_images_per_second": 12.5}
     facts = {"scored_by_this_job": len(rows), **rates, "embedded_model": False}
     usage = {"calls": 4, "prompt_tokens": 600, "completion_tokens": 200, "cost_usd": 0.025}
-    output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({**facts, "usage": usage, **stats}).encode())
+    write_stats(output, run.run_id, **{**facts, "usage": usage, **stats})
     shards = []
     for start in range(0, len(rows), 256):
         shard = f"{start:016x}"

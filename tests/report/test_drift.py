@@ -23,6 +23,7 @@ from pipeline.storage import Run, Store, paths
 from schemas.job import parse_job
 from schemas.tables import SHARD
 from tests.command import alfa
+from tests.stats import write_stats
 
 Row = tuple[str, str, float | None]
 """Class, image and score; None: an error."""
@@ -56,7 +57,7 @@ def publish(output: Store, night: str, rows: Sequence[Row], model: str = "model"
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(records, schema=SHARD), buffer)
     output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
-    output.write(paths.run_key(run.run_id, "stats.json"), json.dumps({"images_per_second": 12.5}).encode())
+    write_stats(output, run.run_id, images_per_second=12.5)
     publish_night(run, "m", run.shards, ["one"], output, "test")
 
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from schemas.records import Commit, RecordError, dump_record, parse_record
+from schemas.records import Commit, RecordError, RunStats, dump_record, parse_record
 
 FILE = {
     "class_name": "nut",
@@ -67,6 +67,27 @@ def test_commits_of_earlier_and_of_later_versions_are_read_as_far_as_they_can_be
 def test_a_commit_that_is_not_whole_is_refused_by_name(document: object, fault: str) -> None:
     with pytest.raises(RecordError, match=rf"lake/commits/x\.json cannot be read: {fault}"):
         parse(document)
+
+
+def test_stats_of_early_versions_are_read_and_rates_are_those_of_scoring() -> None:
+    early = {
+        "run_id": "2026-01-02-abc",
+        "state": "done",
+        "updated_at": "2026-01-02T03:00:00+00:00",
+        "images": 10,
+        "shards": 2,
+        "errors": {},
+        "anomalies": {"nut": 1},
+        "images_per_second": 2.5,
+        "demonstration_model": True,
+    }
+    stats = parse_record(RunStats, json.dumps(early).encode(), "stats.json")
+    assert (stats.rate, stats.demonstration_model, stats.usage.calls, stats.selection) == (2.5, True, 0, None)
+    later = parse_record(RunStats, json.dumps({**early, "scoring_images_per_second": 0.0}).encode(), "stats.json")
+    assert later.rate == 0.0
+    assert parse_record(RunStats, dump_record(later), "stats.json").anomalies == {"nut": 1}
+    with pytest.raises(RecordError, match=r"stats\.json cannot be read: state: Input should be 'running', 'done'"):
+        parse_record(RunStats, json.dumps({**early, "state": "tired"}).encode(), "stats.json")
 
 
 def test_a_command_that_meets_one_says_so_in_a_line(tmp_path: Any) -> None:
