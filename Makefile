@@ -23,7 +23,8 @@ pictures: $(READY)
 	$(BIN)/python -m infra.demo.pictures
 
 test: $(READY) lint
-	$(BIN)/pytest -m 'not slow'
+	# two workers; the tests of a file share what it has prepared, so they stay together
+	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) lint
 	$(BIN)/pytest

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from jobs import cli, progress
+from jobs import cli
 from pipeline.storage import Store
 from tests.processes import kill_processes
 
@@ -54,6 +54,8 @@ def kill_around(when: str, pattern: str, number: int) -> None:
 
 
 def _act_at_shard(number: int, action: Callable[[], Any]) -> None:
+    from jobs import progress  # with torch, which kill_around has no need of
+
     heard = 0
     add = progress.RunProgress.add
 

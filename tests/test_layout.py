@@ -96,6 +96,17 @@ def test_a_planted_wrong_import_is_found(path: str, line: str, said: str) -> Non
     assert said in fault
 
 
+def test_no_test_imports_another() -> None:
+    """What several tests use lies beside them, in a module without tests."""
+    found = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for module, _ in imports_of(path.read_text())
+        if module.startswith("tests.") and module.rpartition(".")[2].startswith("test_")
+    ]
+    assert found == []
+
+
 def test_each_room_says_what_it_offers() -> None:
     for room in sorted(ROOMS.keys() - {"tiling"}):
         module = importlib.import_module(f"pipeline.{room}")

@@ -257,6 +257,7 @@ def test_a_long_text_is_never_cut(encoder: Encoder) -> None:
         encoder.encode_texts(["a nut", "nut " * 76])
 
 
+@pytest.mark.slow  # test_the_readme_shows_ten_lines_that_run_without_ray says it of what imports this too
 def test_import_is_light() -> None:
     code = "import sys, pipeline.alfa; print(sorted({'ray', 's3fs', 'litellm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -85,14 +85,17 @@ def test_maps_and_scores_are_those_of_plain_loops(encoder: Encoder, prompts: Pro
         for size in (2, 3):
             held: list[list[list[float]]] = [[[] for _ in range(COLUMNS)] for _ in range(ROWS)]
             for top in range(ROWS - size + 1):
-                for left in range(COLUMNS - size + 1):
-                    places = [(top + i, left + j) for i in range(size) for j in range(size)]
-                    tokens = [0, *(1 + row * COLUMNS + column for row, column in places)]
-                    value = score(encoder.encode_tokens(embedded.embedded[image, tokens][None])[0])
+                line = [
+                    [(top + i, left + j) for i in range(size) for j in range(size)]
+                    for left in range(COLUMNS - size + 1)
+                ]
+                tokens = [[0, *(1 + row * COLUMNS + column for row, column in places)] for places in line]
+                embeddings = encoder.encode_tokens(embedded.embedded[image, tokens])
+                for places, embedding in zip(line, embeddings, strict=True):
                     passes += 1
                     for row, column in places:
-                        held[row][column].append(1 / value)
-            inverse += [[float(np.mean(values)) for values in line] for line in held]
+                        held[row][column].append(1 / score(embedding))
+            inverse += [[float(np.mean(values)) for values in row] for row in held]
         assert passes == 15 * 15 + 14 * 14
         np.testing.assert_allclose(found.maps[image].numpy(), 3 / inverse, atol=1e-5)
         assert found.scores[image].item() == pytest.approx(whole, abs=1e-5)

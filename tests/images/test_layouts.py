@@ -11,7 +11,7 @@ import pytest
 from pipeline.images import DatasetError, list_images, open_dataset
 from pipeline.storage import Store
 from schemas.job import Dataset, Storage
-from schemas.tables import MANIFEST
+from tests.images.listing import fault_of, listed, rows_of
 from tests.places import SHARED
 
 DATA = SHARED / "data"
@@ -27,25 +27,7 @@ def fill(root: str, *keys: str) -> None:
         Store(root).write(key, key.encode())
 
 
-def rows_of(images: str, **options: object) -> tuple[str, list[dict[str, object]]]:
-    source = open_dataset(Dataset.model_validate({"images": images, **options}), Storage())
-    batches = list(list_images(source))
-    assert all(batch.schema.equals(MANIFEST) for batch in batches)
-    return source.layout, [row for batch in batches for row in batch.to_pylist()]
-
-
-def listed(images: str, **options: object) -> tuple[str, list[tuple[object, object]]]:
-    layout, rows = rows_of(images, **options)
-    return layout, [(row["key"], row["class_name"]) for row in rows]
-
-
-def fault_of(images: str, **options: object) -> str:
-    with pytest.raises(DatasetError) as caught:
-        list(list_images(open_dataset(Dataset.model_validate({"images": images, **options}), Storage())))
-    return str(caught.value)
-
-
-def test_folders(root: str) -> None:
+def test_a_folder_below_the_root_is_a_class(root: str) -> None:
     fill(
         root, "bolt/a.jpg", "bolt/deep/er/b.PNG", "nut/c.tiff", "nut/notes.txt", "nut/.hidden.jpg", ".x/y.jpg", "z.jpg"
     )
@@ -60,13 +42,13 @@ def test_folders(root: str) -> None:
     assert listed(root, class_name="nut") == ("folders", [("nut/c.tiff", "nut")])
 
 
-def test_flat(root: str) -> None:
+def test_photos_in_one_folder_want_a_class(root: str) -> None:
     fill(root, "a.jpg", "b.jpg")
     assert listed(root, class_name="bolt") == ("flat", [("a.jpg", "bolt"), ("b.jpg", "bolt")])
     assert "--class" in fault_of(root)
 
 
-def test_mvtec(root: str) -> None:
+def test_mvtec_has_labels_and_masks_and_leaves_train_out(root: str) -> None:
     fill(root, "nut/train/good/0.png", "nut/test/good/0.png", "nut/test/bent/0.png", "nut/test/bent/1.png")
     fill(root, "nut/ground_truth/bent/0_mask.png", "bolt/test/good/0.png")
     layout, rows = rows_of(root)
@@ -80,7 +62,7 @@ def test_mvtec(root: str) -> None:
     ]
 
 
-def test_visa(root: str) -> None:
+def test_visa_is_what_its_split_file_lists(root: str) -> None:
     lines = [
         ["object", "split", "label", "image", "mask"],
         ["pcb1", "train", "normal", "pcb1/Data/Images/Normal/0.JPG", ""],
@@ -103,7 +85,9 @@ def test_visa(root: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_table(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_table_gives_each_photo_a_class_and_a_label(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     elsewhere = str(tmp_path / "other" / "b.jpg")
     table = pa.table(
         {
@@ -175,7 +159,7 @@ def test_many_keys_come_in_bounded_batches(tmp_path: Path) -> None:
     ("folder", "layout", "good", "anomalous"),
     [("visa", "visa", 60, 100), ("aws_cookie", "mvtec", 31, 32), ("hazelnut_toy", "mvtec", 34, 17)],
 )
-def test_real_sets(folder: str, layout: str, good: int, anomalous: int) -> None:
+def test_real_sets_are_read_whole(folder: str, layout: str, good: int, anomalous: int) -> None:
     found, rows = rows_of(str(DATA / folder))
     assert found == layout
     labels = [row["label"] == "good" for row in rows]

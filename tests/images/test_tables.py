@@ -11,7 +11,7 @@ import pytest
 from pipeline.images import DatasetError, list_references, open_dataset
 from pipeline.storage import Store
 from schemas.job import Dataset, References, Storage
-from tests.images.test_layouts import fault_of, listed, rows_of
+from tests.images.listing import fault_of, listed, rows_of
 
 
 def write_part(root: str, key: str, **columns: list[object]) -> None:

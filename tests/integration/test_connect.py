@@ -11,7 +11,7 @@ import ray
 
 from pipeline.engine import EngineError, connect
 from schemas.job import JobConfig, parse_job
-from tests.command import alfa
+from tests.command import alfa_alone
 from tests.places import DEMO
 from tests.ray_head import Head, run_head
 
@@ -23,6 +23,12 @@ CPUS = 7
 def head() -> Iterator[Head]:
     with run_head(CPUS) as head:
         yield head
+
+
+@pytest.fixture(autouse=True)
+def apart() -> None:
+    """No Ray that other tests share."""
+    ray.shutdown()
 
 
 def job(*overrides: str) -> JobConfig:
@@ -43,7 +49,7 @@ def test_a_job_joins_the_cluster_that_it_names(head: Head, tmp_path: Path) -> No
     # The head listens on the loopback address alone; this is Ray's switch for clients of such a head.
     environment = {**head.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     arguments = ("check", "--images", DEMO, "--output", tmp_path)
-    checked = alfa(*arguments, RAY_ADDRESS=head.gcs, **environment)
+    checked = alfa_alone(*arguments, RAY_ADDRESS=head.gcs, **environment)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert f"1 on CPU, {CPUS} cores each" in checked.stdout
 

@@ -21,12 +21,13 @@ from PIL import Image
 from ray.cluster_utils import Cluster
 
 from pipeline.storage import STAGING
-from tests.command import COMMAND, alfa
+from tests.command import COMMAND, Ended, alfa, alfa_alone
 from tests.llm_server import LLMServer
+from tests.nights import NIGHT
 from tests.places import DEMO
 from tests.processes import kill_processes
+from tests.shared_ray import share_ray
 
-NIGHT = "2026-01-02"
 SHARDS = 5
 
 DRIVER_POINTS = [
@@ -74,17 +75,23 @@ def published(output: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: str(row["image_uri"]))
 
 
+def score(*command: str) -> Ended:
+    """A night that nothing dies in, on the Ray of this process."""
+    share_ray()
+    return alfa(*command)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     output = tmp_path_factory.mktemp("undisturbed")
-    done = alfa(*arguments(images, output))
+    done = score(*arguments(images, output))
     assert done.returncode == 0, done.stderr
     rows = published(output)
     assert len(rows) == 25 and sum(row["status"] == "ok" for row in rows) == 24
     return rows
 
 
-def killed(point: str, *command: str) -> subprocess.CompletedProcess[str]:
+def killed(point: str, *command: str) -> Ended:
     return subprocess.run(
         [sys.executable, "-m", "tests.killed_driver", point, *command], capture_output=True, text=True, timeout=240
     )
@@ -109,7 +116,7 @@ def kill_and_run_again(point: str, images: Path, output: Path, undisturbed: list
         stale.write_bytes(b"of a run that this one replaces")
     assert killed(point, *command).returncode == -signal.SIGKILL
     before = shard_times(output)
-    again = alfa(*command)
+    again = score(*command)
     assert again.returncode == 0, again.stderr
     check_night(output, undisturbed)
     after = shard_times(output)
@@ -133,14 +140,14 @@ def test_a_driver_killed_anywhere_is_resumed(
 def test_a_driver_killed_while_it_replaces_a_night_leaves_the_old_one_to_those_who_follow_the_commit(
     point: str, images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert alfa(*arguments(images, tmp_path, "threshold.policy=fixed")).returncode == 0
+    assert score(*arguments(images, tmp_path, "threshold.policy=fixed")).returncode == 0
     commit = tmp_path / "commits" / f"{NIGHT}.json"
     before = commit.read_bytes()
     assert killed(point, *arguments(images, tmp_path)).returncode == -signal.SIGKILL
     assert commit.read_bytes() == before
     for entry in json.loads(before)["files"]:
         assert hashlib.sha256((tmp_path / entry["key"]).read_bytes()).hexdigest() == entry["sha256"]
-    again = alfa(*arguments(images, tmp_path))
+    again = score(*arguments(images, tmp_path))
     assert again.returncode == 0, again.stderr
     check_night(tmp_path, undisturbed)
 
@@ -162,7 +169,7 @@ def test_workers_that_die_again_and_again_end_the_job_and_the_next_resumes(
     stopped = killed("workers:1", *command, "--set", "engine.max_restarts=0")
     assert stopped.returncode == 1 and "engine.max_restarts (0)" in stopped.stderr
     assert "Traceback" not in stopped.stderr
-    again = alfa(*command)
+    again = score(*command)
     assert again.returncode == 0 and "shards are finished already" in again.stderr
     check_night(tmp_path, undisturbed)
 
@@ -203,7 +210,7 @@ def test_images_that_kill_their_decoder_cost_their_own_rows_alone(
         Image.new("RGB", (40, 30)).save(poisoned / f"{killer}.bmp")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(deed)
-    done = alfa(*arguments(poisoned, output), PYTHONPATH=f"{tmp_path / 'site'}:{Path.cwd()}")
+    done = alfa_alone(*arguments(poisoned, output), PYTHONPATH=f"{tmp_path / 'site'}:{Path.cwd()}")
     assert done.returncode == 0, done.stderr
     rows = published(output)
     dead = [row for row in rows if row["image_uri"].endswith(".bmp")]
@@ -250,10 +257,12 @@ def start(*command: str) -> subprocess.Popen[str]:
 def test_the_same_night_submitted_twice_at_once_is_scored_once(
     images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    drivers = [start(*arguments(images, tmp_path, "engine.lease_s=30")) for _ in range(2)]
-    outcomes = [(*driver.communicate(timeout=240), driver.returncode) for driver in drivers]
-    assert [code for *_, code in outcomes] == [0, 0], outcomes
-    words = [("already published; nothing to do" in error, "works on run" in error) for _, error, _ in outcomes]
+    command = arguments(images, tmp_path, "engine.lease_s=30")
+    other = start(*command)
+    here = score(*command)
+    _, error = other.communicate(timeout=240)
+    assert (here.returncode, other.returncode) == (0, 0), here.stderr + error
+    words = [("already published; nothing to do" in log, "works on run" in log) for log in (here.stderr, error)]
     assert sorted(words) == [(False, False), (True, True)] or sorted(words) == [(False, False), (True, False)]
     check_night(tmp_path, undisturbed)
 
@@ -285,7 +294,7 @@ def test_a_prompt_actor_killed_in_mid_call_asks_once_more_when_its_lease_is_over
             kills.append(kill_processes("ray::PromptActor", os.getpid()))
 
     with LLMServer(on_request=kill_first) as server:
-        done = alfa(
+        done = alfa_alone(
             *arguments(images / "hazelnut", tmp_path, f"prompts.api_base={server.api_base}"),
             "--layout", "flat", "--class", "nut", "--llm", "openai/test",
         )  # fmt: skip

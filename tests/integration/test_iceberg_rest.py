@@ -11,11 +11,10 @@ import pytest
 from pyiceberg.catalog import load_catalog
 
 from pipeline.storage import Store
-from tests.command import alfa
+from tests.command import alfa_alone
+from tests.nights import NIGHT
 from tests.places import DEMO
 from tests.seaweed import SECRET_KEY, ObjectStorage
-
-NIGHT = "2026-01-02"
 
 
 @pytest.mark.slow
@@ -39,7 +38,7 @@ def test_a_driver_killed_between_commit_and_snapshot_is_resumed(
     catalog = load_catalog("factory", **s3.iceberg_properties)
     assert not catalog.table_exists("inspection.scores")
     for _ in range(2):
-        again = alfa(*arguments)
+        again = alfa_alone(*arguments)
         assert again.returncode == 0, again.stderr
         assert "already published" in again.stderr and SECRET_KEY not in again.stderr + again.stdout
     table = catalog.load_table("inspection.scores")

@@ -12,12 +12,12 @@ import pytest
 
 from pipeline.lake import read_commit
 from pipeline.storage import Store
-from tests.command import alfa
+from tests.command import alfa_alone
+from tests.nights import FIRST, SECOND, THIRD
 from tests.places import DEMO
 from tests.seaweed import ObjectStorage
 
 PHOTOS = sorted(DEMO.glob("hazelnut/test/*/*.jpg"))
-FIRST, SECOND, THIRD = "2026-01-01", "2026-01-02", "2026-01-03"
 
 
 def score(night: str, *overrides: str) -> str:
@@ -25,7 +25,7 @@ def score(night: str, *overrides: str) -> str:
     wanted = ("dataset.select=new", "engine.shard_size=2", "engine.max_error_rate=1", *overrides)
     sets = [part for override in wanted for part in ("--set", override)]
     where = ("--images", "s3://lake/arriving", "--output", "s3://lake/incremental")
-    done = alfa("score", *where, "--run-date", night, *sets)
+    done = alfa_alone("score", *where, "--run-date", night, *sets)
     assert done.returncode == 0, done.stderr
     return done.stderr + done.stdout
 
@@ -74,5 +74,5 @@ def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: 
         ("c.jpg", "ok", FIRST),
         ("d.jpg", "ok", SECOND),
     ]
-    rebuilt = alfa("ledger", "s3://lake/incremental", "--rebuild")
+    rebuilt = alfa_alone("ledger", "s3://lake/incremental", "--rebuild")
     assert rebuilt.returncode == 0 and "3 nights were made from their rows anew: no difference" in rebuilt.stdout

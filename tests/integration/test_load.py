@@ -19,6 +19,7 @@ from pipeline.storage import Store, paths
 from schemas.job import Storage
 from tests.command import COMMAND
 from tests.fault_proxy import FaultProxy
+from tests.nights import NIGHT
 from tests.processes import find_processes
 from tests.seaweed import ObjectStorage
 
@@ -27,7 +28,6 @@ SHARD_SIZE = 256
 NAMES_AN_IMAGE = 10
 CLASSES = ("bolt", "nut", "pcb", "ring")
 WARM_UP = 0.2
-NIGHT = "2026-01-02"
 
 
 def write_images(root: Path, count: int) -> None:

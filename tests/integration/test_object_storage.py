@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,12 @@ from pipeline.lake import collect_garbage, publish_night
 from pipeline.scoring import score_shard
 from pipeline.storage import AddressError, Run, Store, StoreError, read_shard
 from schemas.job import Storage
-from tests.command import alfa
-from tests.lake.test_publish import make_run
+from tests.command import alfa, alfa_alone
+from tests.lake.nights import make_run
+from tests.nights import NIGHT
 from tests.places import DEMO
-from tests.scoring.test_scorer import embed, job_for, shards_of
+from tests.scoring.runs import embed, job_for, shards_of
 from tests.seaweed import ObjectStorage
-
-NIGHT = "2026-01-02"
 
 
 def test_create_only_writes_are_honoured(s3: ObjectStorage) -> None:
@@ -73,7 +73,8 @@ def test_garbage_is_collected(s3: ObjectStorage) -> None:
 def test_listing_pages_through_many_keys(s3: ObjectStorage) -> None:
     store = Store("s3://lake/many")
     keys = [f"k/{number:04}" for number in range(1100)]
-    store.fs.pipe({f"lake/many/{key}": b"x" for key in keys})
+    with ThreadPoolExecutor(8) as writers:
+        list(writers.map(lambda key: store.write(key, b"x"), keys))
     assert [info.key for info in store.list("k")] == keys
 
 
@@ -122,7 +123,7 @@ def test_a_night_on_s3(s3: ObjectStorage) -> None:
         "score", "--images", "s3://lake/photos", "--output", "s3://lake/inspection", "--run-date", NIGHT,
         "--set", "engine.shard_size=2", "--set", "engine.max_error_rate=0.5",
     )  # fmt: skip
-    first = alfa(*arguments)
+    first = alfa_alone(*arguments)
     assert first.returncode == 0, first.stderr
     assert "layout folders" in first.stderr and "the model that comes with alfa" in first.stdout
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.storage import Store, StoreError
-from tests.command import alfa
+from tests.command import alfa, alfa_alone
 from tests.places import DEMO
 
 Remount = Callable[[str], None]
@@ -40,13 +40,13 @@ def test_a_full_disk_stops_the_night_with_one_line_and_room_resumes_it(disk: tup
         "score", "--images", DEMO, "--layout", "mvtec", "--output", output, "--run-date", "2026-01-02",
         "--set", "engine.shard_size=4", "--set", "engine.lease_s=1", "--set", "output.maps=true",
     )  # fmt: skip
-    stopped = alfa(*night)
+    stopped = alfa_alone(*night)
     assert stopped.returncode == 1 and "the disk is full; free space" in stopped.stderr, stopped.stderr
     assert "run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not (output / "scores").exists() and not (output / "commits").exists()
     finished = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.parquet")}
     remount("size=50m")
-    again = alfa(*night)
+    again = alfa_alone(*night)
     assert again.returncode == 0, again.stderr
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.parquet")}
     assert len(after) == 6 and {name: after[name] for name in finished} == finished

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,7 @@ import ray
 from pipeline.engine import PromptActor, obtain_prompts
 from schemas.job import parse_job
 from tests.llm_server import LLMServer
-
-
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+from tests.shared_ray import share_ray
 
 
 def make_caller() -> Any:
@@ -35,8 +27,9 @@ def make_caller() -> Any:
 
 
 @pytest.mark.parametrize(("jobs", "actors", "classes"), [(2, 2, 5), pytest.param(4, 8, 12, marks=pytest.mark.slow)])
-def test_one_request_a_class_whoever_asks(cluster: None, tmp_path: Path, jobs: int, actors: int, classes: int) -> None:
+def test_one_request_a_class_whoever_asks(tmp_path: Path, jobs: int, actors: int, classes: int) -> None:
     """Several jobs with a prompt actor each, asked by all their actors at once; and a later job."""
+    share_ray()
     names = [f"class {number}" for number in range(classes)]
     with LLMServer() as server:
         job = parse_job(

@@ -12,7 +12,7 @@ import pytest
 from pipeline.report import write_report
 from pipeline.storage import Store
 from tests.report.nights import failed, prompt_set, publish, save_photo, scored
-from tests.report.test_report import HOSTILE
+from tests.report.page import HOSTILE
 
 webdriver: Any = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install -e '.[dev]')")
 

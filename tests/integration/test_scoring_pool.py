@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
-import ray
 
 from pipeline.engine import ScoringActor, ScoringPool
 from pipeline.scoring import Shard, ShardStats
 from pipeline.storage import Run
 from schemas.job import parse_job
-
-
-@pytest.fixture
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+from tests.shared_ray import share_ray
 
 
 class MeetingActor(ScoringActor):
@@ -48,8 +40,9 @@ def meet(pipe: Path, side: int) -> None:
     os.close(os.open(pipe, side))
 
 
-@pytest.mark.timeout(60)
-def test_the_last_shard_waits_for_an_actor_that_starts_not_behind_a_busy_one(cluster: None, tmp_path: Path) -> None:
+@pytest.mark.timeout(120)
+def test_the_last_shard_waits_for_an_actor_that_starts_not_behind_a_busy_one(tmp_path: Path) -> None:
+    share_ray()
     for name in ("begun", "met"):
         os.mkfifo(tmp_path / name)
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(tmp_path)}, "engine": {"actors": 2}})

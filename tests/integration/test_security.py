@@ -20,10 +20,11 @@ import ray
 from pipeline.engine import connect
 from pipeline.storage import Store
 from schemas.job import parse_job
-from tests.command import alfa
+from tests.command import alfa, alfa_alone
 from tests.llm_server import LLMServer, Reply
 from tests.places import DEMO
 from tests.seaweed import SECRET_KEY, ObjectStorage
+from tests.shared_ray import share_ray
 
 LLM_KEY, HUB_TOKEN, OTHER_SECRET = "sk-planted-0b5e7c", "hf_planted_71aa90", "planted/secret+42ce"
 
@@ -51,6 +52,7 @@ def listening_addresses(mark: str) -> set[str]:
 
 
 def test_a_local_ray_listens_on_the_loopback_address_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
     mark = uuid.uuid4().hex
     monkeypatch.setenv("ALFA_TEST_MARK", mark)
     with connect(parse_job({"dataset": {"images": "x"}, "output": {"uri": str(tmp_path)}})):
@@ -97,9 +99,9 @@ def test_no_secret_is_told_anywhere(s3: ObjectStorage, ray_folder: Path, monkeyp
     night = ("score", "--images", photos.uri(""), "--output", "s3://lake/secret", "--llm", "openai/test")
     with LLMServer([quote_the_key(500), quote_the_key(401)]) as server:
         sets = ("--set", f"prompts.api_base={server.api_base}", "--set", "engine.max_error_rate=1")
-        refused, done = alfa(*night, *sets), alfa(*night, *sets)
+        refused, done = alfa_alone(*night, *sets), alfa_alone(*night, *sets)
     credentials = f"s3://key:{OTHER_SECRET.replace('/', '%2F')}@lake/x"
-    mistaken = alfa("score", "--images", credentials, "--output", f"s3://user:{HUB_TOKEN}@lake/y")
+    mistaken = alfa_alone("score", "--images", credentials, "--output", f"s3://user:{HUB_TOKEN}@lake/y")
     for name, run, code in (("refused", refused, 1), ("done", done, 0), ("mistaken", mistaken, 2)):
         assert run.returncode == code, run.stderr
         told |= {f"{name} stdout": run.stdout.encode(), f"{name} stderr": run.stderr.encode()}
@@ -142,6 +144,7 @@ def test_hostile_names_stay_in_the_output_and_share_no_mask(tmp_path: Path) -> N
     rows += [{"uri": f"{at}.jpg", "class_name": name} for at, name in enumerate(HOSTILE_CLASSES)]
     pq.write_table(pa.Table.from_pylist(rows), inside / "table.parquet")
     before = {path for path in tmp_path.rglob("*")}
+    share_ray()
     done = alfa("score", "--images", inside / "table.parquet", "--output", output, "--set", "engine.max_error_rate=1")
     assert done.returncode == 0, done.stderr
     new = {path for path in tmp_path.rglob("*")} - before - set(output.parents) - {output}

@@ -11,12 +11,11 @@ import pytest
 
 from pipeline.storage import Store, StoreError
 from schemas.job import Storage
-from tests.command import alfa
+from tests.command import alfa_alone
 from tests.fault_proxy import FAULTS, FaultProxy
+from tests.nights import NIGHT
 from tests.places import DEMO
 from tests.seaweed import ObjectStorage
-
-NIGHT = "2026-01-02"
 
 
 def test_every_fault_is_survived_by_every_operation(s3: ObjectStorage) -> None:
@@ -42,7 +41,7 @@ def test_a_night_behind_a_faulty_network_has_all_rows_ok(s3: ObjectStorage) -> N
     for path in sorted(DEMO.glob("*/test/*/*.jpg")):
         photos.write(f"{path.parts[-4]}/{path.parts[-2]}-{path.name}", path.read_bytes())
     with FaultProxy(s3.endpoint) as proxy:
-        done = alfa(
+        done = alfa_alone(
             "score", "--images", photos.uri(""), "--output", lake.uri(""), "--run-date", NIGHT,
             "--set", "engine.shard_size=4", AWS_ENDPOINT_URL=proxy.endpoint,
         )  # fmt: skip
@@ -68,13 +67,13 @@ def test_credentials_that_expire_in_the_night_are_one_clear_line(s3: ObjectStora
         return method == "GET" and ".jpg" in path and next(read) >= 6
 
     with FaultProxy(s3.endpoint, faults=["expired"], share=1.0, applies=is_after_six_photos) as proxy:
-        stopped = alfa(*arguments, "--set", "engine.shard_size=4", AWS_ENDPOINT_URL=proxy.endpoint)
+        stopped = alfa_alone(*arguments, "--set", "engine.shard_size=4", AWS_ENDPOINT_URL=proxy.endpoint)
         assert proxy.injected["expired"] > 0
     assert stopped.returncode == 1
     assert "check the credentials in the environment, and that they have not expired" in stopped.stderr
     assert "Traceback" not in stopped.stderr and len(stopped.stderr.strip().splitlines()) < 15
     assert list(Store("s3://lake/expiring").list("scores")) == []
-    again = alfa(*arguments, "--set", "engine.shard_size=4")
+    again = alfa_alone(*arguments, "--set", "engine.shard_size=4")
     assert again.returncode == 0 and "12, 12 ok" in again.stdout
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.command import COMMAND, alfa
+from tests.command import COMMAND, alfa_alone
 from tests.fault_proxy import FaultProxy
+from tests.nights import NIGHT
 from tests.places import ROOT
 from tests.processes import kill_processes
 from tests.ray_head import Head, run_head
 
-NIGHT = "2026-01-02"
 SECRET = "s3-secret-of-the-submitter"
 
 
@@ -80,7 +80,7 @@ def test_a_night_submitted_twice_at_once_is_one_job_that_both_follow(head: Head,
 
 
 def test_without_its_token_the_head_is_named_and_nothing_runs(head: Head, tmp_path: Path) -> None:
-    refused = alfa(*arguments(head, tmp_path), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
+    refused = alfa_alone(*arguments(head, tmp_path), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
     assert refused.returncode == 1 and "set RAY_AUTH_MODE=token" in refused.stderr
     assert "Traceback" not in refused.stderr and not jobs_of(head, tmp_path)
 
@@ -93,7 +93,7 @@ def test_the_code_is_sent_once_and_is_small(tmp_path: Path) -> None:
         through = replace(head, address=proxy.endpoint)
         for night in ("first", "second"):
             command = [*arguments(through, tmp_path / night), "--images", str(tmp_path / "in"), "--no-wait"]
-            done = alfa(*command, **head.environment)
+            done = alfa_alone(*command, **head.environment)
             assert done.returncode == 0 and "submitted as" in done.stderr, done.stderr
             (submission_id,) = jobs_of(head, tmp_path / night)
             wait_for_end(head, submission_id)
@@ -123,12 +123,12 @@ def test_a_driver_killed_in_mid_run_is_told_by_its_exit_code_and_submitted_again
     assert follower.returncode == 137 and "exit code 137; submit it again to resume" in error, (out, error)
     assert rows(tmp_path) == 0
 
-    again = alfa(*arguments(head, tmp_path), **head.environment)
+    again = alfa_alone(*arguments(head, tmp_path), **head.environment)
     assert again.returncode == 0, again.stderr
     assert f"{submission_id} has failed" in again.stderr and f"submitted as {submission_id}-2" in again.stderr
     assert "shards are finished already" in again.stdout and rows(tmp_path) == 24
 
-    once_more = alfa(*arguments(head, tmp_path), **head.environment)
+    once_more = alfa_alone(*arguments(head, tmp_path), **head.environment)
     assert once_more.returncode == 0 and "has succeeded already" in once_more.stderr
     assert set(jobs_of(head, tmp_path)) == {submission_id, f"{submission_id}-2"}
 
@@ -137,15 +137,15 @@ def test_a_driver_killed_in_mid_run_is_told_by_its_exit_code_and_submitted_again
 def test_a_job_that_fails_passes_its_exit_code_on(head: Head, tmp_path: Path) -> None:
     images, output = tmp_path / "in", tmp_path / "out"
     command = [*arguments(head, output), "--images", str(images)]
-    empty = alfa(*command, **head.environment)
+    empty = alfa_alone(*command, **head.environment)
     assert empty.returncode == 2 and "no images at" in empty.stdout and "exit code 2" in empty.stderr
     (images / "nut").mkdir(parents=True)
     (images / "nut" / "broken.jpg").write_bytes(b"broken")
-    accepted = alfa(*command, "--set", "engine.max_error_rate=0", "--no-wait", **head.environment)
+    accepted = alfa_alone(*command, "--set", "engine.max_error_rate=0", "--no-wait", **head.environment)
     first, second = jobs_of(head, output)
     assert accepted.returncode == 0 and accepted.stdout.split() == [max(first, second)]
     assert {first, second} == {min(first, second), f"{min(first, second)}-2"}
-    followed = alfa(*command, "--set", "engine.max_error_rate=0", **head.environment)
+    followed = alfa_alone(*command, "--set", "engine.max_error_rate=0", **head.environment)
     assert followed.returncode == 1 and "more than max_error_rate 0" in followed.stdout, followed.stdout
 
 
@@ -162,7 +162,7 @@ def test_a_backfill_submits_the_nights_that_are_missing_and_goes_on_where_it_sto
             shutil.copy(photo, tmp_path / night / "hazelnut")
 
     def backfill() -> tuple[int, dict[str, str]]:
-        done = alfa(
+        done = alfa_alone(
             "backfill", "--images", tmp_path / "{run_date}", "--output", tmp_path / "out", "--set", "engine.lease_s=1",
             "--from", first, "--to", third, "--submit", "--address", head.address, "--stop-on-error",
             limit_s=600, **head.environment,

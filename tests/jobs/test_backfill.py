@@ -15,9 +15,10 @@ from jobs.flags import JobFlags
 from pipeline.lake import published_nights
 from pipeline.storage import Store
 from schemas.job import JobConfig, JobError
-from tests.command import alfa
-from tests.jobs.made_nights import FIRST, FOURTH, SECOND, THIRD, copy_photos, job_of, publish_as_scored
+from tests.command import alfa_alone
+from tests.jobs.nights import copy_photos, job_of, publish_as_scored
 from tests.llm_server import LLMServer
+from tests.nights import FIRST, FOURTH, SECOND, THIRD
 
 
 class Scorer:
@@ -114,13 +115,13 @@ def test_a_backfill_asks_the_llm_once_a_class_and_goes_on_where_it_was_stopped(
             "backfill", "--images", tmp_path / "days" / "{run_date}", "--output", tmp_path / "out",
             "--llm", "openai/test", "--set", f"prompts.api_base={server.api_base}", "--from", FIRST, "--to", THIRD,
         ]  # fmt: skip
-        done = alfa(*arguments)
+        done = alfa_alone(*arguments)
     assert done.returncode == 1, done.stderr
     assert server.requests == {"hazelnut": 1, "capsules": 1}
     outcomes = dict(re.findall(r"│ (2026-\d\d-\d\d) │ (.*?)\s*│", done.stdout))
     assert outcomes == {FIRST: "published", SECOND: "refused, exit code 2", THIRD: "published"}
     (tmp_path / "days" / SECOND).symlink_to(tmp_path / "in")
-    again = alfa(*arguments)
+    again = alfa_alone(*arguments)
     assert again.returncode == 0, again.stderr
     outcomes = dict(re.findall(r"│ (2026-\d\d-\d\d) │ (.*?)\s*│", again.stdout))
     assert outcomes == {FIRST: "was published", SECOND: "published", THIRD: "was published"}

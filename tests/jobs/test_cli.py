@@ -28,7 +28,7 @@ from pipeline.lake import DIALECTS, FORMATS
 from pipeline.storage import Store, paths
 from schemas.job import parse_job
 from schemas.records import Commit, dump_record
-from tests.command import COMMAND, alfa
+from tests.command import COMMAND, alfa, alfa_alone
 from tests.places import ROOT
 
 RUN_ID = f"2026-01-02-{'a' * 12}"
@@ -82,7 +82,7 @@ def _read_all(master: int) -> Iterator[bytes]:
 
 def test_the_version_is_that_of_the_package_also_by_python_m() -> None:
     version = f"alfa {metadata.version('alfa-pipeline')}\n"
-    assert alfa("--version").stdout == version
+    assert alfa_alone("--version").stdout == version
     by_module = subprocess.run([sys.executable, "-m", "jobs", "--version"], capture_output=True, text=True)
     assert by_module.stdout == version
 
@@ -125,18 +125,18 @@ def test_the_choices_of_flags_are_those_of_the_pipeline() -> None:
 @pytest.mark.parametrize(("typed", "offered"), [("alfa cal", {"calibrate"}), ("alfa schema --dialect d", {"duckdb"})])
 def test_the_shell_completes_commands_and_choices(typed: str, offered: set[str]) -> None:
     words = {"_ALFA_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    assert set(alfa(**words).stdout.split()) == offered
+    assert set(alfa_alone(**words).stdout.split()) == offered
 
 
 def test_a_pipe_gets_whole_cells_on_one_line_and_no_escape_codes(tmp_path: Path) -> None:
     errors = {f"an_error_type_with_a_long_name_{number}": number for number in range(1, 9)}
     write_stats(tmp_path, errors=errors)
     environment = {"COLUMNS": "40", "TERM": "xterm-256color"}
-    shown = alfa("status", tmp_path, **environment)
+    shown = alfa_alone("status", tmp_path, **environment)
     (row,) = [line for line in shown.stdout.splitlines() if RUN_ID in line]
     assert ", ".join(f"{count} {name}" for name, count in errors.items()) in row
     assert "…" not in shown.stdout
-    refused = alfa("status", "s4://lake", **environment)
+    refused = alfa_alone("status", "s4://lake", **environment)
     assert "\x1b" not in shown.stdout + shown.stderr + refused.stderr
 
 

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from jobs.cli import app
 from jobs.compare import describe_base, expand
 from pipeline.evaluation import PUBLISHED
 from pipeline.evaluation.measure import METRICS
 from schemas.job import JobError, parse_job
 from schemas.tables import EVALUATION
-from tests.command import alfa
+from tests.command import Ended, alfa
 from tests.places import DEMO
+from tests.shared_ray import share_ray
 
-RUNNER = CliRunner(env={"COLUMNS": "200"})
 JOB = parse_job({"dataset": {"images": "in"}, "output": {"uri": "out"}})
 
 
-@pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """The command line sets up the logging of its process, which here is that of all tests."""
-    before = logging.root.handlers[:]
-    yield
-    logging.root.handlers[:] = before
-
-
-def evaluate(*arguments: str | Path) -> Result:
-    """`alfa evaluate` in this process: torch is there already."""
-    return RUNNER.invoke(app, ["evaluate", *map(str, arguments)])
+def evaluate(*arguments: str | Path) -> Ended:
+    return alfa("evaluate", *arguments)
 
 
 def evaluation_of(output: Path) -> tuple[Path, dict[str, Any]]:
@@ -48,12 +34,13 @@ def evaluation_of(output: Path) -> tuple[Path, dict[str, Any]]:
 
 def test_a_finished_run_measures_as_its_images_scored_anew(tmp_path: Path) -> None:
     flags = ("--images", DEMO, "--layout", "mvtec", "--output")
+    share_ray()
     scored = alfa("score", *flags, tmp_path / "night", "--run-date", "2026-01-02")
     assert scored.returncode == 0, scored.stderr
     (run,) = (tmp_path / "night" / "runs").glob("2026-*[0-9a-f]")
     from_run = evaluate("--output", tmp_path / "night", "--run", run.name)
     anew = evaluate(*flags, tmp_path / "anew")
-    assert from_run.exit_code == anew.exit_code == 0, from_run.output + anew.output
+    assert from_run.returncode == anew.returncode == 0, from_run.stderr + anew.stderr
     (_, one), (folder, other) = evaluation_of(tmp_path / "night"), evaluation_of(tmp_path / "anew")
     for row, again in zip(one["rows"], other["rows"], strict=True):
         assert (row["level"], row["class_name"], row["label"]) == (again["level"], again["class_name"], again["label"])
@@ -78,7 +65,7 @@ def test_compare_shows_configurations_beside_published_rows(tmp_path: Path) -> N
     done = evaluate("--preset", "mvtec", "--model", "alfa-small", "--images", DEMO, "--output", tmp_path,
         "--compare", "method.adaptation=none,mean", "--compare", "prompts.described=false method.local_weight=0,1",
     )  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     folder, document = evaluation_of(tmp_path)
     means = {row["configuration"]: row for row in document["rows"] if row["level"] == "mean"}
     assert list(means) == [
@@ -114,7 +101,7 @@ def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path) -> Non
         writer.writerow(("uri", "class_name", "label", "mask_uri"))
         writer.writerows((uri, "hazel|<b>nut</b>", label, mask) for uri, label, mask in rows)
     done = evaluate("--images", tmp_path / "in.csv", "--output", tmp_path / "out")
-    assert done.exit_code == 1, done.output  # one of 13 is more than 5 %
+    assert done.returncode == 1, done.stderr  # one of 13 is more than 5 %
     folder, document = evaluation_of(tmp_path / "out")
     (row,) = (row for row in document["rows"] if row["level"] == "class")
     assert (row["good"], row["anomalous"], row["errors"]) == (6, 6, 1) and row["pixel_pro"] is not None
@@ -140,7 +127,7 @@ def test_bad_usage_is_exit_code_2_and_a_clear_line(arguments: list[str], message
     shutil.copytree(DEMO / "hazelnut" / "test" / "good", tmp_path / "flat" / "nut")
     arguments = [str(tmp_path / "flat") if item == "flat" else item for item in arguments]
     refused = evaluate("--output", tmp_path / "out", *arguments)
-    assert refused.exit_code == 2 and message in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and message in refused.stderr, refused.stderr
 
 
 def test_comparisons_are_lists_of_grids_without_repeats() -> None:
@@ -175,10 +162,10 @@ def test_shots_are_compared_with_zero_shot(tmp_path: Path) -> None:
         (tmp_path / "in" / "hazelnut" / "test" / "good" / name).rename(train / name)
     arguments = ("--images", tmp_path / "in", "--output", tmp_path / "out", "--shots", "0,1,2")
     shown = evaluate(*arguments, "--set", "method.aligner=ridge")
-    assert shown.exit_code == 0, shown.output
+    assert shown.returncode == 0, shown.stderr
     _, found = evaluation_of(tmp_path / "out")
     rows = {row["configuration"]: row for row in found["rows"] if row["level"] == "class"}
     assert list(rows) == ["base", "shots=1", "shots=2"] and {row["good"] for row in rows.values()} == {4}
     # What hazelnuts look like tells more than words about them.
     assert rows["shots=2"]["pixel_aupr"] > rows["base"]["pixel_aupr"]
-    assert evaluate(*arguments[:4], "--shots", "some").exit_code == 2
+    assert evaluate(*arguments[:4], "--shots", "some").returncode == 2

@@ -2,11 +2,11 @@ from pathlib import Path
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from jobs.cli import app
 from jobs.flags import JobFlags, NightFlags
 from schemas.job import JobError
+from tests.command import alfa
 
 
 def flags_of(command: str) -> set[str]:
@@ -66,6 +66,6 @@ def test_a_job_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_a_misspelt_address_is_one_line_and_bad_usage(command: list[str]) -> None:
-    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, command)
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    done = alfa(*command)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "alfa: s4://" in done.stderr and "cannot be opened: Protocol not known: s4" in done.stderr

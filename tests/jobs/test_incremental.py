@@ -20,7 +20,8 @@ from pipeline.prompts import make_offline
 from pipeline.storage import Store, paths
 from schemas.job import JobConfig
 from tests.command import alfa
-from tests.jobs.made_nights import FIRST, FOURTH, SECOND, THIRD, copy_photos, job_of, publish_as_scored
+from tests.jobs.nights import copy_photos, job_of, publish_as_scored
+from tests.nights import FIRST, FOURTH, SECOND, THIRD
 
 
 @pytest.fixture
@@ -39,6 +40,7 @@ def planned(job: JobConfig, scratch: Path) -> list[str]:
 
 
 def test_a_night_with_nothing_new_is_published_empty_without_ray(folder: Path) -> None:
+    ray.shutdown()
     where = ("--images", folder / "in", "--output", folder / "out", "--run-date", SECOND)
     sets = ("--set", "dataset.select=new", "--set", "lake.format=iceberg")
     done = alfa("score", *where, *sets, RAY_ADDRESS="127.0.0.1:1")  # no Ray answers there

@@ -19,7 +19,8 @@ from pipeline.scoring import identify_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
-from tests.jobs.made_nights import FIRST, SECOND, copy_photos, job_of, publish_as_scored
+from tests.jobs.nights import copy_photos, job_of, publish_as_scored
+from tests.nights import FIRST, SECOND
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def said(job: JobConfig, capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[
 
 
 def test_a_first_night_is_planned_from_its_images_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ray.shutdown()
     (folder / "in" / "hazelnut" / "empty.jpg").touch()
     (folder / "in" / "hazelnut" / "scan.png").write_bytes(b"x" * 1_000_000)
     (folder / "in" / "hazelnut" / "thumb.png").write_bytes(b"x" * 100)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import COMMAND, alfa, lines_of_others
+from tests.command import COMMAND, alfa_alone, lines_of_others
 from tests.llm_server import HANG, LLMServer, Reply
 from tests.places import DEMO
 
@@ -27,7 +27,7 @@ def test_a_prompt_that_cannot_be_made_while_others_are_asked_for_is_one_clear_li
     with LLMServer([REFUSED, HANG, HANG]) as server:
         arguments = ["--images", tmp_path / "in", "--output", tmp_path / "out", "--llm", "openai/test"]
         base = f"prompts.api_base={server.api_base}"
-        failed = alfa("score", *arguments, "--set", base, OPENAI_API_KEY="sk-test")
+        failed = alfa_alone("score", *arguments, "--set", base, OPENAI_API_KEY="sk-test")
     assert failed.returncode == 1
     assert failed.stdout == ""
     assert lines_of_others(failed.stderr) == []

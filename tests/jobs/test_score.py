@@ -5,24 +5,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import duckdb
 import pytest
 
-from tests.command import alfa, lines_of_others
+from tests.command import Ended, alfa, alfa_alone, lines_of_others
 from tests.llm_server import LLMServer
+from tests.nights import NIGHT
 from tests.places import DEMO
+from tests.shared_ray import share_ray
 
-NIGHT = "2026-01-02"
 
-
-def score(images: Path, output: Path, *overrides: str, log_format: str = "text") -> subprocess.CompletedProcess[str]:
+def arguments(images: Path, output: Path, *overrides: str) -> list[str | Path]:
     sets = [part for override in overrides for part in ("--set", override)]
-    where = ["--images", images, "--output", output, "--run-date", NIGHT]
-    return alfa("--log-format", log_format, "score", *where, *sets)
+    return ["score", "--images", images, "--output", output, "--run-date", NIGHT, *sets]
+
+
+def score(images: Path, output: Path, *overrides: str) -> Ended:
+    return alfa(*arguments(images, output, *overrides))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for class_name, kind in (("hazelnut", "good"), ("capsules", "anomaly")):
         shutil.copytree(DEMO / class_name / "test" / kind, folder / "in" / class_name)
     (folder / "in" / "hazelnut" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
-    done = score(folder / "in", folder / "out", "engine.shard_size=4", "engine.max_error_rate=0.5")
+    done = alfa_alone(*arguments(folder / "in", folder / "out", "engine.shard_size=4", "engine.max_error_rate=0.5"))
     assert done.returncode == 0, done.stderr
     assert "layout folders" in done.stderr and "13 images of 2 classes" in done.stderr
     assert lines_of_others(done.stderr) == []
@@ -55,7 +56,8 @@ def test_the_readme_query_reads_the_table(night: tuple[Path, Path]) -> None:
 
 def test_the_same_night_again_is_done_without_scoring(night: tuple[Path, Path]) -> None:
     before = {path: path.stat().st_mtime_ns for path in night[1].rglob("*.parquet")}
-    again = score(*night, "engine.shard_size=4", "engine.max_error_rate=0.5", log_format="json")
+    command = arguments(*night, "engine.shard_size=4", "engine.max_error_rate=0.5")
+    again = alfa("--log-format", "json", *command)
     assert again.returncode == 0 and again.stdout == ""
     records = [json.loads(line) for line in again.stderr.splitlines()]
     assert any("already published" in record["message"] for record in records)
@@ -72,6 +74,7 @@ def test_a_lost_shard_alone_is_scored_again_and_published(night: tuple[Path, Pat
     shards = sorted(output.glob("runs/*/shards/*.parquet"))
     kept = {path: path.stat().st_mtime_ns for path in shards[1:]}
     shards[0].unlink()
+    share_ray()
     resumed = score(night[0], output, "engine.shard_size=4", "engine.max_error_rate=0.5")
     assert resumed.returncode == 0, resumed.stderr
     assert "3 of 4 shards are finished already" in resumed.stderr
@@ -86,6 +89,7 @@ def test_past_the_error_budget_the_exit_code_is_1_and_rows_are_there(night: tupl
 
 @pytest.mark.slow
 def test_quantile_thresholds_mark_the_share_asked_for(night: tuple[Path, Path], tmp_path: Path) -> None:
+    share_ray()
     done = score(night[0], tmp_path, "threshold.policy=quantile", "threshold.quantile=0.5", "engine.max_error_rate=0.5")
     assert done.returncode == 0, done.stderr
     rows = duckdb.sql(
@@ -124,6 +128,7 @@ def test_a_calibrated_night_marks_what_its_table_says(tmp_path: Path) -> None:
     shutil.copytree(DEMO / "hazelnut" / "test" / "good", tmp_path / "known" / "hazelnut")
     images, output, table = tmp_path / "in", tmp_path / "out", tmp_path / "cut" / "thresholds.json"
     references = (f"references.images={tmp_path / 'known'}", "references.shots=3")
+    share_ray()
     first = score(images, output, *references, "threshold.policy=reference")
     assert first.returncode == 0, first.stderr
     (memory,) = output.glob("runs/*/references/hazelnut.safetensors")
@@ -150,6 +155,7 @@ def test_status_shows_runs(night: tuple[Path, Path]) -> None:
 
 
 def test_check_passes_where_all_is_well_and_names_what_is_not(night: tuple[Path, Path], tmp_path: Path) -> None:
+    share_ray()
     with LLMServer() as server:
         llm = ("--llm", "openai/test", "--set", f"prompts.api_base={server.api_base}", "--ask")
         good = alfa("check", "--images", night[0], "--output", tmp_path, *llm, "--json", OPENAI_API_KEY="")
@@ -215,12 +221,8 @@ def test_help_fits_a_screen() -> None:
     assert 10 < len(lines) <= 40
 
 
-def test_the_method_imports_without_ray_s3fs_and_litellm() -> None:
-    code = "import sys, pipeline.alfa; sys.exit(bool({'ray', 's3fs', 'litellm'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
 def test_the_demo_scores_its_images_and_says_where_everything_lies(tmp_path: Path) -> None:
+    share_ray()
     shown = alfa("demo", "--output", tmp_path / "demo")
     assert shown.returncode == 0, shown.stderr
     assert "24, 24 ok" in shown.stdout and "most anomalous images" in shown.stdout

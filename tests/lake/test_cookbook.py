@@ -18,10 +18,10 @@ import pytest
 from pipeline.lake import iceberg, publish_night, render_ddl
 from pipeline.storage import Store
 from tests.command import alfa
-from tests.lake.test_iceberg import job_for
-from tests.lake.test_ledger import publish as publish_photos
-from tests.lake.test_publish import CLASSES, ROWS, make_run
+from tests.lake.nights import CLASSES, ROWS, job_for, make_run
+from tests.lake.nights import publish as publish_photos
 from tests.places import ROOT
+from tests.shared_ray import share_ray
 
 PAGE = "pipeline/lake/README.md"
 SECTION = (ROOT / PAGE).read_text().partition("\n## Cookbook\n")[2].partition("\n## ")[0]
@@ -120,14 +120,9 @@ def test_the_iceberg_snippet_reads_the_night(lake: Path) -> None:
 
 @pytest.mark.slow
 def test_the_ray_snippet_reads_the_night(lake: Path, odd_lake: Path) -> None:
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        check(run_python(PYTHON["Ray"], lake))
-        check_classes(run_python(PYTHON["Ray"], odd_lake)["class_name"])
-    finally:
-        ray.shutdown()
+    share_ray()
+    check(run_python(PYTHON["Ray"], lake))
+    check_classes(run_python(PYTHON["Ray"], odd_lake)["class_name"])
 
 
 def test_sql_snippets_give_the_night_the_last_night_and_each_image_once(lake: Path) -> None:

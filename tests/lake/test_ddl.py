@@ -13,7 +13,7 @@ from pipeline.lake.ddl import PARTITIONS
 from pipeline.storage import Store
 from schemas.tables import SCORES
 from tests.command import alfa
-from tests.lake.test_publish import ROWS, make_run
+from tests.lake.nights import ROWS, make_run
 
 COLUMNS = [*SCORES.names, *PARTITIONS.names]
 

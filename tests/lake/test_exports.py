@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,12 +19,11 @@ from pycocotools.coco import COCO
 
 from pipeline.images import encode_mask, find_regions, split_regions
 from pipeline.lake import publish_night
-from pipeline.storage import Run, Store, paths
-from schemas.job import dump_job_yaml, parse_job
-from schemas.tables import SHARD
+from pipeline.storage import Store, paths
+from schemas.job import dump_job_yaml
 from tests.command import alfa
+from tests.nights import NIGHT, run_of, write_shard
 
-NIGHT = "2026-01-02"
 NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
 
 
@@ -62,19 +57,10 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[di
     rows.append(
         {"image_key": "broken", "image_uri": str(images / "broken.png"), "status": "error", "error_type": "corrupt"}
     )
-    job = parse_job({"dataset": {"images": str(images)}, "output": {"uri": output.uri("")}, "run_date": NIGHT})
-    run = Run(f"{NIGHT}-aaa", job, "alfa-small", "0" * 64)
-    common = {
-        "class_name": "nut", "run_id": run.run_id, "shard_id": "one", "model": run.model, "weights_sha256": "0" * 64,
-        "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
-    }  # fmt: skip
-    table = pa.Table.from_pylist(
-        [{**row, **common, "image_id": f"{n:032}"} for n, row in enumerate(rows)], schema=SHARD
-    )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
-    output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
+    run = run_of(output, "aaa", dataset={"images": str(images)})
+    made = [{"class_name": "nut", **row, "image_id": f"{number:032}"} for number, row in enumerate(rows)]
+    write_shard(output, run, "one", made)
+    output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(run.job).encode())
     publish_night(run, "m", run.shards, ["one"], output, "test")
     return folder / "out", images, rows
 
@@ -147,7 +133,7 @@ def test_label_studio_tasks_have_predictions_in_per_cent(
     assert [label.get("value") for label in config.iter("Label")] == ['a "crack" <b>', "anomaly"]
     (task,) = (task for task in tasks.values() if task["data"]["image"].endswith("%3C3%3E%20%26%20%C3%BC.png"))
     (prediction,) = task["predictions"]
-    assert prediction["score"] == pytest.approx(0.3) and prediction["model_version"] == f"alfa-small {NIGHT}-aaa"
+    assert prediction["score"] == pytest.approx(0.3) and prediction["model_version"] == f"model {NIGHT}-aaa"
     (result,) = prediction["result"]
     assert result["value"] == {
         "x": 0.0, "y": 0.0, "width": 100.0, "height": 100.0, "rotation": 0, "rectanglelabels": ['a "crack" <b>'],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from datetime import date
 from pathlib import Path
@@ -14,10 +13,9 @@ from rich.console import Console
 from jobs.gc import run_gc
 from pipeline.lake import collect_garbage, publish_night, read_commit
 from pipeline.storage import STAGING, Store, leases, paths
-from tests.lake.test_publish import make_run
+from tests.lake.nights import DAY_S, age, keys, make_run
 
 NIGHT = date(2026, 1, 2)
-DAY_S = 86_400.0
 
 
 def make_lake(output: Store) -> None:
@@ -43,15 +41,6 @@ def make_lake(output: Store) -> None:
 
 def release(output: Store, name: str, number: int, expires_at: float = 0.0) -> None:
     output.write(leases.lease_key(name, number), json.dumps({"owner": "x", "expires_at": expires_at}).encode())
-
-
-def age(folder: Path, seconds: float = 2 * DAY_S) -> None:
-    for path in folder.rglob("*"):
-        os.utime(path, (time.time() - seconds,) * 2)
-
-
-def keys(output: Store) -> set[str]:
-    return {info.key for info in output.list()}
 
 
 def kept_by_commit(output: Store) -> set[str]:

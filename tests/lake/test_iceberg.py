@@ -11,13 +11,7 @@ from pyiceberg.catalog import Catalog
 
 from pipeline.lake import iceberg, publish_night
 from pipeline.storage import Run, Store
-from schemas.job import JobConfig, parse_job
-from tests.lake.test_publish import CLASSES, ROWS, make_run
-
-
-def job_for(output: Store, night: str = "2026-01-02", **lake: str) -> JobConfig:
-    document = {"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night}
-    return parse_job({**document, "lake": {"format": "iceberg", **lake}})
+from tests.lake.nights import CLASSES, ROWS, job_for, make_run
 
 
 def publish(output: Store, name: str, night: str = "2026-01-02") -> Run:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from datetime import date, datetime, timezone
+from datetime import date
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -25,89 +22,15 @@ from pipeline.lake import (
     collect_garbage,
     find_ledgers,
     ledger,
-    publish_night,
     read_commit,
-    read_known,
     write_ledger,
 )
 from pipeline.prompts import compose_ensemble, make_offline, record_prompts
-from pipeline.storage import Run, Store, paths
+from pipeline.storage import Store, paths
 from schemas.job import dump_job_yaml, parse_job
-from schemas.records import Commit
-from schemas.tables import LEDGER, MANIFEST, SHARD
-
-FIRST, SECOND, THIRD, TONIGHT = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
-METHOD, OTHER = "a" * 32, "b" * 32
-"""Fingerprints."""
-
-Photo = tuple[str, str]
-"""Address and ETag."""
-
-
-def image_id(photo: Photo) -> str:
-    return hashlib.blake2b("\0".join(photo).encode(), digest_size=16).hexdigest()
-
-
-def publish(
-    output: Store,
-    night: str,
-    photos: Mapping[Photo, str],
-    fingerprints: Mapping[str, str] | None = None,
-    run: str = "run",
-    class_of: Mapping[Photo, str] | None = None,
-) -> Commit:
-    """Publishes photos with their status as a night."""
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
-    made = Run(f"{night}-{hashlib.sha256(run.encode()).hexdigest()[:12]}", job, "model", "0" * 64)
-    rows = [
-        {
-            "class_name": (class_of or {}).get(photo, "nut"),
-            "image_key": photo[0],
-            "image_id": image_id(photo),
-            "image_uri": photo[0],
-            "image_etag": photo[1],
-            "run_id": made.run_id,
-            "shard_id": "one",
-            "status": status,
-            "score": 0.5 if status == "ok" else None,
-            "model": "model",
-            "weights_sha256": "0" * 64,
-            "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
-        }
-        for photo, status in photos.items()
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
-    output.write(paths.shard_key(made.shards, "one"), buffer.getvalue())
-    marks = {"nut": METHOD} if fingerprints is None else fingerprints
-    return publish_night(made, "m", made.shards, ["one"] if rows else [], output, "test", marks)
-
-
-def left(
-    output: Store,
-    photos: list[Photo],
-    fingerprints: Mapping[str, str] | None = None,
-    error_nights: int = 4,
-    class_name: str = "nut",
-    selection: Selection | None = None,
-    mended: Store | None = None,
-    tonight: str = TONIGHT,
-) -> list[Photo]:
-    """The photos of a listing that tonight is left with."""
-    rows = [
-        {"uri": photo[0], "key": photo[0], "class_name": class_name, "etag": photo[1], "image_id": image_id(photo)}
-        for photo in photos
-    ]
-    listed = pa.Table.from_pylist(rows, schema=MANIFEST).to_batches(3)
-    ledgers = find_ledgers(output, but_for=date.fromisoformat(tonight))
-    known = read_known(output, ledgers, fingerprints or {class_name: METHOD}, error_nights, mended)
-    counted = selection or Selection()
-    batches = known.leave_out(listed, counted)
-    return [(row["uri"], row["etag"]) for batch in batches for row in batch.to_pylist()]
-
-
-def photos_named(*names: str) -> list[Photo]:
-    return [(name, "v1") for name in names]
+from schemas.tables import LEDGER
+from tests.lake.nights import METHOD, OTHER, left, photos_named, publish
+from tests.nights import FIRST, SECOND, THIRD
 
 
 def test_a_photo_is_known_by_address_version_class_and_what_it_was_scored_as(tmp_path: Path) -> None:
@@ -244,7 +167,8 @@ def test_rebuilding_finds_no_difference_or_mends_it(tmp_path: Path, capsys: pyte
 KILLED = """
 import sys
 from tests.killed_driver import kill_around
-from tests.lake.test_ledger import FIRST, photos_named, publish
+from tests.lake.nights import photos_named, publish
+from tests.nights import FIRST
 from pipeline.storage import Store
 when, pattern = sys.argv[2:]
 kill_around(when, pattern, 1)

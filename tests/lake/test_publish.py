@@ -5,54 +5,16 @@ import io
 import itertools
 import json
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.lake import publish_night, read_commit
 from pipeline.storage import Run, Store, leases, paths
-from schemas.job import parse_job
-from schemas.tables import SCHEMA_VERSION, SHARD
-
-CLASSES = ("bolt", "nut")
-ROWS = 40
-
-
-def make_run(
-    output: Store, name: str, score: float = 0.5, night: str = "2026-01-02", classes: Sequence[str] = CLASSES
-) -> tuple[Run, list[str]]:
-    """A run whose shards lie in the store: rows of all classes, each with the run's id."""
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
-    run = Run(f"{night}-{name}", job, "model", "0" * 64)
-    shards = ["one", "two"]
-    for shard in shards:
-        rows = [
-            {
-                "class_name": class_name,
-                "image_key": f"{shard}-{number}",
-                "image_id": f"{shard}-{number}",
-                "image_uri": f"{shard}-{number}",
-                "run_id": run.run_id,
-                "shard_id": shard,
-                "status": "ok",
-                "score": score + number / 1000,
-                "prompt_fingerprint": "p1",
-                "model": "model",
-                "weights_sha256": "0" * 64,
-                "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
-            }
-            for class_name in classes
-            for number in range(ROWS // 2)
-        ]
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
-        output.write(paths.shard_key(run.shards, shard), buffer.getvalue())
-    return run, shards
+from schemas.tables import SCHEMA_VERSION
+from tests.lake.nights import CLASSES, ROWS, make_run
 
 
 def runs_in(data: bytes) -> set[str]:

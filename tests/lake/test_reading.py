@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.lake import publish_night, read_groups, take_rows
 from pipeline.storage import Store
-from tests.lake.test_publish import ROWS, make_run
+from tests.lake.nights import ROWS, make_run
 
 
 def test_rows_are_taken_in_the_order_that_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,8 @@ from pipeline.report import drift
 from pipeline.storage import Store, leases, paths
 from schemas.job import Storage, dump_job_yaml
 from tests.killed_driver import kill_around
-from tests.lake.test_garbage import DAY_S, age, keys
-from tests.lake.test_iceberg import job_for
-from tests.lake.test_ledger import FIRST, METHOD, SECOND, THIRD, TONIGHT, left, photos_named, publish
-from tests.lake.test_publish import make_run
+from tests.lake.nights import DAY_S, METHOD, age, job_for, keys, left, make_run, photos_named, publish
+from tests.nights import FIRST, FOURTH, SECOND, THIRD
 from tests.stats import write_stats
 
 NIGHTS = (FIRST, SECOND, THIRD)
@@ -272,4 +270,4 @@ def test_the_command_says_what_goes_and_removes_only_when_told(tmp_path: Path) -
     assert published_nights(output) == [THIRD]
     for wrong in (["--table"], ["--keep-nights", "1", "--keep-days", "1"], ["--keep-nights", "0"]):
         assert cli.invoke(app, ["gc", str(tmp_path), *wrong]).exit_code == 2
-    assert left(output, photos_named("c"), tonight=TONIGHT) == []
+    assert left(output, photos_named("c"), tonight=FOURTH) == []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from pipeline.lake import publish_night
@@ -19,10 +16,9 @@ from pipeline.storage import Run, Store, paths
 from schemas.job import dump_job_yaml, parse_job
 from schemas.prompts import PromptSet, Usage
 from schemas.records import Commit
-from schemas.tables import SHARD
+from tests.nights import NIGHT, WEIGHTS, write_shard
 from tests.stats import write_stats
 
-NIGHT = "2026-01-02"
 THRESHOLD = 0.6
 GRID = (6, 8)
 DEFECTS = [{"name": f"defect {n}", "look": f"a mark of kind {n}"} for n in range(5)]
@@ -102,7 +98,7 @@ def publish(
     output = Store(str(folder))
     document = {"dataset": {"images": str(photos)}, "output": {"uri": str(folder)}, "run_date": night}
     job = parse_job(document, overrides)
-    run = Run(f"{night}-{'a' * 12}", job, "ViT-test/weights", "0" * 64)
+    run = Run(f"{night}-{'a' * 12}", job, "ViT-test/weights", WEIGHTS)
     records = record_prompts(sets, [compose_ensemble(item, lambda _: True) for item in sets])
     prompts = {item.ensemble.class_name: item.ensemble.prompts for item in records.classes}
     output.write(paths.run_key(run.run_id, "job.yaml"), dump_job_yaml(job).encode())
@@ -118,20 +114,7 @@ def publish(
         for number, row in enumerate(rows[start : start + 256], start):
             sides = [prompt.side for prompt in prompts.get(row["class_name"], ())]
             kept = [side in sides[:place] for place, side in enumerate(sides)] if row["status"] == "ok" else None
-            part.append(
-                {
-                    "image_id": f"{number:032x}",
-                    "run_id": run.run_id,
-                    "shard_id": shard,
-                    "model": run.model,
-                    "weights_sha256": run.weights_sha256,
-                    "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
-                    "prompts_kept": kept or None,
-                    **row,
-                }
-            )
-        buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(part, schema=SHARD), buffer)
-        output.write(paths.shard_key(run.shards, shard), buffer.getvalue())
+            part.append({"image_id": f"{number:032x}", "prompts_kept": kept or None, **row})
+        write_shard(output, run, shard, part)
         shards.append(shard)
     return publish_night(run, "m" * 12, run.shards, shards, output, "test")

@@ -13,8 +13,9 @@ from pipeline.report import gather, render
 from pipeline.report.loading import MOST_CHANGES
 from pipeline.storage import Store
 from schemas.records import Commit
-from tests.report.nights import NIGHT, failed, publish, scored
-from tests.report.test_report import Page
+from tests.nights import NIGHT
+from tests.report.nights import failed, publish, scored
+from tests.report.page import Page
 
 BEFORE, LATER = "2026-01-01", "2026-01-03"
 

@@ -6,23 +6,20 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from jobs.diff import NightError, run_diff
 from pipeline.lake import publish_night
 from pipeline.report.drift import ClassDrift, compare_class, psi, read_pairs
-from pipeline.storage import Run, Store, paths
-from schemas.job import parse_job
-from schemas.tables import SHARD
+from pipeline.storage import Store
 from tests.command import alfa
+from tests.nights import run_of, write_shard
 from tests.stats import write_stats
 
 Row = tuple[str, str, float | None]
@@ -34,29 +31,19 @@ FIRST, SECOND = "2026-01-02", "2026-01-03"
 
 def publish(output: Store, night: str, rows: Sequence[Row], model: str = "model") -> None:
     """A night with threshold 0.5."""
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": output.uri("")}, "run_date": night})
-    run = Run(f"{night}-run", job, model, "0" * 64)
-    records: list[dict[str, Any]] = [
+    run = replace(run_of(output, "run", night), model=model)
+    records = [
         {
             "class_name": class_name,
             "image_key": name,
-            "image_id": name,
-            "image_uri": name,
-            "run_id": run.run_id,
-            "shard_id": "one",
             "status": "error" if score is None else "ok",
             "error_type": "corrupt" if score is None else None,
             "score": score,
             "is_anomalous": None if score is None else score >= 0.5,
-            "model": model,
-            "weights_sha256": "0" * 64,
-            "scored_at": datetime(2026, 1, 2, tzinfo=timezone.utc),
         }
         for class_name, name, score in rows
     ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(records, schema=SHARD), buffer)
-    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
+    write_shard(output, run, "one", records)
     write_stats(output, run.run_id, images_per_second=12.5)
     publish_night(run, "m", run.shards, ["one"], output, "test")
 

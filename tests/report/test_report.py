@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,48 +15,9 @@ from pipeline.report import ReportError, gather, render, write_report
 from pipeline.report.loading import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
 from pipeline.storage import Store
 from schemas.records import Commit
-from tests.report.nights import NIGHT, failed, prompt_set, publish, save_photo, scored
-
-HOSTILE = (
-    "<script>window.planted=1</script>",
-    "</script><script>window.planted=1</script>",
-    "<!--<script>",
-    "\"'><img src=x onerror=window.planted=1>",
-    "{{ 7*7 }}{% raw %}",
-    "javascript:window.planted=1",
-)
-
-
-class Page(HTMLParser):
-    """The elements and the text of a page, and the JSON that its script reads."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self._inside: str | None = None
-        self.scripts: list[str] = []
-        self.feed(html)
-        self.data: dict[str, Any] = json.loads(self.scripts[0])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = None
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside != "style":
-            self.text += data
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
+from tests.nights import NIGHT
+from tests.report.nights import failed, prompt_set, publish, save_photo, scored
+from tests.report.page import HOSTILE, Page
 
 
 def read(folder: Path, commit: Commit) -> Page:

@@ -19,7 +19,7 @@ from pipeline.scoring import build_memory, score_shard
 from pipeline.storage import Run, Store, read_shard
 from schemas.job import parse_job
 from tests.places import DEMO
-from tests.scoring.test_scorer import embed, shards_of
+from tests.scoring.runs import embed, shards_of
 
 SIZE = (4000, 3000)
 BLOT = (2600, 1900, 2611, 1911)

@@ -26,7 +26,7 @@ from pipeline.scoring.references import read_memory
 from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig, JobError, parse_job
 from tests.places import DEMO
-from tests.scoring.test_scorer import embed, shards_of
+from tests.scoring.runs import embed, shards_of
 
 GOOD = DEMO / "hazelnut" / "test" / "good"
 

@@ -15,48 +15,18 @@ from PIL import Image, ImageDraw
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import publish_night, read_commit
-from pipeline.prompts import compose_ensemble, obtain
 from pipeline.scoring import Shard, ShardStats, Thresholds, cut_shards, mask_shard, quantile_thresholds, score_shard
 from pipeline.storage import Run, Store, paths, read_shard
-from schemas.job import JobConfig, parse_job
+from schemas.job import JobConfig
 from schemas.tables import SCORES
 from tests.places import DEMO
-
-
-def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:
-    document = {"dataset": {"images": str(images)}, "output": {"uri": str(output)}, "run_date": "2026-01-02"}
-    return parse_job(document, overrides)
+from tests.scoring.runs import embed, job_for, score, shards_of
 
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO)
     return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
-
-
-def shards_of(job: JobConfig) -> list[Shard]:
-    return list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
-
-
-def embed(detector: Detector, job: JobConfig, *classes: str) -> dict[str, PromptEmbeddings]:
-    store = Store(job.output.uri)
-    sets = (obtain(store, name, job.prompts, owner="test") for name in classes)
-    return {item.class_name: detector.embed(compose_ensemble(item, lambda _: True)) for item in sets}
-
-
-def score(detector: Detector, job: JobConfig, *classes: str) -> list[dict[str, object]]:
-    """Rows of all shards, scored in this process."""
-    run, output = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri)
-    prompts, rows = embed(detector, job, *classes), []
-    for shard in shards_of(job):
-        stats = score_shard(shard, run, detector, prompts, Store(job.dataset.images), output, threads=4)
-        table = read_shard(output, run.shards, shard.shard_id)
-        assert (stats.images, sum(stats.errors.values())) == (
-            table.num_rows,
-            table.column("error_type").drop_null().length(),
-        )
-        rows += table.to_pylist()
-    return rows
 
 
 def read_mask(row: dict[str, object]) -> np.ndarray:

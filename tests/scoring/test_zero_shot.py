@@ -20,7 +20,7 @@ from pipeline.storage import Store
 from schemas.job import JobError, Method
 from schemas.prompts import Prompt, PromptEnsemble, PromptSet
 from tests.places import DEMO, ROOT
-from tests.scoring.test_scorer import job_for, score
+from tests.scoring.runs import job_for, score
 
 PHOTO = DEMO / "hazelnut" / "test" / "colour" / "00.jpg"
 GOOD = DEMO / "hazelnut" / "test" / "good" / "01.jpg"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Collection
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from jobs.planning import class_fingerprints
 from pipeline.alfa import locate_weights, text_fits
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import publish_night
 from pipeline.prompts import compose_ensemble, make_offline
-from pipeline.storage import Run, Store, paths
+from pipeline.storage import Run, Store
 from schemas.job import JobConfig, parse_job
-from schemas.tables import SHARD
+from tests.nights import write_shard
 from tests.places import DEMO
 from tests.stats import write_stats
-
-FIRST, SECOND, THIRD, FOURTH = "2026-01-01", "2026-01-02", "2026-01-03", "2026-01-04"
 
 
 def job_of(folder: Path, night: str, **keys: Any) -> JobConfig:
@@ -47,22 +42,15 @@ def publish_as_scored(job: JobConfig, failed: Collection[str] = (), **stats: Any
             "image_id": image["image_id"],
             "image_uri": image["uri"],
             "image_etag": image["etag"],
-            "run_id": run.run_id,
-            "shard_id": "one",
             "status": "error" if image["key"] in failed else "ok",
             "error_type": "corrupt" if image["key"] in failed else None,
             "score": None if image["key"] in failed else 0.4,
             "is_anomalous": None if image["key"] in failed else False,
             "prompt_fingerprint": ensembles[image["class_name"]].fingerprint,
-            "model": run.model,
-            "weights_sha256": run.weights_sha256,
-            "scored_at": datetime(2026, 1, 1, tzinfo=timezone.utc),
         }
         for image in images
     ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SHARD), buffer)
-    output.write(paths.shard_key(run.shards, "one"), buffer.getvalue())
+    write_shard(output, run, "one", rows)
     fingerprints = class_fingerprints(job, weights, ensembles.values(), {})
     publish_night(run, "m" * 12, run.shards, ["one"], output, "test", fingerprints)
     if stats:
