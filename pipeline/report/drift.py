@@ -1,6 +1,7 @@
 """Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the readers.
 
-A class is held without its addresses, so that two nights of some million photos fit in memory.
+A photo is one by its id, so by address and version: what was changed since is another photo, and a verdict on it is not
+a changed one. A class is held without its addresses, so that two nights of some million photos fit in memory.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CHANGES = {"became": "was normal", "new": "new photo", "resolved": "normal again
 
 _BINS = 10
 _SETUP = ("model", "weights_sha256", "prompt_fingerprint")
-_COLUMNS = ("image_uri", "score", "is_anomalous", *_SETUP)
+_COLUMNS = ("image_id", "score", "is_anomalous", *_SETUP)
 
 Floats = NDArray[np.float64]
 
@@ -41,7 +42,7 @@ Floats = NDArray[np.float64]
 class ClassNight:
     """A class in one night, without what is long: some 17 bytes a photo.
 
-    photos: int64, hashes of their addresses, which differ from process to process; scores: float32, NaN on error;
+    photos: int64, hashes of their ids, which differ from process to process; scores: float32, NaN on error;
     anomalous: bool; setup: the models, weights and prompts that scored it. entry: its file; None where there is none.
     select: the night's dataset.select.
     """
@@ -128,8 +129,8 @@ def _read_class(output: Store, entry: CommitFile | None, select: str) -> ClassNi
     photos, scores, anomalous = ([np.empty(0, kind)] for kind in (np.int64, np.float32, np.bool_))
     setup: list[set[str]] = [set() for _ in _SETUP]
     for rows in read_groups(output, entry, _COLUMNS) if entry is not None else ():
-        uris = rows.column("image_uri").to_pylist()
-        photos.append(np.fromiter(map(hash, uris), np.int64, len(uris)))
+        ids = rows.column("image_id").to_pylist()
+        photos.append(np.fromiter(map(hash, ids), np.int64, len(ids)))
         scores.append(rows.column("score").to_numpy())
         anomalous.append(rows.column("is_anomalous").fill_null(False).to_numpy())
         for found, name in zip(setup, _SETUP, strict=True):

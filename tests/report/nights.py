@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -111,10 +112,11 @@ def publish(
     for start in range(0, len(rows), 256):
         shard = f"{start:016x}"
         part = []
-        for number, row in enumerate(rows[start : start + 256], start):
+        for row in rows[start : start + 256]:
             sides = [prompt.side for prompt in prompts.get(row["class_name"], ())]
             kept = [side in sides[:place] for place, side in enumerate(sides)] if row["status"] == "ok" else None
-            part.append({"image_id": f"{number:032x}", "prompts_kept": kept or None, **row})
+            image_id = hashlib.blake2b(row["image_uri"].encode(), digest_size=16).hexdigest()
+            part.append({"image_id": image_id, "prompts_kept": kept or None, **row})
         write_shard(output, run, shard, part)
         shards.append(shard)
     return publish_night(run, "m" * 12, run.shards, shards, output, "test")

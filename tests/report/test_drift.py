@@ -23,7 +23,7 @@ from tests.nights import run_of, write_shard
 from tests.stats import write_stats
 
 Row = tuple[str, str, float | None]
-"""Class, image and score; None: an error."""
+"""Class, image (its address, and its version behind an @) and score; None: an error."""
 
 EVEN = [0.05 + 0.1 * step for step in range(10)]
 FIRST, SECOND = "2026-01-02", "2026-01-03"
@@ -36,6 +36,7 @@ def publish(output: Store, night: str, rows: Sequence[Row], model: str = "model"
         {
             "class_name": class_name,
             "image_key": name,
+            "image_uri": name.partition("@")[0],
             "status": "error" if score is None else "ok",
             "error_type": "corrupt" if score is None else None,
             "score": score,
@@ -125,19 +126,21 @@ def test_changed_verdicts_are_told_by_the_image_and_its_class(tmp_path: Path) ->
 
 
 def test_a_night_of_other_photos_is_compared_by_rates_and_not_by_verdicts(tmp_path: Path) -> None:
-    """As nights with select: new are: one photo of the night before is there again, changed."""
+    """As nights with select: new are: one photo was tried again, and two have changed since the night before."""
     output, text = Store(str(tmp_path)), io.StringIO()
+    tried_again = ("bolt", "first/0", 0.9)
+    changed = [("bolt", "first/1@2", 0.9), ("bolt", "first/9@2", 0.1)]
     publish(output, FIRST, [("bolt", f"first/{n}", score) for n, score in enumerate(EVEN)])
     publish(
         output,
         SECOND,
-        [("bolt", f"second/{n}", score) for n, score in enumerate(EVEN[4:])] + [("bolt", "first/0", 0.9)],
+        [*(("bolt", f"second/{n}", score) for n, score in enumerate(EVEN[4:])), tried_again, *changed],
     )
     (bolt,) = drifts(output)
-    assert bolt.common == 1 and bolt.is_of_other_photos and bolt.rates == (5 / 10, 6 / 7)
+    assert bolt.common == 1 and bolt.is_of_other_photos and bolt.rates == (5 / 10, 7 / 9)
     assert [change[:2] for change in changes(output)["bolt"]] == [("first/0", "became")]
     assert run_diff(output, None, None, Console(file=text, width=200)) == 0
-    assert "50.0% > 85.7%" in text.getvalue() and "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
+    assert "50.0% > 77.8%" in text.getvalue() and "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
     assert "mostly other photos than the night before" in text.getvalue()
 
 
