@@ -1,9 +1,14 @@
-"""The manifests against the schemas of KubeRay's CRDs, which refuse unknown keys here, and the launcher's script."""
+"""The manifests against the schemas of KubeRay's CRDs, which refuse unknown keys here, and the launcher's script.
+
+kuberay-crds.json.xz holds their `openAPIV3Schema`, version v1, by plural: ray-project/kuberay, Apache-2.0, 2026-08-19.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
+import json
+import lzma
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,18 +19,10 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from tests.places import ROOT, SHARED
+from tests.places import ROOT
 
 FOLDER = ROOT / "infra" / "kuberay"
-CRDS = SHARED / "kuberay"
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # megabytes of YAML
-
-
-@pytest.fixture(autouse=True)
-def _crds() -> None:
-    if not CRDS.is_dir():
-        pytest.skip(f"KubeRay's CRDs are not at {CRDS}")
+CRDS = Path(__file__).parent / "kuberay-crds.json.xz"
 
 
 def documents(name: str) -> list[Any]:
@@ -46,12 +43,7 @@ def strict(schema: Any) -> Any:
 
 @functools.cache
 def schema_of(plural: str) -> Any:
-    (version,) = (
-        version
-        for version in yaml.load((CRDS / f"ray.io_{plural}.yaml").read_text(), _LOADER)["spec"]["versions"]
-        if version["name"] == "v1"
-    )
-    return strict(version["schema"]["openAPIV3Schema"])
+    return strict(json.loads(lzma.decompress(CRDS.read_bytes()))[plural])
 
 
 def faults(plural: str, document: Any, *path: str) -> list[str]:
