@@ -35,6 +35,8 @@ _FAR = 10
 """A file is odd that is so many times larger or smaller than the median."""
 _NIGHTS, _RUNS = 20, 5
 """Last nights of the output that are looked at, and runs among them with the job's model that rates are taken from."""
+_LEAST_HOURS = 0.01
+"""Fewer hours of cores or GPUs are not worth a word."""
 _SAMPLE = 500
 """Objects of the last night whose sizes are looked at."""
 
@@ -314,7 +316,7 @@ def _describe(plan: NightPlan) -> Iterator[tuple[str, str]]:
     for file in files.largest:
         yield "largest", f"{decimal(file.bytes)}  {file.uri}"
     if files.odd_count:
-        yield "odd", f"{files.odd_count} files are more than {_FAR} times larger or smaller than the median, such as"
+        yield "odd", f"{files.odd_count} more than {_FAR} times larger or smaller than the median, such as"
         for file in files.odd:
             yield "", f"{decimal(file.bytes)}  {file.uri}"
     if files.empty_count:
@@ -353,6 +355,16 @@ def _describe_time(plan: NightPlan) -> str:
         return "unknown: no run has scored with this model here yet"
     hours = plan.pace.hours(plan.files.images)
     gpus, cores = hours["gpu_hours"], hours["core_hours"]
-    held = f", {gpus:.2f} GPU hours" if gpus else f", {cores:.2f} core hours" if cores is not None else ""
+    held = ""
+    for hours_held, unit in ((gpus, "GPU hours"), (cores, "core hours")):
+        if not held and hours_held and hours_held >= _LEAST_HOURS:
+            held = f", {hours_held:.2f} {unit}"
     runs = f"the last {plan.pace.runs} runs" if plan.pace.runs > 1 else "the last run"
-    return f"{hours['hours']:.2f} h of scoring{held}, at the {plan.pace.images_per_second:g} images/s of {runs}"
+    seconds = plan.files.images / plan.pace.images_per_second
+    return f"{_describe_seconds(seconds)} of scoring{held}, at the {plan.pace.images_per_second:g} images/s of {runs}"
+
+
+def _describe_seconds(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1, round(seconds))} s"

@@ -76,6 +76,22 @@ def test_a_later_night_is_planned_by_the_last_runs(folder: Path, capsys: pytest.
     assert sorted(path for path in folder.rglob("*") if not path.name.startswith("z")) == before
 
 
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [
+        (100.0, "1 s of scoring, at the 100 images/s of the last run"),
+        (0.05, "2 min of scoring, 0.27 core hours"),
+        (0.001, "1.7 h of scoring, 13.33 core hours"),
+    ],
+)
+def test_the_time_of_a_night_is_said_in_units_that_suit_it(
+    rate: float, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actors = {"count": 2, "cpus": 4, "gpus": 0}
+    publish_as_scored(job_of(folder, FIRST), scoring_images_per_second=rate, actors=actors)
+    assert words in said(job_of(folder, SECOND, dataset={"select": "all"}), capsys)[0]
+
+
 def test_classes_that_the_llm_is_asked_for_are_named_with_what_others_have_cost(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
