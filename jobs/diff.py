@@ -88,7 +88,7 @@ def _choose(published: Sequence[str], before: str | None, after: str | None, out
 
 
 def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: float, console: Console) -> None:
-    columns = ("class", "images", "errors", "anomalous", "median score", "PSI", "KS", "p", "verdict")
+    columns = ("class", "images", "errors", "anomalous", "share", "median score", "PSI", "KS", "p", "verdict")
     table = make_table(columns, left=("class", "verdict"), title=f"{pair[0]} to {pair[1]}")
     for item in classes:
         changed = f" ({' and '.join(item.changed)} changed)" if item.changed else ""

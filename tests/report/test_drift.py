@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,7 +141,11 @@ def test_a_night_of_other_photos_is_compared_by_rates_and_not_by_verdicts(tmp_pa
     assert bolt.common == 1 and bolt.is_of_other_photos and bolt.rates == (5 / 10, 7 / 9)
     assert [change[:2] for change in changes(output)["bolt"]] == [("first/0", "became")]
     assert run_diff(output, None, None, Console(file=text, width=200)) == 0
-    assert "50.0% > 77.8%" in text.getvalue() and "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
+    lines = [line for line in text.getvalue().splitlines() if line.startswith(("┃", "│"))]
+    head, row = (re.split(r"\s*[┃│]\s*", line)[1:-1] for line in lines[:2])
+    said = dict(zip(head, row, strict=True))
+    assert (said["anomalous"], said["share"], said["verdict"]) == ("5 > 7", "50.0% > 77.8%", "steady")
+    assert "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
     assert "mostly other photos than the night before" in text.getvalue()
 
 
