@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from pipeline.lake.commits import read_commit
 from pipeline.lake.reading import read_groups
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
 """Writers of other nights commit to the same table; who is overtaken begins again from the table as it is then."""
+
+_AWAY_S = 180.0
+"""How long a catalog is waited for: it is restarted, fails over, or is locked, and a night's work waits for it."""
 
 _PARTITIONS = ("run_date", "class_name")
 
@@ -77,7 +81,9 @@ def open_catalog(job: JobConfig) -> Catalog:
             "iceberg/README", b"An Apache Iceberg warehouse; catalog.db is its catalog (pyiceberg, type sql).\n"
         )
         folder = output.uri("iceberg")
-        return load_catalog("alfa", type="sql", uri=f"sqlite:///{folder}/catalog.db", warehouse=f"file://{folder}")
+        properties = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}"}
+        # Two drivers that make its tables at once: the second finds them there.
+        return _patiently(job)(load_catalog, "alfa", **properties)
     try:
         return load_catalog(name)
     except OSError:
@@ -90,12 +96,12 @@ def open_catalog(job: JobConfig) -> Catalog:
 
 
 def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
-    """Makes the table's night what the commit of job.run_date says. Where it is so already, changes nothing.
+    """Makes the table's night what the commit of job.run_date says. Where it is so already, changes nothing. A catalog
+    that is away is waited for, for some minutes.
 
     owner: for the lease on the night, which keeps the commit from being replaced meanwhile. Raises LakeError,
     CatalogError, or LeaseLostError.
     """
-    catalog = open_catalog(job)
     lease = leases.acquire(output, paths.night_lease(job.run_date), owner, job.engine.lease_s)
     assert lease is not None  # it is never done without us
     with lease.held(job.engine.lease_s):
@@ -103,13 +109,60 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
         if commit is None:
             raise LakeError(f"night {job.run_date} has no commit at {output.uri('')}")
         with _as_catalog_error(job):
-            table = _open_table(catalog, job.lake.table)
-            facts = _facts(commit)
-            if _is_published(table, facts):
-                return
-            files = [_write_file(table, entry, job.run_date, output) for entry in commit.files]
-            _commit(table, files, job.run_date, facts, lease)
+            _patiently(job)(_publish, job, commit, output, lease)
+
+
+def _publish(job: JobConfig, commit: Commit, output: Store, lease: leases.Lease) -> None:
+    """Whoever calls it again, after an answer that was lost, finds the night published."""
+    table = _open_table(open_catalog(job), job.lake.table)
+    facts = _facts(commit)
+    if _is_published(table, facts):
+        return
+    files = [_write_file(table, entry, job.run_date, output) for entry in commit.files]
+    _commit(table, files, job.run_date, facts, lease)
     logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
+
+
+def _patiently(job: JobConfig) -> Retrying:
+    """Calls again what a catalog that is away, or busy with others, has made fail."""
+
+    def warn(state: RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.warning(
+            "the catalog of %s is away or busy (%s: %s); asking again",
+            job.lake.table, type(error).__name__, redact(str(error))[:200],
+        )  # fmt: skip
+
+    return Retrying(
+        retry=retry_if_exception(_passes),
+        stop=stop_after_delay(_AWAY_S),
+        wait=wait_random_exponential(multiplier=0.5, max=10.0),
+        before_sleep=warn,
+        reraise=True,
+    )
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether an error of a catalog, or of its driver, may pass."""
+    from pyiceberg import exceptions
+
+    passing = (
+        ConnectionError,
+        TimeoutError,
+        exceptions.CommitFailedException,
+        exceptions.CommitStateUnknownException,
+        exceptions.ServerError,
+        exceptions.ServiceUnavailableError,
+        exceptions.ValidationException,  # other nights came between, again and again
+    )
+    if error is None:
+        return False
+    # requests' and SQLAlchemy's, known by name: neither is a dependency of its own.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    away = isinstance(error, passing) or not names.isdisjoint(
+        {"ConnectionError", "Timeout", "OperationalError", "IntegrityError"}
+    )
+    return away or _passes(error.__cause__)
 
 
 def retract_night(output: Store, run_id: str, lease: leases.Lease) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import logging
+import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyiceberg.catalog import Catalog
+from pyiceberg.types import StringType
 
 from pipeline.lake import iceberg, publish_night
 from pipeline.storage import Run, Store
@@ -100,6 +105,74 @@ def test_who_is_overtaken_by_another_night_begins_again(tmp_path: Path, monkeypa
     iceberg.publish_snapshot(job_for(output), output, "test")
     shown = rows_of(iceberg.open_catalog(job_for(output)))
     assert len(shown) == 4 and shown[2:] == night_of(other, "2026-01-03") and first.run_id not in str(shown)
+
+
+def test_what_another_engine_did_to_the_table_stays(tmp_path: Path) -> None:
+    """A column more, rows deleted, files rewritten: the nights that come after add their rows, and take none."""
+    output = Store(str(tmp_path))
+    publish(output, "aaa")
+    iceberg.publish_snapshot(job_for(output), output, "test")
+    catalog = iceberg.open_catalog(job_for(output))
+    table = catalog.load_table("alfa.scores")
+    with table.update_schema() as schema:
+        schema.add_column("seen_by", StringType())
+    table.delete("image_id = 'one-0'")  # a photo of each class
+    rows = table.scan().to_arrow()
+    seen = rows.set_column(rows.column_names.index("seen_by"), "seen_by", pa.array(["Ada"] * len(rows)))
+    table.overwrite(seen)
+    assert len(rows) == 2 * ROWS - 2
+
+    publish(output, "ccc", "2026-01-03")
+    for night in ("2026-01-03", "2026-01-02"):
+        iceberg.publish_snapshot(job_for(output, night), output, "test")
+    database = catalog.load_table("alfa.scores").scan().to_duckdb("scores")
+    query = "SELECT run_date::VARCHAR, seen_by, count(*) FROM scores GROUP BY ALL ORDER BY ALL"
+    assert database.execute(query).fetchall() == [
+        ("2026-01-02", "Ada", 2 * ROWS - 2),
+        ("2026-01-03", None, 2 * ROWS),
+    ]
+    last = publish(output, "bbb")
+    iceberg.publish_snapshot(job_for(output), output, "test")
+    assert rows_of(catalog)[:2] == night_of(last)
+
+
+def test_nights_that_are_published_at_once_are_there_once_each(tmp_path: Path) -> None:
+    output = Store(str(tmp_path))
+    nights = [f"2026-01-0{number}" for number in range(1, 5)]
+    runs = {night: publish(output, "aaa", night) for night in nights}
+    barrier = threading.Barrier(len(nights))
+
+    def publish_one(night: str) -> None:
+        barrier.wait()
+        iceberg.publish_snapshot(job_for(output, night), output, night)
+
+    with ThreadPoolExecutor(len(nights)) as pool:
+        list(pool.map(publish_one, nights))
+    expected = [row for night in nights for row in night_of(runs[night], night)]
+    assert rows_of(iceberg.open_catalog(job_for(output))) == expected
+
+
+def test_a_catalog_that_is_away_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    output = Store(str(tmp_path))
+    runs = publish(output, "aaa"), publish(output, "ccc", "2026-01-03")
+    iceberg.publish_snapshot(job_for(output), output, "test")
+    catalog = sqlite3.connect(tmp_path / "iceberg" / "catalog.db", check_same_thread=False)
+    catalog.execute("BEGIN EXCLUSIVE")
+
+    class Back(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "is away or busy" in record.getMessage():
+                catalog.rollback()
+
+    handler = Back()
+    logging.getLogger("pipeline.lake.iceberg").addHandler(handler)
+    try:
+        iceberg.publish_snapshot(job_for(output, "2026-01-03"), output, "test")
+    finally:
+        logging.getLogger("pipeline.lake.iceberg").removeHandler(handler)
+        catalog.close()
+    assert "database is locked" in caplog.text
+    assert rows_of(iceberg.open_catalog(job_for(output))) == night_of(runs[0]) + night_of(runs[1], "2026-01-03")
 
 
 @pytest.mark.parametrize(
