@@ -21,6 +21,8 @@ from tests.nights import FOURTH, NIGHT, run_of, write_shard
 CLASSES = ("bolt", "nut")
 ROWS = 40
 """Of each class in a run of make_run."""
+ODD = ("1", "001", "1.0", "1e3", "true", "null", "NaN", "2026-01-01", "a/b=%41", "__HIVE_DEFAULT_PARTITION__")
+"""Classes that a reader may take for numbers, dates, nothing, or each other."""
 DAY_S = 86_400.0
 METHOD, OTHER = "a" * 32, "b" * 32
 """Fingerprints."""
@@ -30,9 +32,9 @@ Photo = tuple[str, str]
 
 
 def make_run(
-    output: Store, name: str, score: float = 0.5, night: str = NIGHT, classes: Sequence[str] = CLASSES
+    output: Store, name: str, score: float = 0.5, night: str = NIGHT, classes: Sequence[str] = CLASSES, **values: object
 ) -> tuple[Run, list[str]]:
-    """A run whose shards lie in the store: rows of all classes, each with the run's id."""
+    """A run whose shards lie in the store: rows of all classes, each with the run's id. values: of other columns."""
     run, shards = run_of(output, name, night), ["one", "two"]
     for shard in shards:
         rows = [
@@ -41,12 +43,19 @@ def make_run(
                 "image_key": f"{shard}-{number}",
                 "score": score + number / 1000,
                 "prompt_fingerprint": "p1",
+                **values,
             }
             for class_name in classes
             for number in range(ROWS // 2)
         ]
         write_shard(output, run, shard, rows)
     return run, shards
+
+
+def odd_partitions() -> set[str]:
+    """What readers call the classes of ODD: the one that they take for null goes by another name."""
+    *plain, null = ODD
+    return {*plain, f"{null}~{hashlib.blake2b(null.encode(), digest_size=16).hexdigest()}"}
 
 
 def job_for(output: Store, night: str = "2026-01-02", **lake: str) -> JobConfig:
