@@ -5,7 +5,8 @@ from __future__ import annotations
 import heapq
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.markup import escape
 from jobs.console import make_table, print_json, print_line
 from jobs.planning import choose_all_references, list_night, name_run, open_source, read_thresholds, select_references
 from pipeline.alfa import locate_weights, text_fits
+from pipeline.images import describe_left_out
 from pipeline.lake import Selection, published_nights, read_commit, read_stats
 from pipeline.prompts import compose_ensemble, find_or_make, record_prompts
 from pipeline.scoring import HASHED, Manifest, identify_shards
@@ -105,7 +107,8 @@ class Pace:
 class NightPlan:
     """What a night would do. run_id, finished_shards, is_published: None where prompts are missing, which name the run.
 
-    usage_a_class: what describing a class has cost before, where the LLM is to be asked.
+    left_out: objects that are no images, by suffix. usage_a_class: what describing a class has cost before, where the
+    LLM is to be asked.
     """
 
     run_date: str
@@ -113,6 +116,7 @@ class NightPlan:
     layout: str
     output: str
     selection: Selection | None
+    left_out: Mapping[str, int]
     classes: Sequence[ClassPlan]
     files: Files
     shards: int
@@ -143,8 +147,9 @@ def plan_night(job: JobConfig) -> NightPlan:
     source = open_source(job, output)
     weights = locate_weights(job.model)
     chosen = choose_all_references(job, source)
+    left_out: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
-        manifest, selection = list_night(job, weights, source, chosen, Path(scratch), output)
+        manifest, selection = list_night(job, weights, source, chosen, Path(scratch), output, left_out)
         classes = list(manifest.classes)
         table, _ = read_thresholds(job, weights, classes)
         references = select_references(job, chosen, classes)
@@ -167,6 +172,7 @@ def plan_night(job: JobConfig) -> NightPlan:
         layout=source.layout,
         output=output.uri(""),
         selection=selection,
+        left_out=dict(left_out),
         classes=[
             ClassPlan(name, images, _describe_prompts(sets[name]), len(references.get(name, ())))
             for name, images in manifest.classes.items()
@@ -310,6 +316,8 @@ def _describe(plan: NightPlan) -> Iterator[tuple[str, str]]:
     if (selection := plan.selection) is not None:
         left_out = f"{selection.scored} scored in other nights, {selection.given_up} given up"
         yield "new", f"{files.images} of {selection.listed} listed; {left_out}"
+    if plan.left_out:
+        yield "skipped", f"by suffix: {describe_left_out(plan.left_out)}"
     unknown = f", {files.unknown} of unknown size" if files.unknown else ""
     median = f", median {decimal(files.median)}" if files.median is not None else ""
     yield "files", f"{files.images} images of {len(plan.classes)} classes, {decimal(files.bytes)}{median}{unknown}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from pipeline.alfa import Weights, locate_weights, text_fits
 from pipeline.engine import connect, obtain_prompts
-from pipeline.images import ImageSource, list_images, list_references, open_dataset
+from pipeline.images import ImageSource, describe_left_out, list_images, list_references, open_dataset
 from pipeline.lake import (
     KnownPhotos,
     Selection,
@@ -65,6 +66,8 @@ class Plan:
     """By class, what it is scored as: see JobConfig.class_fingerprint."""
     selection: Selection | None
     """What was left out, where dataset.select is new."""
+    left_out: Mapping[str, int]
+    """Objects that are no images, by suffix."""
 
 
 def open_source(job: JobConfig, output: Store) -> ImageSource:
@@ -82,28 +85,50 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     if weights.is_embedded:
         logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
     chosen = choose_all_references(job, source)
-    manifest, selection = list_night(job, weights, source, chosen, scratch, output)
+    left_out: Counter[str] = Counter()
+    manifest, selection = list_night(job, weights, source, chosen, scratch, output, left_out)
     classes = list(manifest.classes)
     table, thresholds = read_thresholds(job, weights, classes)
     references = select_references(job, chosen, classes)
     prompts, usage = obtain_ensembles(job, classes, output)
     run = name_run(job, weights, prompts, references, table)
     fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
-    return Plan(run, weights, source, manifest, prompts, usage, references, thresholds, table, fingerprints, selection)
+    return Plan(
+        run,
+        weights,
+        source,
+        manifest,
+        prompts,
+        usage,
+        references,
+        thresholds,
+        table,
+        fingerprints,
+        selection,
+        left_out,
+    )
 
 
 def list_night(
-    job: JobConfig, weights: Weights, source: ImageSource, references: References, scratch: Path, output: Store
+    job: JobConfig,
+    weights: Weights,
+    source: ImageSource,
+    references: References,
+    scratch: Path,
+    output: Store,
+    left_out: Counter[str],
 ) -> tuple[Manifest, Selection | None]:
-    """Lists the images that the night is to score, and counts what dataset.select new leaves out. Writes nothing to the
-    output."""
-    listed, selection = list_images(source), None
+    """Lists the images that the night is to score, and counts what dataset.select new leaves out, and what is no image
+    (left_out, by suffix). Writes nothing to the output."""
+    listed, selection = list_images(source, left_out), None
     if job.dataset.select == "new":
         selection = Selection()
         listed = read_known_photos(job, weights, references, scratch, output).leave_out(listed, selection)
     manifest = write_manifest(listed, scratch)
     if selection is not None:
         _tell_selection(selection, manifest.images, job.dataset.error_nights)
+    if left_out:
+        logger.info("left out by suffix: %s; dataset.suffixes decides", describe_left_out(left_out))
     logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
     return manifest, selection
 

@@ -24,6 +24,7 @@ from jobs.planning import Plan, open_source, plan_run
 from jobs.progress import RunProgress
 from jobs.report import report_night
 from pipeline.engine import ScoringPool, connect
+from pipeline.images import describe_left_out
 from pipeline.lake import (
     open_catalog,
     publish_night,
@@ -134,6 +135,7 @@ def _execute(
         prompt_sources=Counter(item.source for item in plan.prompts.ensembles),
         usage=plan.usage,
         selection=None if plan.selection is None else SelectionCounts(**asdict(plan.selection)),
+        left_out=dict(plan.left_out),
         versions=versions(),
     )
     if not shard_ids:
@@ -232,6 +234,7 @@ def print_summary(
         spent += f", {usage.prompt_tokens + usage.completion_tokens} tokens, cost {cost}"
     lines = [
         ("images", f"{commit.rows}, {commit.rows - commit.failed} ok; errors: {listed}"),
+        *([("skipped", f"by suffix: {describe_left_out(plan.left_out)}")] if plan.left_out else []),
         ("LLM", spent),
         *_describe_speed(stats),
         ("table", output.uri(paths.TABLE)),

@@ -132,6 +132,7 @@ class RunStats(Record):
     prompt_sources: Mapping[str, Count] = Field({}, description="classes by where their prompts come from")
     usage: Usage = Field(Usage(), description="what this job spent on the LLM")
     selection: SelectionCounts | None = Field(None, description="what was left out; null: dataset.select all")
+    left_out: Mapping[str, Count] = Field({}, description="objects that are no images by their names, by suffix")
     actors: ActorCounts | None = Field(None, description="null: none were started")
     versions: Mapping[str, str] = Field({}, description="of Python and packages, by name")
     lineage: Mapping[str, Any] | None = Field(None, description="the same as an OpenLineage RunEvent")

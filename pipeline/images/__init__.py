@@ -17,6 +17,7 @@ from pipeline.images.masks import (
     split_regions,
     upsample,
 )
+from pipeline.images.suffixes import describe_left_out
 from pipeline.images.tables import GOOD
 from pipeline.images.watchdog import HangGuard
 
@@ -35,6 +36,7 @@ __all__ = [
     "decode_isolated",
     "decode_mask",
     "decode_thumbnail",
+    "describe_left_out",
     "encode_empty_mask",
     "encode_map",
     "encode_mask",

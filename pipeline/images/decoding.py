@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
 
 from pipeline.images.budget import PIXELS
+from pipeline.images.formats import FORMATS, explain_unknown
 from pipeline.tiling import Tiling, plan_tiling
 from schemas.tables import ErrorType
 
-_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
-_MAGIC = (b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF")
 _TRUNCATION_WORDS = ("truncated", "not enough", "broken data stream", "unexpected end", "incomplete", "read length")
 _INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -39,8 +38,6 @@ those of the demo's images enlarged to 12 megapixels by 0.003; with a margin of 
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that make a photo's width its height."""
 
-# With `formats` given, Pillow does not load the plugins by itself.
-Image.init()
 # max_pixels is checked here, before a pixel is decoded; Pillow's own limit is global and cannot be raised by a job.
 Image.MAX_IMAGE_PIXELS = None
 # What is wrong with a file is said in its row; decoders would say it once more on stderr, without its name.
@@ -92,8 +89,8 @@ def decode_image(
 ) -> Decoded:
     """The whole image, squashed to size (height, width) as the model's pre-processing does, and its tiles if asked for.
 
-    JPEG, PNG, BMP, TIFF, WebP; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled, not
-    clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. A large JPEG
+    Of whatever format of FORMATS; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled,
+    not clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. A large JPEG
     that is not cut is decoded at a reduced size. Raises ImageError alone, whatever the bytes. Waits while other
     threads decode as much as memory is planned for.
     """
@@ -162,7 +159,7 @@ def _cut(
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
     """Ground truth [height, width]: a pixel is anomalous where it is above 0 (VisA's masks hold class ids)."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         values = np.asarray(image)
     return values.max(axis=2) > 0 if values.ndim == 3 else values > 0
 
@@ -177,7 +174,7 @@ def _opened(data: bytes, max_pixels: int, wanted: int | None) -> Iterator[tuple[
     if not data:
         raise ImageError(ErrorType.EMPTY, "the file has no bytes")
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _require_fewer_pixels(image, max_pixels)
             stored, pixels = image.size, image.width * image.height
             if wanted is not None:
@@ -252,12 +249,7 @@ def _tiles(image: Image.Image) -> Iterator[tuple[tuple[slice, slice], NDArray[An
 def _classify(error: Exception, data: bytes) -> ImageError:
     text = f"{type(error).__name__}: {str(error)[:200]}"
     if isinstance(error, UnidentifiedImageError):
-        if data.startswith(_MAGIC):
-            kind = ErrorType.TRUNCATED if len(data) < 64 else ErrorType.CORRUPT
-            return ImageError(kind, f"it starts like an image, but its header cannot be read ({len(data)} bytes)")
-        return ImageError(
-            ErrorType.NOT_AN_IMAGE, "its bytes are no JPEG, PNG, BMP, TIFF or WebP, whatever its name says"
-        )
+        return ImageError(*explain_unknown(data))
     if isinstance(error, MemoryError):
         return ImageError(ErrorType.INTERNAL, "there was no memory left to decode it; the file may be in order")
     if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATION_WORDS):

@@ -6,9 +6,8 @@ import functools
 import hashlib
 import io
 import logging
-import os
 import posixpath
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress, groupby, islice, repeat
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from pipeline.images import tables
+from pipeline.images.suffixes import SUFFIXES, describe_left_out, image_pages, resolve_suffixes
 from pipeline.images.tables import GOOD
 from pipeline.storage import ObjectInfo, Page, Store, open_store
 from schemas.job import Dataset, References, Storage, without_credentials
@@ -26,7 +26,6 @@ from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 _VISA_SPLIT = "split_csv/1cls.csv"
 _BATCH = 16_384
 _LOOKED_AT = 2000
@@ -56,13 +55,14 @@ class DatasetError(ValueError):
 @dataclass(frozen=True)
 class ImageSource:
     """Opened images. store: their root (layout table: the table's folder); layout: never `auto`; table_key: the table's
-    file, empty for a folder of parts."""
+    file, empty for a folder of parts; suffixes: of what counts as an image, where it is not a table that says so."""
 
     store: Store
     layout: str
     class_name: str | None
     table_key: str | None
     may_be_empty: bool = False
+    suffixes: tuple[str, ...] = SUFFIXES
 
 
 def open_dataset(
@@ -88,20 +88,25 @@ def open_dataset(
             f"output.uri {output.uri('')} and dataset.images {store.uri('')} must lie apart, neither in the other: the "
             f"next night would take masks for photos. Give the results a folder of their own"
         )
-    layout = dataset.layout if dataset.layout != "auto" else _recognise(store, dataset.class_name, may_be_empty)
+    suffixes = resolve_suffixes(dataset.suffixes)
+    layout = str(dataset.layout)
+    if layout == "auto":
+        layout = _recognise(store, dataset.class_name, suffixes, may_be_empty)
     if layout != "table":
-        return ImageSource(store, layout, dataset.class_name, None, may_be_empty)
+        return ImageSource(store, layout, dataset.class_name, None, may_be_empty, suffixes)
     if not tables.has_parts(store):
         raise DatasetError(f"layout table wants a {_TABLES_HELP}, not {dataset.images}")
     return ImageSource(store, layout, dataset.class_name, "", may_be_empty)
 
 
-def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
+def list_images(source: ImageSource, left_out: Counter[str] | None = None) -> Iterator[pa.RecordBatch]:
     """Manifest rows in batches, in a steady order; each image once.
 
-    Raises DatasetError for a faulty table, and where folders hold nothing to score.
+    left_out: counts objects that are no images by their suffix, see describe_left_out. Raises DatasetError for a faulty
+    table, and where folders hold nothing to score.
     """
-    listed = _list_columns(source)
+    left_out = Counter() if left_out is None else left_out
+    listed = _list_columns(source, left_out)
     empty = source.layout != "table" and not source.may_be_empty
     for columns in _merge(_unique(listed) if source.layout == "table" else listed):
         try:
@@ -112,7 +117,8 @@ def list_images(source: ImageSource) -> Iterator[pa.RecordBatch]:
         empty = False
     if empty:
         wanted = f" of class {source.class_name!r}" if source.class_name else ""
-        raise DatasetError(f"no images{wanted} at {source.store.uri('')} in layout {source.layout}; {_LAYOUTS_HELP}")
+        place = f"{source.store.uri('')} in layout {source.layout}{_but_for(left_out)}"
+        raise DatasetError(f"no images{wanted} at {place}; {_LAYOUTS_HELP}")
 
 
 def list_references(
@@ -130,8 +136,11 @@ def list_references(
             )
         found = source
     else:
-        found = open_dataset(Dataset(images=references.images, class_name=dataset.class_name), storage)
-    images = [image for columns in _list_columns(found, train=True) for image in _to_batch(columns).to_pylist()]
+        known = Dataset(images=references.images, class_name=dataset.class_name, suffixes=dataset.suffixes)
+        found = open_dataset(known, storage)
+    images = [
+        image for columns in _list_columns(found, Counter(), train=True) for image in _to_batch(columns).to_pylist()
+    ]
     known_good = [image for image in images if image["label"] in (None, GOOD)]
     if not known_good:
         raise DatasetError(f"no known-good images at {found.store.uri('')} in layout {found.layout}")
@@ -145,11 +154,17 @@ _LAYOUTS_HELP = (
 )
 
 
-def _recognise(store: Store, class_name: str | None, may_be_empty: bool) -> str:
+def _but_for(left_out: Mapping[str, int]) -> str:
+    return f" (there are {describe_left_out(left_out)}; see dataset.suffixes)" if left_out else ""
+
+
+def _recognise(store: Store, class_name: str | None, suffixes: tuple[str, ...], may_be_empty: bool) -> str:
     if store.exists(_VISA_SPLIT):
         return "visa"
+    left_out: Counter[str] = Counter()
+    listed = chain.from_iterable(page.keys for page in image_pages(store, suffixes, left_out))
     try:
-        keys = [info.key for info in islice(_list_keys(store), _LOOKED_AT)]
+        keys = list(islice(listed, _LOOKED_AT))
     except NotADirectoryError:
         raise DatasetError(f"{store.uri('')} is a file, and no table that alfa reads; {_LAYOUTS_HELP}") from None
     if not keys and tables.has_parts(store):
@@ -157,7 +172,7 @@ def _recognise(store: Store, class_name: str | None, may_be_empty: bool) -> str:
     if not keys and may_be_empty:
         return "folders"
     if not keys:
-        raise DatasetError(f"no images at {store.uri('')}; {_LAYOUTS_HELP}")
+        raise DatasetError(f"no images at {store.uri('')}{_but_for(left_out)}; {_LAYOUTS_HELP}")
     parts = [key.split("/") for key in keys]
     if any(len(part) == 4 and part[1] in ("test", "ground_truth") for part in parts):
         return "mvtec"
@@ -171,37 +186,19 @@ def _recognise(store: Store, class_name: str | None, may_be_empty: bool) -> str:
     )
 
 
-def _list_keys(store: Store) -> Iterator[ObjectInfo]:
-    return chain.from_iterable(page.objects() for page in _list_pages(store))
+def _list_keys(source: ImageSource, left_out: Counter[str]) -> Iterator[ObjectInfo]:
+    return chain.from_iterable(page.objects() for page in image_pages(source.store, source.suffixes, left_out))
 
 
-def _list_pages(store: Store) -> Iterator[Page]:
-    """Images by their suffix; hidden files and folders are left out."""
-    for page in store.pages():
-        images = page.where([_is_image(key) for key in page.keys])
-        yield images._replace(keys=[key if key.isascii() else _in_unicode(key) for key in images.keys])
-
-
-def _is_image(key: str) -> bool:
-    return key.lower().endswith(SUFFIXES) and not key.startswith(".") and "/." not in key
-
-
-def _in_unicode(key: str) -> str:
-    """A local file whose name is no UTF-8 fits in no table: under a readable name it gets its row, as an error."""
-    readable = os.fsencode(key).decode("utf-8", "backslashreplace")
-    if readable != key:
-        logger.warning("%s: the name of this file is not UTF-8, so it cannot be scored; rename it", readable)
-    return readable
-
-
-def _list_columns(source: ImageSource, *, train: bool = False) -> Iterator[_Columns]:
-    """The listed images, some at a time. train: the train images instead, where the layout tells them from the others.
+def _list_columns(source: ImageSource, left_out: Counter[str], *, train: bool = False) -> Iterator[_Columns]:
+    """The listed images, some at a time. left_out: counts what is none. train: the train images instead, where the
+    layout tells them from the others.
 
     Raises DatasetError where a table or split file names what is no address, or lies outside the data set.
     """
     lister = _TRAIN_LISTERS.get(source.layout) if train else None
     try:
-        for columns in (lister or _LISTERS[source.layout])(source):
+        for columns in (lister or _LISTERS[source.layout])(source, left_out):
             if source.class_name is None or source.layout == "flat":
                 yield columns
             else:
@@ -225,14 +222,14 @@ def _by_column(list_rows: Callable[..., Iterator[_Row]]) -> Callable[..., Iterat
     return list_columns
 
 
-def _list_flat(source: ImageSource) -> Iterator[_Columns]:
-    for page in _list_pages(source.store):
+def _list_flat(source: ImageSource, left_out: Counter[str]) -> Iterator[_Columns]:
+    for page in image_pages(source.store, source.suffixes, left_out):
         yield _describe_page(source.store, page, [str(source.class_name)] * len(page.keys))
 
 
-def _list_folders(source: ImageSource) -> Iterator[_Columns]:
+def _list_folders(source: ImageSource, left_out: Counter[str]) -> Iterator[_Columns]:
     """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
-    for page in _list_pages(source.store):
+    for page in image_pages(source.store, source.suffixes, left_out):
         classes = [key.partition("/")[0] if "/" in key else "unsorted" for key in page.keys]
         yield _describe_page(source.store, page, classes)
 
@@ -243,9 +240,9 @@ def _describe_page(store: Store, page: Page, classes: Sequence[str]) -> _Columns
 
 
 @_by_column
-def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
+def _list_mvtec(source: ImageSource, left_out: Counter[str]) -> Iterator[_Row]:
     """class/test/kind/image, with the ground truth at class/ground_truth/kind/image_mask.png; train is not scored."""
-    for class_name, infos in groupby(_list_keys(source.store), key=lambda info: info.key.partition("/")[0]):
+    for class_name, infos in groupby(_list_keys(source, left_out), key=lambda info: info.key.partition("/")[0]):
         tests: list[ObjectInfo] = []
         masks: dict[str, str] = {}
         for info in infos:
@@ -262,16 +259,16 @@ def _list_mvtec(source: ImageSource) -> Iterator[_Row]:
 
 
 @_by_column
-def _list_mvtec_train(source: ImageSource) -> Iterator[_Row]:
+def _list_mvtec_train(source: ImageSource, left_out: Counter[str]) -> Iterator[_Row]:
     """class/train/good/image."""
-    for info in _list_keys(source.store):
+    for info in _list_keys(source, left_out):
         parts = info.key.split("/")
         if len(parts) == 4 and parts[1:3] == ["train", GOOD]:
             yield _row(source.store, info, parts[0], GOOD)
 
 
 @_by_column
-def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
+def _list_visa(source: ImageSource, _: Counter[str], split: str = "test") -> Iterator[_Row]:
     """A split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
     tables.require_columns(
@@ -291,7 +288,7 @@ def _list_visa(source: ImageSource, split: str = "test") -> Iterator[_Row]:
 
 
 @_by_column
-def _list_table(source: ImageSource) -> Iterator[_Row]:
+def _list_table(source: ImageSource, _: Counter[str]) -> Iterator[_Row]:
     """Rows of a table; an uri is absolute, or relative to the table's folder. Its class_name may be the job's."""
     labels, number = tables.Labels(), 0
     wanted = ("uri",) if source.class_name else ("uri", "class_name")
@@ -308,7 +305,9 @@ def _list_table(source: ImageSource) -> Iterator[_Row]:
             yield _Row(uri, key, class_name, size, etag, labels.read(label), mask)
 
 
-_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
+_Lister = Callable[[ImageSource, Counter[str]], Iterator[_Columns]]
+
+_LISTERS: dict[str, _Lister] = {
     "flat": _list_flat,
     "folders": _list_folders,
     "mvtec": _list_mvtec,
@@ -316,9 +315,9 @@ _LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
     "table": _list_table,
 }
 
-_TRAIN_LISTERS: dict[str, Callable[[ImageSource], Iterator[_Columns]]] = {
+_TRAIN_LISTERS: dict[str, _Lister] = {
     "mvtec": _list_mvtec_train,
-    "visa": lambda source: _list_visa(source, "train"),
+    "visa": lambda source, left_out: _list_visa(source, left_out, "train"),
 }
 
 _STRINGS = pa.csv.ConvertOptions(

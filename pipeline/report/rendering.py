@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
+from pipeline.images import describe_left_out
 from pipeline.report import drift
 from pipeline.report.drift import ClassDrift
 from pipeline.report.loading import gather
@@ -73,6 +74,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
         "prompts": [_prompt_set(used, report) for used in report.prompts[:_MOST_PROMPT_SETS]],
         "bounds": _bounds(report),
         "selection": report.stats.selection if report.stats else None,
+        "left_out": describe_left_out(report.stats.left_out if report.stats else {}),
         "since": report.comparison,
         "drifts": _most_drifted(report.comparison.classes),
         "others": [item.class_name for item in report.comparison.classes if item.is_of_other_photos and item.images[0]],

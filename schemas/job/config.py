@@ -73,6 +73,12 @@ class Dataset(Part):
     class_name: str | None = Field(
         None, min_length=1, description="the class of every image (layout flat, tables that name none)"
     )
+    suffixes: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="what counts as an image by its name, such as [default, .dat, none]: default stands for all usual "
+        "suffixes, none for names without one; tables take all that they name",
+    )
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
     select: Literal["all", "new"] = Field(
         "all",
@@ -83,6 +89,14 @@ class Dataset(Part):
     retry_nights: PositiveInt = Field(3, description="select new: nights in which such an image is tried again at most")
 
     _no_credentials = field_validator("images")(without_credentials)
+
+    @field_validator("suffixes")
+    @classmethod
+    def _suffixes_with_dots(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for suffix in value or ():
+            if suffix not in ("default", "none") and not re.fullmatch(r"\.[^/\s]+", suffix):
+                raise ValueError(f"{suffix!r} is no suffix: it begins with a dot, such as .jpg, or is default or none")
+        return value and tuple(suffix.lower() for suffix in value)
 
     @property
     def error_nights(self) -> int:
@@ -367,9 +381,11 @@ class JobConfig(Part):
         return _digest(self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        selection = {"select", "retry_errors", "retry_nights"} if self.dataset.select == "all" else set()
+        unused = {"suffixes"}  # which images there are is what the manifest says
+        if self.dataset.select == "all":
+            unused |= {"select", "retry_errors", "retry_nights"}
         return {
-            "dataset": self.dataset.model_dump(mode="json", exclude=selection),
+            "dataset": self.dataset.model_dump(mode="json", exclude=unused),
             "maps": self.output.maps,
             **self.scoring_facts(),
             "threshold": self.threshold.model_dump(mode="json"),

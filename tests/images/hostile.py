@@ -12,7 +12,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pillow_heif
 from PIL import Image, PngImagePlugin
+
+pillow_heif.register_heif_opener()
 
 _CUTS = 26
 _FLIPS = 22
@@ -151,6 +154,26 @@ def _photos() -> dict[str, bytes]:
         "cmyk.tif": encode(_photo("CMYK"), "TIFF"),
         "lab.tif": encode(Image.new("LAB", _SIDE, (120, 10, 200)), "TIFF"),
         "ycc.tif": encode(_photo("YCbCr"), "TIFF"),
+        "pair.mpo": encode(photo, "MPO", save_all=True, append_images=[_photo(seed=2)]),
+        "palette.gif": encode(_photo("P"), "GIF"),
+        "animated.gif": encode(photo, "GIF", duration=50, **frames),
+        "rgb.avif": encode(photo, "AVIF"),
+        "alpha.avif": encode(_photo("RGBA"), "AVIF"),
+        "animated.avif": encode(photo, "AVIF", **frames),
+        "rgb.heic": encode(photo, "HEIF"),
+        "alpha.heic": encode(_photo("RGBA"), "HEIF"),
+        "rgb.jp2": encode(photo, "JPEG2000"),
+        "rgba.jp2": encode(_photo("RGBA"), "JPEG2000"),
+        "bare.j2k": encode(photo, "JPEG2000", no_jp2=True),
+        "16bit.jp2": encode(_deep("uint16"), "JPEG2000"),
+        "rgb.ppm": encode(photo, "PPM"),
+        "grey.pgm": encode(_photo("L"), "PPM"),
+        "16bit.pgm": encode(_deep("uint16"), "PPM"),
+        "12bit.ppm": b"P6 9 7 4095\n" + struct.pack(">189H", *range(0, 3780, 20)),
+        "plain.ppm": b"P3\n# by hand\n9 7 255\n" + b"".join(b"%d " % number for number in range(189)),
+        "plain.pbm": b"P1 4 2\n0101 1 0 1 0\n",
+        "bit.pbm": encode(_photo("1"), "PPM"),
+        "float.pfm": encode(_deep("float32"), "PPM"),
     }
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"):
         files[f"{compression}.tiff"] = encode(photo, "TIFF", compression=compression)
@@ -246,7 +269,7 @@ def _damaged(name: str, data: bytes, chance: random.Random) -> Iterator[tuple[st
     start = chance.randrange(len(data) // 2)
     yield f"{stem}-{suffix}-hole.{suffix}", data[:start] + bytes(64) + data[start + 64 :]
     yield f"{stem}-{suffix}-tail.{suffix}", data + bytes(chance.randrange(256) for _ in range(500))
-    others = [other for other in ("jpg", "png", "tif", "bmp", "webp") if other != suffix]
+    others = [other for other in ("jpg", "png", "tif", "bmp", "webp", "gif", "avif", "jp2", "ppm") if other != suffix]
     yield f"{stem}-{suffix}-named.{chance.choice(others)}", data
 
 
@@ -258,6 +281,17 @@ def _claiming(width: int, height: int) -> dict[str, bytes]:
     jpeg[frame + 5 : frame + 9] = struct.pack(">HH", min(height, 65535), min(width, 65535))
     webp = bytearray(encode(_photo("RGBA"), "WEBP"))
     webp[24:30] = struct.pack("<I", (width - 1) % 2**24)[:3] + struct.pack("<I", (height - 1) % 2**24)[:3]
+    gif, jp2 = bytearray(encode(_photo("L"), "GIF")), bytearray(encode(_photo(), "JPEG2000"))
+    avif, heic = bytearray(encode(_photo(), "AVIF")), bytearray(encode(_photo(), "HEIF"))
+    for data in (avif, heic):
+        place = data.index(b"ispe") + 8
+        data[place : place + 8] = struct.pack(">II", width, height)
+    gif[6:10] = struct.pack("<HH", min(width, 65535), min(height, 65535))
+    place = jp2.index(b"ihdr") + 4
+    jp2[place : place + 8] = struct.pack(">II", height, width)
+    stream = bytearray(jp2)
+    place = stream.index(b"\xff\x51") + 6
+    stream[place : place + 8] = stream[place + 16 : place + 24] = struct.pack(">II", width, height)
     strips = grey_tags(width, height, 1024)
     deflated = zlib.compress(bytes(1024))
     packed = grey_tags(width, height, len(deflated), t259=("H", [8]))
@@ -269,11 +303,27 @@ def _claiming(width: int, height: int) -> dict[str, bytes]:
         "bmp": bytes(bmp),
         "jpg": bytes(jpeg),
         "webp": bytes(webp),
+        "gif": bytes(gif),
+        "avif": bytes(avif),
+        "heic": bytes(heic),
+        "jp2": bytes(jp2),
+        "stream.jp2": bytes(stream),
+        "ppm": b"P6 %d %d 255\n" % (width, height) + bytes(1000),
+        "pgm": b"P5 %d %d 4095\n" % (width, height) + bytes(1000),
+        "plain.pgm": b"P2 %d %d 4095\n" % (width, height) + b"1 " * 1000,
         "tif": tiff(strips, bytes(1024)),
         "deflate.tif": tiff(packed, deflated),
         "tile.tif": tiff(tiles, deflated),
         "float.tif": tiff(deep, deflated),
     }
+
+
+def _hidden(kind: str) -> bytes:
+    """A container that claims a small picture around the stream of a larger one."""
+    data = bytearray(encode(Image.new("RGB", (4000, 3000)), kind))
+    place = data.index(b"ispe") + 8
+    data[place : place + 8] = struct.pack(">II", *_SIDE)
+    return bytes(data)
 
 
 def _harmful() -> dict[str, bytes]:
@@ -285,11 +335,10 @@ def _harmful() -> dict[str, bytes]:
         "vector.png": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
         "postscript.tif": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         "archive.jpg": b"PK\x03\x04" + bytes(60),
-        "gif.png": encode(_photo("P"), "GIF"),
         "icon.bmp": encode(_photo(), "ICO", sizes=[(16, 16)]),
-        "jpeg2000.jpg": encode(_photo(), "JPEG2000"),
         "dds.png": encode(_photo(), "DDS"),
-        "ppm.bmp": encode(_photo(), "PPM"),
+        "qoi.png": encode(_photo(), "QOI"),
+        "encapsulated.jpg": encode(_photo(), "EPS"),
     }
     for side in (0, 1, 1500, 2000, 60_000, 2**31 - 1, 2**32 - 1):
         files |= {
@@ -320,5 +369,11 @@ def _harmful() -> dict[str, bytes]:
     files["large-float.tif"] = encode(Image.new("F", (1900, 2000), 1.5), "TIFF", compression="tiff_adobe_deflate")
     files["large-int32.tif"] = encode(Image.new("I", (2000, 1900), 70_000), "TIFF", compression="tiff_adobe_deflate")
     files["large-progressive.jpg"] = encode(Image.new("RGB", (1900, 2000)), "JPEG", progressive=True, subsampling=0)
+    for kind in ("AVIF", "HEIF", "JPEG2000"):
+        files[f"large.{kind}.jpg"] = encode(Image.new("RGBA", (1900, 2000)), kind)
+    files["large.gif"] = encode(Image.new("P", (1900, 2000)), "GIF")
+    files["large.pgm"] = encode(Image.new("I;16", (1900, 2000)), "PPM")
+    files["hidden-size.avif"] = _hidden("AVIF")
+    files["hidden-size.heic"] = _hidden("HEIF")
     files["large.webp"] = encode(Image.new("RGBA", (1900, 2000)), "WEBP", lossless=True, method=0)
     return files

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.images import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail
+from pipeline.images import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, decoding, formats
 from schemas.tables import ErrorType
 
 
@@ -37,6 +37,10 @@ PALETTE.putpalette([0, 0, 0, 200, 100, 50])
         (flat("RGB", (200, 100, 50), "BMP"), (200, 100, 50)),
         (flat("RGB", (200, 100, 50), "TIFF"), (200, 100, 50)),
         (flat("RGB", (200, 100, 50), "WEBP", lossless=True), (200, 100, 50)),
+        (flat("RGB", (200, 100, 50), "PPM"), (200, 100, 50)),
+        (flat("RGB", (200, 100, 50), "JPEG2000"), (200, 100, 50)),
+        (encode(PALETTE, "GIF"), (200, 100, 50)),
+        (b"P2 20 10 100\n" + b"50 " * 200, (128, 128, 128)),
         (flat("L", 77), (77, 77, 77)),
         (flat("LA", (77, 255)), (77, 77, 77)),
         (flat("1", 1), (255, 255, 255)),
@@ -55,6 +59,22 @@ def test_every_mode_becomes_rgb(data: bytes, expected: tuple[int, int, int]) -> 
     assert (decoded.source_width, decoded.source_height) == (20, 10)
     assert decoded.pixels.shape == (8, 8, 3) and decoded.pixels.dtype == np.uint8
     np.testing.assert_array_equal(decoded.pixels[4, 4], expected)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "HEIF", "MPO"])
+def test_formats_that_lose_a_little_are_read_too(kind: str) -> None:
+    decoded = decode(flat("RGB", (200, 100, 50), kind))
+    assert (decoded.source_width, decoded.source_height) == (20, 10)
+    np.testing.assert_allclose(decoded.pixels[4, 4], (200, 100, 50), atol=6)
+
+
+def test_heic_without_its_decoder_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = tuple(name for name in formats.FORMATS if name != "HEIF")
+    for module in (formats, decoding):
+        monkeypatch.setattr(module, "FORMATS", without)
+    with pytest.raises(ImageError, match=r"HEIF.*alfa-pipeline\[heic\]") as caught:
+        decode(flat("RGB", (1, 2, 3), "HEIF"))
+    assert caught.value.error_type is ErrorType.UNREADABLE
 
 
 def test_cmyk_red_is_red() -> None:
@@ -142,7 +162,7 @@ def bomb(width: int, height: int) -> bytes:
 def test_what_is_no_image_has_a_type() -> None:
     assert error_type(b"") is ErrorType.EMPTY
     assert error_type(b"not an image") is ErrorType.NOT_AN_IMAGE
-    assert error_type(encode(Image.new("P", (9, 9)), "GIF")) is ErrorType.NOT_AN_IMAGE
+    assert error_type(encode(Image.new("RGB", (9, 9)), "EPS")) is ErrorType.NOT_AN_IMAGE
     assert error_type(bomb(50_000, 50_000)) is ErrorType.TOO_MANY_PIXELS
     assert error_type(flat("RGB", 0), max_pixels=199) is ErrorType.TOO_MANY_PIXELS
     assert decode(flat("RGB", 0), max_pixels=200).source_width == 20
@@ -151,7 +171,7 @@ def test_what_is_no_image_has_a_type() -> None:
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM"])
 def test_a_file_cut_anywhere_is_an_error_or_pixels(kind: str) -> None:
     data = encode(NOISE, kind)
     types = set()
@@ -168,7 +188,7 @@ def test_a_file_cut_anywhere_is_an_error_or_pixels(kind: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    kind=st.sampled_from(["JPEG", "PNG", "BMP", "TIFF", "WEBP"]),
+    kind=st.sampled_from(["JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM"]),
     flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=20),
 )
 def test_flipped_bytes_are_an_error_or_pixels(kind: str, flips: list[tuple[int, int]]) -> None:

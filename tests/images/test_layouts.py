@@ -1,6 +1,7 @@
 import csv
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.images import DatasetError, list_images, open_dataset
+from pipeline.images import DatasetError, describe_left_out, list_images, open_dataset
+from pipeline.images.suffixes import image_pages
 from pipeline.storage import Store
 from schemas.job import Dataset, Storage
 from tests.images.listing import fault_of, listed, rows_of
@@ -40,6 +42,35 @@ def test_a_folder_below_the_root_is_a_class(root: str) -> None:
         ("z.jpg", "unsorted"),
     ]
     assert listed(root, class_name="nut") == ("folders", [("nut/c.tiff", "nut")])
+
+
+def test_what_is_no_image_by_its_name_is_counted_and_suffixes_decide(root: str) -> None:
+    names = ["a.jfif", "b.JPE", "c.avif", "d.heic", "e.jp2", "f.gif", "g.pgm", "h.mpo", "i", "j.nef", "k.NEF", "l.dat"]
+    fill(root, *(f"bolt/{name}" for name in names), "bolt/.hidden.nef", "bolt/m.4711 of this morning")
+    left_out: Counter[str] = Counter()
+    source = open_dataset(Dataset(images=root), Storage())
+    keys = [row["key"] for batch in list_images(source, left_out) for row in batch.to_pylist()]
+    assert [key[5] for key in sorted(keys)] == list("abcdefgh")
+    assert left_out == {"none": 1, ".nef": 2, ".dat": 1, "other": 1}
+    assert describe_left_out(left_out) == "2 .nef, 1 .dat, 1 without suffix, 1 of other kinds"
+
+    def chosen(*suffixes: str) -> str:
+        return "".join(sorted(str(key)[5] for key, _ in listed(root, suffixes=suffixes)[1]))
+
+    assert chosen(".dat", "none") == "il" and chosen(".nef") == "jk"
+    assert chosen("default", ".DAT") == "abcdefghl"
+    assert "(there are 8 .jfif" not in fault_of(root, suffixes=[".xyz"])
+    assert "2 .nef" in fault_of(root, suffixes=[".xyz"])
+
+
+def test_odd_names_do_not_swell_the_tally_of_what_is_left_out() -> None:
+    left_out: Counter[str] = Counter()
+    store = Store("memory://odd-names")
+    for number in range(500):
+        store.write(f"c/frame.{number}", b"")
+    assert next(image_pages(store, (".jpg",), left_out)).keys == []
+    assert sum(left_out.values()) == 500 and len(left_out) == 201 and left_out["other"] == 300
+    assert describe_left_out(left_out).endswith("193 more")
 
 
 def test_photos_in_one_folder_want_a_class(root: str) -> None:
@@ -110,6 +141,11 @@ def test_a_table_gives_each_photo_a_class_and_a_label(
         ("s3://bucket/c d#1?.jpg", "/s3://bucket/c d#1?.jpg", "nut", None),
     ]
     assert "1 images more than once" in caplog.text
+
+
+def test_a_table_takes_what_it_names_whatever_its_suffix(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("uri,class_name\na.nef,nut\nb,nut\n")
+    assert [key for key, _ in listed(str(tmp_path / "t.csv"), suffixes=[".jpg"])[1]] == ["a.nef", "b"]
 
 
 def test_faulty_tables_are_said(tmp_path: Path) -> None:

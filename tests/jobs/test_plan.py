@@ -42,13 +42,16 @@ def test_a_first_night_is_planned_from_its_images_alone(folder: Path, capsys: py
     (folder / "in" / "hazelnut" / "empty.jpg").touch()
     (folder / "in" / "hazelnut" / "scan.png").write_bytes(b"x" * 1_000_000)
     (folder / "in" / "hazelnut" / "thumb.png").write_bytes(b"x" * 100)
+    for name in ("a.nef", "b.NEF", "LICENSE"):
+        (folder / "in" / name).touch()
     text, plan = said(job_of(folder, FIRST, dataset={"select": "all"}, engine={"shard_size": 4}), capsys)
     assert [(item["class_name"], item["images"], item["prompts"]) for item in plan["classes"]] == [
         ("capsules", 3, "bundled"),
         ("hazelnut", 6, "bundled"),
     ]
     files = plan["files"]
-    sizes = sorted(path.stat().st_size for path in (folder / "in").rglob("*.*"))
+    sizes = sorted(path.stat().st_size for path in (folder / "in").rglob("*.[jp]*g"))
+    assert plan["left_out"] == {".nef": 2, "none": 1} and "skipped  by suffix: 2 .nef, 1 without suffix" in text
     assert (files["images"], files["bytes"], files["median"], plan["shards"]) == (9, sum(sizes), sizes[4], 3)
     assert files["largest"][0] == {"uri": str(folder / "in/hazelnut/scan.png"), "bytes": 1_000_000}
     assert [file["bytes"] for file in files["odd"]] == [1_000_000, 100] and files["odd_count"] == 2

@@ -33,6 +33,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for class_name, kind in (("hazelnut", "good"), ("capsules", "anomaly")):
         shutil.copytree(DEMO / class_name / "test" / kind, folder / "in" / class_name)
     (folder / "in" / "hazelnut" / "broken.jpg").write_bytes(b"\xff\xd8 broken")
+    (folder / "in" / "hazelnut" / "raw.nef").write_bytes(b"no image to us")
     done = alfa_alone(*arguments(folder / "in", folder / "out", "engine.shard_size=4", "engine.max_error_rate=0.5"))
     assert done.returncode == 0, done.stderr
     assert "layout folders" in done.stderr and "13 images of 2 classes" in done.stderr
@@ -42,6 +43,9 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert re.search(r"^   rate  [\d.]+ images/s, over [\d.]+ s of scoring$", done.stdout, re.MULTILINE)
     assert re.search(r"^   time  [\d.]+ s in total", done.stdout, re.MULTILINE)
     assert "12 ok; errors: 1" in done.stdout and "model  alfa-small" in done.stdout
+    assert "left out by suffix: 1 .nef" in done.stderr and "skipped  by suffix: 1 .nef" in done.stdout
+    assert "Left out by suffix, as no images: 1 .nef." in next(folder.rglob("index.html")).read_text()
+    assert json.loads(next(folder.rglob("stats.json")).read_text())["left_out"] == {".nef": 1}
     return folder / "in", folder / "out"
 
 

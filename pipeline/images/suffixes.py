@@ -1,0 +1,85 @@
+"""Which listed objects count as images by their names, and a tally of those that do not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+from pipeline.storage import Page, Store
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+)
+"""Of the formats that are read; HEIC and HEIF need an extra package."""
+
+NONE = "none"
+OTHER = "other"
+"""In a tally: all that is too long or too odd for a suffix."""
+
+_LONGEST = 10
+_MOST_KINDS = 200
+_SHOWN = 8
+
+
+def resolve_suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
+    """The suffixes that dataset.suffixes asks for: `default` stands for SUFFIXES, `none` for names without one."""
+    wanted: list[str] = []
+    for suffix in ["default"] if suffixes is None else suffixes:
+        wanted += SUFFIXES if suffix == "default" else [suffix]
+    return tuple(wanted)
+
+
+def image_pages(store: Store, suffixes: tuple[str, ...], left_out: Counter[str]) -> Iterator[Page]:
+    """The images of a store; what is none is counted by its suffix. Hidden files and folders are passed over."""
+    for page in store.pages():
+        is_image = [_is_image(key, suffixes) for key in page.keys]
+        if not all(is_image):
+            _count([key for key, wanted in zip(page.keys, is_image, strict=True) if not wanted], left_out)
+        images = page.where(is_image)
+        yield images._replace(keys=[key if key.isascii() else _in_unicode(key) for key in images.keys])
+
+
+def _is_image(key: str, suffixes: tuple[str, ...]) -> bool:
+    wanted = key.lower().endswith(suffixes) or (NONE in suffixes and _suffix_of(key) == NONE)
+    return wanted and not _is_hidden(key)
+
+
+def _is_hidden(key: str) -> bool:
+    return key.startswith(".") or "/." in key
+
+
+def _suffix_of(key: str) -> str:
+    return posixpath.splitext(key)[1].lower() or NONE
+
+
+def _count(keys: Sequence[str], left_out: Counter[str]) -> None:
+    """The tally stays small whatever the names are."""
+    for key in keys:
+        if not _is_hidden(key):
+            suffix = _suffix_of(key)
+            usual = len(suffix) <= _LONGEST and suffix.isprintable() and " " not in suffix
+            left_out[suffix if usual and (suffix in left_out or len(left_out) < _MOST_KINDS) else OTHER] += 1
+
+
+def _in_unicode(key: str) -> str:
+    """A local file whose name is no UTF-8 fits in no table: under a readable name it gets its row, as an error."""
+    readable = os.fsencode(key).decode("utf-8", "backslashreplace")
+    if readable != key:
+        logger.warning("%s: the name of this file is not UTF-8, so it cannot be scored; rename it", readable)
+    return readable
+
+
+def describe_left_out(left_out: Mapping[str, int]) -> str:
+    """Such as `12 .raw, 3 without suffix`, the most frequent first; empty where nothing was left out."""
+    ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+    words = {NONE: "without suffix", OTHER: "of other kinds"}
+    shown = [f"{count} {words.get(suffix, suffix)}" for suffix, count in ranked[:_SHOWN]]
+    if rest := sum(count for _, count in ranked[_SHOWN:]):
+        shown.append(f"{rest} more")
+    return ", ".join(shown)
