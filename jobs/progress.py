@@ -34,6 +34,7 @@ class RunProgress:
         self.scored = 0
         self.errors: Counter[str] = Counter()
         self.anomalies: Counter[str] = Counter()
+        self.clipped = 0
         self._output = output
         self._console = console
         self._job_started = job_started
@@ -87,6 +88,7 @@ class RunProgress:
         self.scored += stats.images
         self.errors.update(stats.errors)
         self.anomalies.update(stats.anomalies)
+        self.clipped += stats.clipped
         self._bar.update(self._task, advance=stats.images, rate=self.rate, findings=self._findings())
         if time.monotonic() - self._written >= _STATS_EVERY_S:
             self.write("running")
@@ -116,6 +118,7 @@ class RunProgress:
             "rows": None if commit is None else commit.rows,
             "errors": dict(self.errors) if commit is None else commit.errors,
             "anomalies": dict(self.anomalies) if commit is None else commit.anomalies,
+            "clipped": self.clipped,
         }
         stats = self.facts.model_copy(update=counted)
         stats = stats.model_copy(update={"lineage": run_event(stats, self._output.uri(""))})

@@ -33,12 +33,15 @@ from pipeline.lake import (
 )
 from pipeline.scoring import (
     HASHED,
+    SAMPLED,
     Thresholds,
+    choose_samples,
     cut_shards,
     fixed_thresholds,
     identify_shards,
     quantile_thresholds,
     reference_thresholds,
+    write_samples,
 )
 from pipeline.storage import Store, leases, open_store, paths, read_shards
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
@@ -113,6 +116,8 @@ def _execute(
     if plan.table:
         output.write(paths.run_key(run.run_id, "thresholds.json"), plan.table)
     output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path)
+    if job.dataset.bit_depth is None:
+        write_samples(run.run_id, choose_samples(manifest.batches(SAMPLED)), output)
     size = job.engine.shard_size
     shard_ids = list(identify_shards(manifest.batches(HASHED), size))
     finished = paths.finished_shards(output, run.shards) & set(shard_ids)
@@ -234,6 +239,7 @@ def print_summary(
         spent += f", {usage.prompt_tokens + usage.completion_tokens} tokens, cost {cost}"
     lines = [
         ("images", f"{commit.rows}, {commit.rows - commit.failed} ok; errors: {listed}"),
+        *([("clipped", f"{stats.clipped} photos exceed the depth of their class")] if stats and stats.clipped else []),
         *([("skipped", f"by suffix: {describe_left_out(plan.left_out)}")] if plan.left_out else []),
         ("LLM", spent),
         *_describe_speed(stats),

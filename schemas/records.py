@@ -126,6 +126,7 @@ class RunStats(Record):
     rows: Count | None = Field(None, description="of the published night")
     errors: Mapping[str, Count] = Field(description="images without a score, by error_type")
     anomalies: Mapping[str, Count] = Field(description="images that count as anomalous, by class")
+    clipped: Count = Field(0, description="photos of this job with values beyond the depth of their class")
     model: str = ""
     embedded_model: bool = Field(False, description="whether the model is the one that comes with alfa")
     demonstration_model: bool = Field(False, exclude=True, description="what early versions say of their own model")

@@ -9,7 +9,7 @@ from enum import Enum
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class ErrorType(str, Enum):
@@ -106,6 +106,8 @@ SCORES = pa.schema(
         _field("score_reference", pa.float32(), "distance of its farthest patch to the references, 0 to 1; else null"),
         _field("map_peak", pa.float32(), "highest patch of the anomaly map, what mask thresholds are set by"),
         _field("threshold_source", pa.string(), "policy of the thresholds; with labels, their table too"),
+        _field("bit_depth", pa.int32(), "bits of a channel taken as black to white; null of fractions and on error"),
+        _field("clipped", pa.int64(), "pixels with values beyond that, cut to black or white; null on error"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )

@@ -20,7 +20,18 @@ import pyarrow.parquet as pq
 from pipeline.alfa import Detection, Detector, Encoder, Features, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.evaluation.measure import Configuration, LabelledImage, Score
 from pipeline.images import GOOD, DatasetError, Decoded, ImageError
-from pipeline.scoring import Manifest, batch_size, batches, detect, image_decoder, make_memory, read_image, to_tensor
+from pipeline.scoring import (
+    Manifest,
+    Spans,
+    batch_size,
+    batches,
+    detect,
+    image_decoder,
+    make_memory,
+    read_image,
+    sample_photos,
+    to_tensor,
+)
 from pipeline.storage import Store, map_ahead, paths, read_shard
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble
@@ -82,9 +93,15 @@ def score_variants(
         job = group[0].job
         judges = _judges(load_encoder(job.model, locate_weights(job.model)), group)
         decode = image_decoder(job, judges[0].detector)
+        spans = Spans(job, source, sample_photos((image.class_name, image.uri) for image in images))
 
-        def read(number: int, decode: Callable[[bytes], Decoded] = decode) -> tuple[int, Decoded | ImageError]:
-            return number, read_image(images[number].uri, source, decode)
+        def read(
+            number: int, decode: Callable[..., Decoded] = decode, spans: Spans = spans
+        ) -> tuple[int, Decoded | ImageError]:
+            image = images[number]
+            return number, read_image(
+                image.uri, source, lambda data: decode(data, span=spans.of(image.class_name, data))
+            )
 
         size = batch_size(job)
         with ThreadPoolExecutor(threads, "read") as readers:

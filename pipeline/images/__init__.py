@@ -5,8 +5,18 @@ May import: storage, tiling, schemas.
 """
 
 from pipeline.images.budget import FILE_BYTES, PIXELS, give_back_freed_memory
-from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, fit_image
-from pipeline.images.isolation import decode_isolated
+from pipeline.images.decoding import (
+    Cut,
+    Decoded,
+    ImageError,
+    decode_image,
+    decode_mask,
+    decode_thumbnail,
+    fit_image,
+    measure_image,
+)
+from pipeline.images.depth import Extremes, Span, choose_span, depth_span, may_be_deep
+from pipeline.images.isolation import decode_isolated, measure_isolated
 from pipeline.images.layouts import DatasetError, ImageSource, list_images, list_references, open_dataset
 from pipeline.images.masks import (
     Region,
@@ -28,14 +38,18 @@ __all__ = [
     "Cut",
     "DatasetError",
     "Decoded",
+    "Extremes",
     "HangGuard",
     "ImageError",
     "ImageSource",
     "Region",
+    "Span",
+    "choose_span",
     "decode_image",
     "decode_isolated",
     "decode_mask",
     "decode_thumbnail",
+    "depth_span",
     "describe_left_out",
     "encode_empty_mask",
     "encode_map",
@@ -45,6 +59,9 @@ __all__ = [
     "give_back_freed_memory",
     "list_images",
     "list_references",
+    "may_be_deep",
+    "measure_image",
+    "measure_isolated",
     "open_dataset",
     "split_regions",
     "upsample",

@@ -9,13 +9,13 @@ import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
 
-from pipeline.images.budget import PIXELS
+from pipeline.images.budget import PIXELS, trim_small_blocks
+from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
 from pipeline.tiling import Tiling, plan_tiling
 from schemas.tables import ErrorType
@@ -48,9 +48,6 @@ with contextlib.suppress(OSError, AttributeError):
     _decoders.TIFFSetErrorHandler(None)
     _decoders.TIFFSetWarningHandler(None)
 
-_TILE = 1 << 20
-"""Pixels that deep images are converted at a time."""
-
 
 class ImageError(Exception):
     """Why an image has no pixels: a type from the closed list, and a message for a person."""
@@ -66,6 +63,7 @@ class Decoded:
     """pixels: uint8 [height, width, 3], RGB, of the model's size; source size in pixels after EXIF orientation.
 
     Where tiles were asked for: tiles [T, height, width, 3], each of the model's size, at the places of tiling.
+    bit_depth: bits of a channel that were taken as black to white; None of fractions. clipped: pixels beyond that.
     """
 
     pixels: NDArray[np.uint8]
@@ -73,6 +71,8 @@ class Decoded:
     source_height: int
     tiles: NDArray[np.uint8] | None = None
     tiling: Tiling | None = None
+    bit_depth: int | None = 8
+    clipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,23 @@ class Cut:
 
 
 def decode_image(
-    data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+    data: bytes,
+    *,
+    size: tuple[int, int],
+    interpolation: str,
+    max_pixels: int,
+    cut: Cut | None = None,
+    span: Span | None = None,
 ) -> Decoded:
     """The whole image, squashed to size (height, width) as the model's pre-processing does, and its tiles if asked for.
 
-    Of whatever format of FORMATS; of several frames or pages the first. EXIF orientation is applied; 16-bit is scaled,
-    not clipped; float TIFF is stretched from its own minimum to its maximum; transparency is put on white. A large JPEG
-    that is not cut is decoded at a reduced size. Raises ImageError alone, whatever the bytes. Waits while other
-    threads decode as much as memory is planned for.
+    Of whatever format of FORMATS; of several frames or pages the first. EXIF orientation is applied; transparency is
+    put on white. A large JPEG that is not cut is decoded at a reduced size. span: which values of a photo of more than
+    8 bits become black and white, where it does not say so itself; default: what holds this one photo. Raises
+    ImageError alone, whatever the bytes. Waits while other threads decode as much as memory is planned for.
     """
     with _opened(data, max_pixels, max(size) if cut is None else None) as (image, stored):
-        return _fit(image, stored, size, interpolation, cut)
+        return _fit(image, data, stored, size, interpolation, cut, span)
 
 
 def fit_image(
@@ -107,18 +113,42 @@ def fit_image(
     """
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
-        return _fit(image.copy(), image.size, size, interpolation, cut)
+        return _fit(image.copy(), b"", image.size, size, interpolation, cut, None)
+
+
+def measure_image(data: bytes, *, max_pixels: int) -> Extremes | None:
+    """The extreme values of a photo of more than 8 bits that does not say its depth itself; None of any other.
+
+    Raises ImageError as decode_image does.
+    """
+    with _opened(data, max_pixels, None) as (image, _):
+        deep = None if states_depth(image, data) else read_deep(image, data, _turn_upright)
+        return None if deep is None else deep.extremes()
 
 
 def _fit(
-    image: Image.Image, stored: tuple[int, int], size: tuple[int, int], interpolation: str, cut: Cut | None
+    image: Image.Image,
+    data: bytes,
+    stored: tuple[int, int],
+    size: tuple[int, int],
+    interpolation: str,
+    cut: Cut | None,
+    span: Span | None,
 ) -> Decoded:
     """The model's view of an image, which is changed. stored: its width and height in the file."""
-    width, height = reversed(stored) if _turn_upright(image) else stored
-    upright, how = _to_rgb(image), _INTERPOLATIONS[interpolation]
+    bits: int | None
+    deep = read_deep(image, data, _turn_upright)
+    if deep is None:
+        width, height = reversed(stored) if _turn_upright(image) else stored
+        shallow, bits, clipped = image, 8, 0
+    else:
+        width, height = deep.width, deep.height
+        span = deep.stated or span or choose_span([deep.extremes()])
+        (shallow, clipped), bits = deep.render(span), span.bits
+    upright, how = _to_rgb(shallow), _INTERPOLATIONS[interpolation]
     squashed = upright.resize((size[1], size[0]), how)
-    tiles = None if cut is None else _cut(upright, cut, size, how)
-    return Decoded(np.asarray(squashed), width, height, *(tiles or ()))
+    tiles, tiling = (None, None) if cut is None else _cut(upright, cut, size, how)
+    return Decoded(np.asarray(squashed), width, height, tiles, tiling, bits, clipped)
 
 
 def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:
@@ -133,8 +163,12 @@ def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
     For people's eyes alone: large JPEGs are decoded at a reduced size. Raises ImageError as decode_image does.
     """
     with _opened(data, max_pixels, longest) as (image, _):
-        _turn_upright(image)
-        small = _to_rgb(image)
+        deep = read_deep(image, data, _turn_upright)
+        if deep is None:
+            _turn_upright(image)
+            small = _to_rgb(image)
+        else:
+            small = _to_rgb(deep.render(deep.stated or choose_span([deep.extremes()]))[0])
         small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=80, optimize=True)
@@ -181,8 +215,12 @@ def _opened(data: bytes, max_pixels: int, wanted: int | None) -> Iterator[tuple[
                 image.draft("RGB", (_DRAFT_MARGIN * wanted, _DRAFT_MARGIN * wanted))
             # A progressive JPEG holds 2 bytes for each colour of its full size, however small it is decoded.
             with PIXELS.hold(pixels if image.size == stored else pixels // 2):
-                yield image, stored
-                image.close()  # its pixels go while they are still counted
+                try:
+                    yield image, stored
+                finally:
+                    image.close()  # its pixels go while they are still counted
+                    if image.format == "JPEG2000":
+                        trim_small_blocks()
     except ImageError:
         raise
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
@@ -205,45 +243,12 @@ def _turn_upright(image: Image.Image) -> bool:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_bytes(image)).convert("RGB")
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", rgba.size, "white")
         white.paste(rgba, mask=rgba.getchannel("A"))
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _to_bytes(image: Image.Image) -> NDArray[np.uint8]:
-    """Deep greyscale as 8 bits; Pillow's own conversion clips everything above 255 to white."""
-    result = np.empty((image.height, image.width), dtype=np.uint8)
-    if image.mode == "F":
-        low = min(_finite(values).min() for _, values in _tiles(image))
-        high = max(_finite(values).max() for _, values in _tiles(image))
-        for place, values in _tiles(image):
-            result[place] = np.rint((_finite(values) - low) / max(high - low, 1e-12) * 255)
-        return result
-    # Mode I holds 16-bit files too (Pillow widens them); only what goes beyond 65535 is 32 bits deep.
-    depth = 65535 if max(values.max() for _, values in _tiles(image)) <= 65535 else 2**32 - 1
-    for place, values in _tiles(image):
-        result[place] = np.rint(values.astype(np.int64).clip(min=0) / depth * 255)
-    return result
-
-
-def _finite(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        return np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _tiles(image: Image.Image) -> Iterator[tuple[tuple[slice, slice], NDArray[Any]]]:
-    """Places and values of an image, piece by piece: as a whole, its 64-bit numbers would be gigabytes."""
-    columns = min(image.width, _TILE)
-    rows = max(1, _TILE // columns)
-    for top in range(0, image.height, rows):
-        for left in range(0, image.width, columns):
-            bottom, right = min(top + rows, image.height), min(left + columns, image.width)
-            yield (slice(top, bottom), slice(left, right)), np.asarray(image.crop((left, top, right, bottom)))
 
 
 def _classify(error: Exception, data: bytes) -> ImageError:

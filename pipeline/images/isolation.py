@@ -11,22 +11,51 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
-from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image
+from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, measure_image
+from pipeline.images.depth import Extremes, Span
 from pipeline.images.watchdog import LIMIT_S
 from pipeline.tiling import plan_tiling
 from schemas.tables import ErrorType
 
 
 def decode_isolated(
-    data: bytes, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+    data: bytes,
+    *,
+    size: tuple[int, int],
+    interpolation: str,
+    max_pixels: int,
+    cut: Cut | None = None,
+    span: Span | None = None,
 ) -> Decoded:
     """decode_image in a new process. Raises ImageError, of type crashed where its process did not end well."""
     tile = None if cut is None else asdict(cut)
-    options = json.dumps({"size": size, "interpolation": interpolation, "max_pixels": max_pixels, "cut": tile})
-    command = [sys.executable, "-m", "pipeline.images.isolation", options]
+    options = {"size": size, "interpolation": interpolation, "max_pixels": max_pixels, "cut": tile, "span": span}
+    answer, pixels = _ask(data, options)
+    image, *tiles = np.split(np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *size, 3), [1])
+    facts = {name: answer[name] for name in _FACTS}
+    if cut is None:
+        return Decoded(image[0], **facts)
+    width, height = answer["source_width"], answer["source_height"]
+    tiling = plan_tiling(width, height, cut.patches, cut.size, cut.overlap)
+    return Decoded(image[0], **facts, tiles=tiles[0], tiling=tiling)
+
+
+def measure_isolated(data: bytes, *, max_pixels: int) -> Extremes | None:
+    """measure_image in a new process. Raises ImageError as decode_isolated does."""
+    answer, _ = _ask(data, {"max_pixels": max_pixels})
+    return None if answer["extremes"] is None else Extremes(*answer["extremes"])
+
+
+_FACTS = ("source_width", "source_height", "bit_depth", "clipped")
+
+
+def _ask(data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """What _serve answers in a new process: facts, and pixels if there are any."""
+    command = [sys.executable, "-m", "pipeline.images.isolation", json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
         done = subprocess.run(command, input=data, capture_output=True, env=environment, timeout=LIMIT_S)
@@ -44,25 +73,26 @@ def decode_isolated(
     answer = json.loads(header)
     if "error_type" in answer:
         raise ImageError(ErrorType(answer["error_type"]), answer["message"])
-    image, *tiles = np.split(np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *size, 3), [1])
-    width, height = answer["source_width"], answer["source_height"]
-    if cut is None:
-        return Decoded(image[0], width, height)
-    return Decoded(image[0], width, height, tiles[0], plan_tiling(width, height, cut.patches, cut.size, cut.overlap))
+    return answer, pixels
 
 
 def _serve(options: str) -> None:
     """Bytes on standard input -> a line of JSON, and the pixels if there are any, on standard output."""
     out = sys.stdout.buffer
     try:
-        arguments = json.loads(options)
-        cut = arguments.pop("cut")
-        decoded = decode_image(sys.stdin.buffer.read(), **arguments, cut=None if cut is None else Cut(**cut))
+        arguments, data = json.loads(options), sys.stdin.buffer.read()
+        if "size" not in arguments:
+            out.write(json.dumps({"extremes": measure_image(data, **arguments)}).encode() + b"\n")
+            return
+        cut, span = arguments.pop("cut"), arguments.pop("span")
+        decoded = decode_image(
+            data, **arguments, cut=None if cut is None else Cut(**cut), span=None if span is None else Span(*span)
+        )
     except ImageError as error:
         out.write(json.dumps({"error_type": error.error_type.value, "message": error.message}).encode() + b"\n")
         return
-    sizes = {"source_width": decoded.source_width, "source_height": decoded.source_height}
-    out.write(json.dumps(sizes).encode() + b"\n" + decoded.pixels.tobytes())
+    facts = {name: getattr(decoded, name) for name in _FACTS}
+    out.write(json.dumps(facts).encode() + b"\n" + decoded.pixels.tobytes())
     if decoded.tiles is not None:
         out.write(decoded.tiles.data)
 

@@ -9,6 +9,7 @@ from pipeline.scoring.batches import batch_size, batches, detect, image_decoder,
 from pipeline.scoring.references import build_memory, choose_references, describe_choice, make_memory
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
 from pipeline.scoring.shards import HASHED, Manifest, Shard, cut_shards, identify_shards, write_manifest
+from pipeline.scoring.spans import SAMPLED, RunSpans, Spans, choose_samples, sample_photos, write_samples
 from pipeline.scoring.thresholds import (
     ThresholdError,
     Thresholds,
@@ -23,10 +24,13 @@ from pipeline.scoring.zero_shot import Prediction, ZeroShotDetector
 
 __all__ = [
     "HASHED",
+    "SAMPLED",
     "Manifest",
     "Prediction",
+    "RunSpans",
     "Shard",
     "ShardStats",
+    "Spans",
     "ThresholdError",
     "Thresholds",
     "ZeroShotDetector",
@@ -34,6 +38,7 @@ __all__ = [
     "batches",
     "build_memory",
     "choose_references",
+    "choose_samples",
     "cut_shards",
     "describe_choice",
     "detect",
@@ -47,8 +52,10 @@ __all__ = [
     "read_image",
     "reference_thresholds",
     "require_two",
+    "sample_photos",
     "score_shard",
     "select_thresholds",
     "to_tensor",
     "write_manifest",
+    "write_samples",
 ]

@@ -31,8 +31,8 @@ def batch_size(job: JobConfig) -> int:
     return 1 if job.method.tile is not None else job.model.batch_size
 
 
-def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[[bytes], Decoded]:
-    """Decodes files as the detector wants to see them."""
+def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[..., Decoded]:
+    """Decodes files (bytes, and by name the span of deep ones) as the detector wants to see them."""
     return functools.partial(decode_isolated if isolate else decode_image, **_view(job, detector))
 
 
@@ -51,7 +51,7 @@ def _view(job: JobConfig, detector: Detector) -> dict[str, Any]:
     }
 
 
-def read_image(uri: str, source: Store, decode: Callable[[bytes], Decoded]) -> Decoded | ImageError:
+def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | ImageError:
     try:
         data = source.read_uri(uri)
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.images import (
 )
 from pipeline.scoring.batches import batch_size, batches, image_decoder, read_image, start
 from pipeline.scoring.shards import Shard
+from pipeline.scoring.spans import RunSpans
 from pipeline.scoring.thresholds import Thresholds, fixed_thresholds
 from pipeline.storage import Run, Store, encode_shard, map_ahead, paths, read_shard, redact
 from schemas.tables import SHARD, ErrorType
@@ -55,6 +57,8 @@ class ShardStats:
     images: int
     errors: Mapping[str, int] = field(default_factory=dict)
     anomalies: Mapping[str, int] = field(default_factory=dict)
+    clipped: int = 0
+    """Photos with values beyond the depth of their class."""
 
 
 def score_shard(
@@ -80,12 +84,13 @@ def score_shard(
     is out of use.
     """
     job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
+    spans = RunSpans(job, run.run_id, output, isolate=isolate)
     thresholds = fixed_thresholds(job)
     largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
 
-    def decode(data: bytes) -> Decoded:
+    def decode(data: bytes, class_name: str) -> Decoded:
         with _ALONE if isolate else guard:
-            return decoder(data)
+            return decoder(data, span=spans.of(class_name, data))
 
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
         size = image["size"] or 0
@@ -93,7 +98,7 @@ def score_shard(
             message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can take"
             return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
         with FILE_BYTES.hold(size):
-            return image, read_image(image["uri"], source, decode)
+            return image, read_image(image["uri"], source, partial(decode, class_name=image["class_name"]))
 
     def start_batch(batch: _Batch) -> tuple[_Batch, Pending]:
         good = [(image["class_name"], item) for image, item in batch if isinstance(item, Decoded)]
@@ -206,6 +211,7 @@ def _new_rows(
             continue
         detection = next(waiting)
         row |= {"width": item.source_width, "height": item.source_height}
+        row |= {"bit_depth": item.bit_depth, "clipped": item.clipped}
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
             message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
@@ -262,4 +268,5 @@ def _commit(rows: list[Row], folder: str, shard_id: str, output: Store) -> Shard
         len(rows),
         errors=Counter(row["error_type"] for row in rows if row["status"] == "error"),
         anomalies=Counter(row["class_name"] for row in rows if row.get("is_anomalous")),
+        clipped=sum(bool(row.get("clipped")) for row in rows),
     )

@@ -62,6 +62,11 @@ def memory_key(run_id: str, class_name: str) -> str:
     return run_key(run_id, f"references/{safe_segment(class_name)}.safetensors")
 
 
+def span_key(run_id: str, class_name: str) -> str:
+    """Which values are black and white in a class's photos of more than 8 bits, decided once a run."""
+    return run_key(run_id, f"spans/{safe_segment(class_name)}.json")
+
+
 def driver_lease(run_id: str) -> str:
     """Held by the one driver that works on a run."""
     return run_key(run_id, "driver")

@@ -80,6 +80,11 @@ class Dataset(Part):
         "suffixes, none for names without one; tables take all that they name",
     )
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
+    bit_depth: Literal[8, 10, 12, 14, 16] | None = Field(
+        None,
+        description="of photos in 16-bit files that do not say their depth; default: the smallest one that holds a "
+        "sample of their class",
+    )
     select: Literal["all", "new"] = Field(
         "all",
         description="new: only images that no other published night of the output holds as ok, scored alike (model, "
@@ -343,6 +348,7 @@ class JobConfig(Part):
             "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
             "method": self.resolved_method.model_dump(mode="json"),
             "references": None if self.references is None else self.references.model_dump(mode="json"),
+            **({} if self.dataset.bit_depth is None else {"bit_depth": self.dataset.bit_depth}),
         }
 
     def class_fingerprint(
@@ -381,7 +387,8 @@ class JobConfig(Part):
         return _digest(self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        unused = {"suffixes"}  # which images there are is what the manifest says
+        # Which images there are is what the manifest says; the depth is among scoring_facts.
+        unused = {"suffixes", "bit_depth"}
         if self.dataset.select == "all":
             unused |= {"select", "retry_errors", "retry_nights"}
         return {
