@@ -133,7 +133,20 @@ def test_the_cron_job_creates_the_night_and_keeps_nights_apart(ray_job: Any, cro
         {"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}
     ]
     for pod in pods(ray_job["spec"]):
-        assert ("ServiceAccount", pod["serviceAccountName"]) in kinds and not pod["automountServiceAccountToken"]
+        assert ("ServiceAccount", pod["serviceAccountName"]) in kinds
+        assert pod["automountServiceAccountToken"] == (pod["serviceAccountName"] == "alfa-head")
+
+
+def test_the_cluster_grows_from_nothing_for_a_night_that_waits_for_it(ray_job: Any) -> None:
+    cluster = ray_job["spec"]["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is True and cluster["autoscalerOptions"]["version"] == "v2"
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] == 0 < group["maxReplicas"]
+        tolerated = {each["key"] for each in group["template"]["spec"]["tolerations"]}
+        assert {"nvidia.com/gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"} <= tolerated
+    # the autoscaler's second version replaces pods itself
+    assert all(pod["restartPolicy"] == "Never" for pod in pods(ray_job["spec"]))
 
 
 _KUBECTL = """#!/bin/sh

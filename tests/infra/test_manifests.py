@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
+from typing import Any
+
+import pytest
+import yaml
+from jsonschema import ValidationError
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.places import ROOT
 
@@ -46,3 +53,25 @@ def test_the_policy_allows_no_more_than_alfa_does() -> None:
         assert all(re.fullmatch(r"arn:aws:s3:::[a-z]+(/[a-z]+/\*)?", resource) for resource in resources)
         if any(action.startswith(("s3:Put", "s3:Delete")) for action in actions):
             assert resources == ["arn:aws:s3:::lake/inspection/*"]
+
+
+@pytest.fixture
+def aws_cluster() -> Any:
+    return yaml.safe_load((INFRA / "aws" / "cluster.yaml").read_text())
+
+
+def test_the_aws_cluster_is_valid_by_rays_own_schema_and_grows_from_nothing(aws_cluster: Any) -> None:
+    validate_config(prepare_config(copy.deepcopy(aws_cluster)))
+    head, worker = (aws_cluster["available_node_types"][name] for name in ("head", "gpu-spot"))
+    assert head["resources"] == {"CPU": 0} and "InstanceMarketOptions" not in head["node_config"]
+    assert worker["min_workers"] == 0 < worker["max_workers"] == aws_cluster["max_workers"]
+    assert worker["resources"]["GPU"] == 1 and worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert all(kind["node_config"]["IamInstanceProfile"] for kind in (head, worker))
+    commands = [*aws_cluster["head_start_ray_commands"], *aws_cluster["worker_start_ray_commands"]]
+    assert all("RAY_AUTH_MODE=token" in command for command in commands if "start" in command)
+
+
+def test_a_slip_in_the_aws_cluster_is_found(aws_cluster: Any) -> None:
+    aws_cluster["available_node_types"]["gpu-spot"]["min_worker"] = 1
+    with pytest.raises(ValidationError, match="min_worker"):
+        validate_config(prepare_config(aws_cluster))
