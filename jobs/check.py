@@ -12,7 +12,16 @@ from rich.text import Text
 
 from jobs.console import print_json
 from pipeline.alfa import load_encoder, locate_weights
-from pipeline.engine import connect, node_resources, plan_actors
+from pipeline.engine import (
+    can_grow,
+    connect,
+    describe_nodes,
+    is_local,
+    list_nodes,
+    plan_actors,
+    require_room,
+    uses_gpus,
+)
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import open_catalog
 from pipeline.prompts import require_askable, try_model
@@ -137,7 +146,13 @@ def _check_catalog(job: JobConfig) -> str:
 
 def _check_cluster(job: JobConfig) -> str:
     with connect(job):
-        plan = plan_actors(job, node_resources())
+        nodes, grows = list_nodes(), can_grow(job)
+        plan = plan_actors(job, nodes, uses_gpus(job, nodes, grows))
+        if is_local(job):
+            require_room(job, plan, nodes)
+    if not plan.count:
+        wait = f"the night waits {job.engine.wait_for_nodes_s:g} s for one"
+        return f"no node has room for a scoring actor yet ({describe_nodes(nodes)}); {wait}"
     where = f"{plan.count} on GPUs" if plan.gpus else f"{plan.count} on CPU, {plan.cpus} cores each"
     here = "a GPU" if torch.cuda.is_available() else "no GPU"
     return f"scoring actors: {where}; this machine has {here}"

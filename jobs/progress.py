@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.lake import exposition, run_event
 from pipeline.scoring import ShardStats
 from pipeline.storage import Store, paths, redact
-from schemas.records import Commit, RunState, RunStats, dump_record
+from schemas.records import ActorCounts, Commit, RunState, RunStats, dump_record
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,7 @@ _STATS_EVERY_S = 15.0
 class RunProgress:
     """Counts what finished shards report, and tells the lake and the console. A context manager around the loop."""
 
-    def __init__(
-        self, facts: RunStats, output: Store, console: Console, images: int, actors: int, job_started: float
-    ) -> None:
+    def __init__(self, facts: RunStats, output: Store, console: Console, images: int, job_started: float) -> None:
         """facts: what stats.json says of the run besides what is counted here.
 
         images: how many are left to score. job_started: when the whole job began, by time.monotonic.
@@ -47,14 +45,14 @@ class RunProgress:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:.1f} images/s"),
             TextColumn("{task.fields[findings]}"),
-            TextColumn(f"{actors} actor{'s' * (actors != 1)}"),
+            TextColumn("{task.fields[actors]}"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("scoring", total=images, rate=0.0, findings="")
+        self._task = self._bar.add_task("scoring", total=images, rate=0.0, findings="", actors="")
 
     def __enter__(self) -> RunProgress:
         self._bar.start()
@@ -71,6 +69,11 @@ class RunProgress:
     def start_scoring(self) -> None:
         """Starts the clock of the scoring rate: the actors have their models and prompts."""
         self._scoring_from = time.monotonic()
+
+    def count_actors(self, actors: ActorCounts) -> None:
+        """Notes what scoring holds of the cluster."""
+        self.facts = self.facts.model_copy(update={"actors": actors})
+        self._bar.update(self._task, actors=f"{actors.count} actor{'s' * (actors.count != 1)}")
 
     @property
     def scoring_s(self) -> float:

@@ -144,18 +144,19 @@ def _execute(
         versions=versions(),
     )
     if not shard_ids:
-        with RunProgress(facts, output, console, 0, 0, started) as progress:
+        with RunProgress(facts, output, console, 0, started) as progress:
             commit = publish_night(run, manifest.digest, run.shards, [], output, lease.owner)
             return commit, progress.write("done", commit=commit)
     with connect(job):
-        pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""))
-        facts = facts.model_copy(update={"actors": ActorCounts(**asdict(pool.plan))})
+        shards_left = len(shard_ids) - len(finished)
+        pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""), shards_left)
         try:
-            with RunProgress(facts, output, console, left, pool.plan.count, started) as progress:
+            with RunProgress(facts, output, console, left, started) as progress:
                 if len(finished) < len(shard_ids):
                     pool.embed(plan.prompts.ensembles, plan.references)
                     progress.start_scoring()
                     for stats in pool.score(waiting):
+                        progress.count_actors(ActorCounts(**asdict(pool.placed)))
                         progress.add(stats)
                         lease.check()
                 folder = _mask_all(plan, pool, shard_ids, output, lease)
@@ -185,7 +186,7 @@ def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: S
     digest = _digest(thresholds)
     folder = paths.masked_shards(run.run_id, digest)
     finished = paths.finished_shards(output, folder)
-    for _ in pool.mask((shard for shard in shard_ids if shard not in finished), digest, thresholds):
+    for _ in pool.mask([shard for shard in shard_ids if shard not in finished], digest, thresholds):
         lease.check()
     return folder
 

@@ -5,18 +5,26 @@ May import: scoring, alfa, prompts, images, storage, schemas.
 """
 
 from pipeline.engine.actors import PromptActor, ScoringActor, obtain_prompts
-from pipeline.engine.cluster import ActorPlan, connect, node_resources, plan_actors
+from pipeline.engine.cluster import can_grow, connect, is_local, list_nodes
 from pipeline.engine.errors import EngineError
+from pipeline.engine.plan import ActorPlan, Node, describe_nodes, plan_actors, require_room, uses_gpus, wanted_actors
 from pipeline.engine.pool import ScoringPool
 
 __all__ = [
     "ActorPlan",
     "EngineError",
+    "Node",
     "PromptActor",
     "ScoringActor",
     "ScoringPool",
+    "can_grow",
     "connect",
-    "node_resources",
+    "describe_nodes",
+    "is_local",
+    "list_nodes",
     "obtain_prompts",
     "plan_actors",
+    "require_room",
+    "uses_gpus",
+    "wanted_actors",
 ]

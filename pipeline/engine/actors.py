@@ -17,7 +17,9 @@ from ray.util.metrics import Counter, Histogram
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.engine.cluster import list_nodes
 from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.plan import ActorPlan
 from pipeline.engine.relay import Reply, WarningKeeper, unpack
 from pipeline.images import HangGuard, give_back_freed_memory
 from pipeline.scoring import Shard, ShardStats, Thresholds, build_memory, mask_shard, score_shard
@@ -108,8 +110,17 @@ class ScoringActor:
         """Calls a method of this actor; the reply brings this actor's warnings along."""
         return self._warnings.reply(getattr(self, method)(*arguments))
 
+    def settle(self, plan: ActorPlan) -> str:
+        """Takes its part of the cores of the node that Ray has put it on; returns the node's id."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        for node in list_nodes():
+            if node.node_id == node_id:
+                self._cpus = plan.cores(node, self._job.engine)
+                self._threads = max(4, 2 * self._cpus)
+        return node_id
+
     def load(self) -> None:
-        """Loads the model; to be called before all else. Raises EngineError and ModelError.
+        """Loads the model; to be called before the methods below. Raises EngineError and ModelError.
 
         It is not part of __init__, because Ray reports what that raises as the death of the actor.
         """

@@ -1,4 +1,4 @@
-"""Connects a job to its Ray cluster, and plans how many actors of what size it starts there."""
+"""Connects a job to its Ray cluster, and says what that has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -16,22 +15,12 @@ import ray
 
 from pipeline.engine import internals
 from pipeline.engine.errors import EngineError
+from pipeline.engine.plan import Node
 from schemas.job import JobConfig
 from schemas.text import one_line
 
-logger = logging.getLogger(__name__)
-
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
 """What Ray tells the driver: its own warnings. Those of actors come with their replies (relay.py)."""
-
-
-@dataclass(frozen=True)
-class ActorPlan:
-    """How many scoring actors to start, and the CPU cores and GPUs of each; a shared GPU is a fraction."""
-
-    count: int
-    cpus: int
-    gpus: float
 
 
 @contextlib.contextmanager
@@ -48,10 +37,10 @@ def connect(job: JobConfig, timeout_s: float = 60.0) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Older versions of Ray warn, at the start of each actor without a GPU, that this setting will change.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    address = job.engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    address = job.engine.address or os.environ.get("RAY_ADDRESS", "")
     with internals.without_prints():
         with internals.own_sigterm():
-            if address == "local":
+            if is_local(job):
                 _start_local()
             else:
                 _join(address, timeout_s)
@@ -103,35 +92,17 @@ def _refusal(address: str, reason: str) -> EngineError:
     )
 
 
-def node_resources() -> list[dict[str, float]]:
-    """Lists the resources (CPU, GPU and so on) of each node of the connected cluster that is alive."""
+def is_local(job: JobConfig) -> bool:
+    """Whether the job starts a Ray for its own use, because neither it nor RAY_ADDRESS names a cluster."""
+    return (job.engine.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
+
+
+def list_nodes() -> list[Node]:
+    """Lists the nodes of the connected cluster that are alive."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node["Resources"] for node in nodes if node["Alive"]]
+    return [Node(node["NodeID"], node["Resources"], node.get("Labels", {})) for node in nodes if node["Alive"]]
 
 
-def plan_actors(job: JobConfig, nodes: Sequence[Mapping[str, float]]) -> ActorPlan:
-    """Plans the scoring actors on a cluster. nodes: the resources (CPU, GPU) of each node that is alive.
-
-    With engine.actors auto, each GPU gets engine.actors_per_gpu of them; without GPUs, each node gets one, with all of
-    its cores. Raises EngineError where no actor fits.
-    """
-    gpus = 0 if job.model.device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
-    if job.model.device == "cuda" and not gpus:
-        raise EngineError("model.device is cuda, but the cluster has no GPU; add GPU nodes or set model.device=auto")
-    hosts = [node for node in nodes if (node.get("GPU", 0) if gpus else node.get("CPU", 0)) >= 1]
-    if not hosts:
-        raise EngineError("the cluster has no node with a free CPU core to score on")
-    share = job.engine.actors_per_gpu
-    wanted = job.engine.actors if job.engine.actors != "auto" else gpus * share or len(hosts)
-    if job.engine.cpus_per_actor != "auto":
-        cpus = job.engine.cpus_per_actor
-    elif gpus:
-        cpus = max(1, min(int(node["CPU"] // (node["GPU"] * share)) for node in hosts))
-    else:
-        cpus = max(1, min(int(node["CPU"]) for node in hosts) // -(-wanted // len(hosts)))
-    room = sum(int(min(node["CPU"] // cpus, node["GPU"] * share if gpus else node["CPU"])) for node in hosts)
-    if not room:
-        raise EngineError(f"no node has the {cpus} CPU cores that engine.cpus_per_actor asks for")
-    if room < wanted:
-        logger.warning("the cluster has room for %d scoring actors, not for %d", room, wanted)
-    return ActorPlan(min(wanted, room), cpus, 1 / share if gpus else 0)
+def can_grow(job: JobConfig) -> bool:
+    """Whether an autoscaler may add nodes to the connected cluster."""
+    return not is_local(job) and internals.has_autoscaler()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -10,6 +11,8 @@ import threading
 from collections.abc import Iterator
 
 import ray
+from ray.autoscaler.v2.sdk import get_cluster_status
+from ray.experimental import internal_kv
 
 
 @contextlib.contextmanager
@@ -81,3 +84,18 @@ def without_prints() -> Iterator[None]:
         yield
     finally:
         worker._worker_logs_enabled = before
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler may add nodes to the connected cluster.
+
+    What reports on a cluster without one calls each node a type of its own. The second version of the autoscaler
+    reports to the head alone, which counts its reports. It can go when Ray tells whether a cluster autoscales.
+    """
+    status = internal_kv._internal_kv_get("__autoscaling_status")
+    if status:
+        types = json.loads(status).get("autoscaler_report", {}).get("node_type_mapping") or {}
+        return any(kind != f"node_{node}" for node, kind in types.items())
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return False  # the head's own port may be out of reach
+    return get_cluster_status(ray.get_runtime_context().gcs_address).stats.autoscaler_version != "0"

@@ -6,7 +6,7 @@ May import: schemas.
 
 from pipeline.storage import leases, paths
 from pipeline.storage.chunks import read_chunks, sha256_of
-from pipeline.storage.faults import AddressError, StoreError
+from pipeline.storage.faults import AddressError, DiskError, StoreError
 from pipeline.storage.leases import LeaseLostError
 from pipeline.storage.listing import STAGING, ObjectInfo, Page
 from pipeline.storage.names import safe_segment
@@ -18,6 +18,7 @@ from pipeline.storage.store import Store, open_store
 __all__ = [
     "STAGING",
     "AddressError",
+    "DiskError",
     "LeaseLostError",
     "ObjectInfo",
     "Page",

@@ -10,6 +10,8 @@ NO_BUCKET = "no such bucket; check the URI and the endpoint"
 """What is told of a store that is none."""
 
 LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Numbers of the errors of a disk that is full or read-only."""
 _DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
 """Codes that every request will meet; AccessDenied may concern one object alone."""
 _PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict")
@@ -28,6 +30,10 @@ class NoBucketError(StoreError):
     """There is no such bucket."""
 
 
+class DiskError(StoreError):
+    """A disk is full or read-only: perhaps that of one node alone."""
+
+
 def code_of(error: BaseException) -> str:
     """The S3 error code behind an exception: s3fs hangs botocore's on as its cause."""
     response = getattr(error.__cause__, "response", None) or {}
@@ -41,7 +47,7 @@ def is_transient(error: BaseException) -> bool:
     if code_of(error) in _PASSING_CODES:
         return True
     if isinstance(error, OSError):
-        return error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EINVAL, errno.ENAMETOOLONG)
+        return error.errno not in (*DISK_ERRORS, errno.EINVAL, errno.ENAMETOOLONG)
     return type(error).__module__.split(".")[0] in ("botocore", "aiobotocore", "aiohttp", "asyncio", "gcsfs", "azure")
 
 

@@ -25,9 +25,11 @@ from pipeline.storage import s3
 from pipeline.storage.bucket import Bucket
 from pipeline.storage.chunks import RangeReader, read_chunks, sha256_of
 from pipeline.storage.faults import (
+    DISK_ERRORS,
     LOST,
     NO_BUCKET,
     AddressError,
+    DiskError,
     NoBucketError,
     StoreError,
     advice_on,
@@ -440,7 +442,7 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
             advice = _denial_of(store)
         if advice is None:
             raise
-        kind = NoBucketError if advice == NO_BUCKET else StoreError
+        kind = NoBucketError if advice == NO_BUCKET else DiskError if error.errno in DISK_ERRORS else StoreError
         raise kind(f"{store.uri('')}: {advice} ({key or 'root'}: {type(error).__name__})") from error
     except Exception as error:
         if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError"):

@@ -268,17 +268,39 @@ class Threshold(Part):
         return f"labels {self.table}" if self.policy == "labels" else self.policy
 
 
+class ActorRange(Part):
+    """Between how many scoring actors a run has, as far as there is work for them."""
+
+    min: PositiveInt = Field(1, description="as many are asked for, whether or not nodes have room")
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorRange:
+        if self.min > self.max:
+            raise ValueError("min must not be larger than max")
+        return self
+
+
 class Engine(Part):
     """How Ray is used."""
 
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local one is started")
-    actors: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
-        "auto", description="auto: actors_per_gpu to each GPU; else one a node"
+    actors: Annotated[int, Field(ge=1)] | Literal["auto"] | ActorRange = Field(
+        "auto", description="auto: actors_per_gpu to each GPU, else all cores; also of nodes that come later"
     )
     actors_per_gpu: PositiveInt = Field(
         1, description="processes that share a GPU; more where one alone cannot read and decode as fast as it scores"
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="custom Ray resources that each scoring actor takes, such as {spot: 1}"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="labels of the Ray nodes that score, such as {ray.io/market-type: spot}"
+    )
+    wait_for_nodes_s: PositiveFloat = Field(
+        900.0, description="seconds that a cluster without a fitting node has to bring one; a local Ray has none"
+    )
     shard_size: PositiveInt = 256
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         3,
@@ -288,6 +310,13 @@ class Engine(Part):
         30.0, description="seconds for which a driver that died keeps others from going on with its run"
     )
     max_error_rate: Share = Field(0.05, description="share of error rows past which the job exits with 1")
+
+    @property
+    def actor_range(self) -> tuple[int, int | None]:
+        """How many actors at least and at most; None: no limit of the job's own."""
+        if self.actors == "auto":
+            return 1, None
+        return (self.actors.min, self.actors.max) if isinstance(self.actors, ActorRange) else (self.actors, self.actors)
 
 
 class Lake(Part):

@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that there are: those of the scoring actors, and those that Ray's own dashboards show."""
+"""The dashboard asks for metrics that exist: those of the scoring actors, and those of Ray's own dashboards."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def test_the_last_shard_waits_for_an_actor_that_starts_not_behind_a_busy_one(tmp
     for name in ("begun", "met"):
         os.mkfifo(tmp_path / name)
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(tmp_path)}, "engine": {"actors": 2}})
-    pool = ScoringPool(Run("run", job, "none", ""), "", str(tmp_path), MeetingActor)
+    pool = ScoringPool(Run("run", job, "none", ""), "", str(tmp_path), 2, MeetingActor)
     images = pa.table({"class_name": pa.array([], pa.string())})
     try:
         found = list(pool.score(Shard(name, images) for name in ("first", "last")))
