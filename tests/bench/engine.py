@@ -2,8 +2,9 @@
 
 One actor through Ray takes turns with the same score_shard in a process without Ray: the same threads, as many shards
 at once, the same images, each with an output of its own. Then 1 to 8 actors wait on devices that take a fixed time an
-image: all else of them is real, so that what is lost is what the pool, Ray and the host's cores lose. The start of Ray
-and of actors is paid once a night and not counted.
+image: all else of them is real, so that what is lost is what the pool, Ray and the host's cores lose. At last, many
+actors that have nothing to do show what the driver can hand out. The start of Ray and of actors is paid once a night
+and not counted.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import torch
 from PIL import Image
@@ -33,8 +36,8 @@ from jobs.planning import Plan, open_source, plan_run
 from pipeline.alfa import Detection, Pending, Preprocess, PromptEmbeddings
 from pipeline.alfa.explain import explain
 from pipeline.engine import ScoringActor, ScoringPool, connect
-from pipeline.scoring import Shard, cut_shards
-from pipeline.storage import open_store
+from pipeline.scoring import Shard, ShardStats, cut_shards
+from pipeline.storage import Run, open_store
 from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import print_table, write_results
@@ -44,6 +47,8 @@ CLASSES = ("bolt", "nut", "pcb", "ring")
 CORES = os.cpu_count() or 1
 ACTORS = (1, 2, 4, 8)
 IDLE_S = 5.0
+MANY = 10**6
+"""Shards that pools are told of, so that none stops an actor for want of work between two measurements."""
 DEVICE_S = 0.1
 """What the fake device takes for an image: so long that eight actors leave two cores half idle."""
 DEVICE_SHARD, DEVICE_BATCH = 10, 5
@@ -126,7 +131,7 @@ def measure_overhead(images: Path, outputs: Path, rounds: int, shard_size: int) 
         process.submit(score_in_process, alone, str(outputs)).result()
         asked = time.perf_counter()
         with connect(by_ray):
-            pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""))
+            pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""), MANY)
             pool.embed(night.prompts.ensembles, {})
             ready_s = time.perf_counter() - asked
             score_all(pool, shards_of(night))
@@ -187,9 +192,9 @@ def measure_scaling(images: Path, outputs: Path, actors: int, shards_an_actor: i
     """Images a second of so many actors, once all are loaded and warm, and the share of the cores that is busy."""
     engine = {"actors": actors, "cpus_per_actor": 1, "shard_size": DEVICE_SHARD}
     night = plan(make_job(images, outputs / f"actors-{actors}", engine, DEVICE_BATCH), str(outputs))
-    pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""), FixedTimeActor)
+    pool = ScoringPool(night.run, night.weights.sha256, night.source.store.uri(""), MANY, FixedTimeActor)
     try:
-        ray.wait([*pool._starting], num_returns=actors)
+        await_actors(pool, actors)
         pool.embed(night.prompts.ensembles, {})
         score_all(pool, islice(shards_of(night), actors))
         busy, started = busy_seconds(), time.perf_counter()
@@ -198,6 +203,56 @@ def measure_scaling(images: Path, outputs: Path, actors: int, shards_an_actor: i
         return {"rate": scored / seconds, "busy": (busy_seconds() - busy) / seconds / CORES}
     finally:
         pool.close()
+
+
+def await_actors(pool: ScoringPool, actors: int) -> None:
+    """Waits until so many actors have loaded their models."""
+    while sum(worker.ready for worker in pool._workers) < actors:
+        for reference in pool._wait([*pool._starting], soon=True):
+            pool._receive(reference)
+
+
+class NoWorkActor(ScoringActor):
+    """A scoring actor that has nothing to do, so that what is measured is the driver."""
+
+    def load(self) -> None:
+        """Has no model."""
+
+    def score(self, shard: Shard, run: Run, *_: Any, **__: Any) -> ShardStats:
+        return ShardStats(shard.shard_id, 0)
+
+
+@dataclass(frozen=True)
+class DriverRate:
+    """Shards a second, and the driver's memory in MB after a tenth of the shards and after all."""
+
+    actors: int
+    shards: int
+    rate: float
+    memory_mb: tuple[float, float]
+
+
+def measure_driver(folder: Path, actors: int, shards: int) -> DriverRate:
+    """How many empty shards the driver hands out in a second."""
+    job = make_job(folder, folder / "driver", {"actors": actors, "cpus_per_actor": 1})
+    empty = pa.table({"class_name": pa.array([], pa.string())})
+    pool = ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, NoWorkActor)
+    memory = []
+    try:
+        await_actors(pool, actors)
+        started = time.perf_counter()
+        done = pool.score(Shard(f"{number:016x}", empty) for number in range(shards))
+        for number, _ in enumerate(done, start=1):
+            if number in (shards // 10, shards):
+                memory.append(resident_mb())
+        return DriverRate(actors, shards, shards / (time.perf_counter() - started), (memory[0], memory[1]))
+    finally:
+        pool.close()
+
+
+def resident_mb() -> float:
+    """What this process holds of the memory, by /proc."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def busy_seconds() -> float:
@@ -209,13 +264,35 @@ def busy_seconds() -> float:
     return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
 
+def print_driver(folder: Path, actors: int, shards: int) -> DriverRate:
+    """Measures the driver's rate on a Ray of its own, and prints it."""
+    ray.init(num_cpus=actors, include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        found = measure_driver(folder, actors, shards)
+    finally:
+        ray.shutdown()
+    first, last = found.memory_mb
+    print(
+        f"{actors} actors of no work, {shards} empty shards, {CORES} cores: {found.rate:.0f} shards/s; driver "
+        f"{first:.0f} MB after a tenth of them, {last:.0f} MB after all"
+    )
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1000, help="at least, so that there are shards enough")
     parser.add_argument("--shard-size", type=int, default=256, help="of the run through Ray")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--shards-an-actor", type=int, default=12, help=f"of {DEVICE_SHARD} images, on the fake device")
+    parser.add_argument("--idle-actors", type=int, default=64, help="that show the driver's rate; 0.3 GB each")
+    parser.add_argument("--empty-shards", type=int, default=20_000, help="that those are given")
+    parser.add_argument("--driver-only", action="store_true", help="measures the driver's rate alone")
     options = parser.parse_args()
+    if options.driver_only:
+        with tempfile.TemporaryDirectory(prefix="alfa-bench-") as folder:
+            print_driver(Path(folder), options.idle_actors, options.empty_shards)
+        return
     count = max(options.images, max(ACTORS) * options.shards_an_actor * DEVICE_SHARD)
     with tempfile.TemporaryDirectory(prefix="alfa-bench-") as folder:
         images, outputs = Path(folder) / "images", Path(folder) / "outputs"
@@ -227,6 +304,7 @@ def main() -> None:
             scaling = {n: measure_scaling(images, outputs, n, options.shards_an_actor) for n in ACTORS}
         finally:
             ray.shutdown()
+        driver = print_driver(outputs, options.idle_actors, options.empty_shards)
     ways = [
         (name, f"{count / statistics.median(seconds):.1f}")
         for name, seconds in (("in process", overhead.alone_s), ("through Ray", overhead.by_ray_s))
@@ -251,7 +329,7 @@ def main() -> None:
     ]
     title = f"devices of {DEVICE_S * 1e3:g} ms an image, {CORES} cores"
     print_table(title, ("actors", "images/s", "speed-up", "speed-up / N", "cores busy"), rows)
-    facts = {"images": count, "shard_size": options.shard_size, **asdict(overhead)}
+    facts = {"images": count, "shard_size": options.shard_size, **asdict(overhead), "driver": asdict(driver)}
     write_results("engine", {**facts, "device_seconds": DEVICE_S, "scaling": scaling})
 
 
