@@ -49,6 +49,14 @@ def run_autoscaling(head: dict[str, float], workers: dict[str, dict[str, Any]]) 
             **{name: {"node_config": {}, **kind} for name, kind in workers.items()},
         },
         "head_node_type": "head",
+        "auth": {},
+        "docker": {},
+        "file_mounts": {},
+        "file_mounts_sync_continuously": False,
+        **{f"rsync_{kind}": [] for kind in ("exclude", "filter")},
+        **{f"{kind}_commands": [] for kind in ("initialization", "setup", "head_setup", "worker_setup")},
+        **{f"{kind}_start_ray_commands": [] for kind in ("head", "worker")},
+        "cluster_synced_files": [],
     }
     (folder / "config.json").write_text(json.dumps(config))
     command = [

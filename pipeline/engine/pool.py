@@ -400,7 +400,9 @@ class ScoringPool:
                 f"no node with {need} has come within {job.engine.wait_for_nodes_s:g} s (engine.wait_for_nodes_s); the "
                 f"cluster has {has}. Look at its autoscaler, or score on CPU with model.device=cpu"
             )
-        if now - self._said < (_SAY_EVERY_S if self._said > self._homeless_from else _LOOK_EVERY_S):
+        # Where a node fits, an actor takes some time to start; where none does, it is worth a word at once.
+        soon = not self.plan.count and self._said <= self._homeless_from
+        if now - self._said < (_LOOK_EVERY_S if soon else _SAY_EVERY_S):
             return
         self._said = now
         if self.plan.count:
