@@ -31,6 +31,7 @@ NO_IMAGES = pa.table({"class_name": pa.array([], pa.string())})
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without cores, to which this process is connected."""
+    ray.shutdown()  # that of other tests
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     yield cluster
@@ -137,6 +138,7 @@ def test_a_node_with_other_weights_is_left_out_while_another_works(
     assert "is left out; the others do its work: not the weights" in caplog.text
 
 
+@pytest.mark.slow
 def test_where_no_node_has_the_weights_that_is_the_error(cluster: Cluster, tmp_path: Path) -> None:
     cluster.add_node(num_cpus=1, labels={"weights": "other"})
     cluster.wait_for_nodes()
@@ -144,6 +146,7 @@ def test_where_no_node_has_the_weights_that_is_the_error(cluster: Cluster, tmp_p
         score(make_pool(cluster, tmp_path, 1), ["a"])
 
 
+@pytest.mark.slow
 def test_a_straggler_is_tried_a_second_time_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
     for _ in range(2):
         cluster.add_node(num_cpus=1)
