@@ -107,6 +107,7 @@ SCORES = pa.schema(
         _field("map_peak", pa.float32(), "highest patch of the anomaly map, what mask thresholds are set by"),
         _field("threshold_source", pa.string(), "policy of the thresholds; with labels, their table too"),
         _field("bit_depth", pa.int32(), "bits of a channel taken as black to white; null of fractions and on error"),
+        _field("frames", pa.int32(), "frames or pages of the file, of which the first is scored; null where unknown"),
         _field("clipped", pa.int64(), "pixels with values beyond that, cut to black or white; null on error"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},

@@ -8,7 +8,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,7 @@ class Decoded:
 
     Where tiles were asked for: tiles [T, height, width, 3], each of the model's size, at the places of tiling.
     bit_depth: bits of a channel that were taken as black to white; None of fractions. clipped: pixels beyond that.
+    frames: how many frames or pages the file has, of which this is the first; None where that cannot be told.
     """
 
     pixels: NDArray[np.uint8]
@@ -73,6 +74,7 @@ class Decoded:
     tiling: Tiling | None = None
     bit_depth: int | None = 8
     clipped: int = 0
+    frames: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def decode_image(
     ImageError alone, whatever the bytes. Waits while other threads decode as much as memory is planned for.
     """
     with _opened(data, max_pixels, max(size) if cut is None else None) as (image, stored):
-        return _fit(image, data, stored, size, interpolation, cut, span)
+        frames = _count_frames(image, data)
+        return replace(_fit(image, data, stored, size, interpolation, cut, span), frames=frames)
 
 
 def fit_image(
@@ -114,6 +117,19 @@ def fit_image(
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
         return _fit(image.copy(), b"", image.size, size, interpolation, cut, None)
+
+
+def _count_frames(image: Image.Image, data: bytes) -> int | None:
+    """Frames or pages. Pillow walks through a TIFF or GIF to count them, so that is done on one opened anew."""
+    if image.format not in ("TIFF", "GIF"):
+        return getattr(image, "n_frames", 1)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as again:
+            return getattr(again, "n_frames", 1)
+    except MemoryError:
+        raise
+    except Exception:  # a later page is broken; the first may be in order
+        return None
 
 
 def measure_image(data: bytes, *, max_pixels: int) -> Extremes | None:

@@ -50,7 +50,7 @@ def measure_isolated(data: bytes, *, max_pixels: int) -> Extremes | None:
     return None if answer["extremes"] is None else Extremes(*answer["extremes"])
 
 
-_FACTS = ("source_width", "source_height", "bit_depth", "clipped")
+_FACTS = ("source_width", "source_height", "bit_depth", "clipped", "frames")
 
 
 def _ask(data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], bytes]:

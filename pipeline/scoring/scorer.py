@@ -211,7 +211,7 @@ def _new_rows(
             continue
         detection = next(waiting)
         row |= {"width": item.source_width, "height": item.source_height}
-        row |= {"bit_depth": item.bit_depth, "clipped": item.clipped}
+        row |= {"bit_depth": item.bit_depth, "clipped": item.clipped, "frames": item.frames}
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
             message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}

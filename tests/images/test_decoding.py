@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.images import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, decoding, formats
 from schemas.tables import ErrorType
+from tests.images.hostile import grey_tags, tiff
 
 
 def decode(data: bytes, size: tuple[int, int] = (8, 8), max_pixels: int = 1_000_000) -> Decoded:
@@ -138,9 +139,15 @@ def test_the_whole_image_is_squashed_without_a_crop() -> None:
 
 def test_the_first_of_several_frames_counts() -> None:
     frames = [Image.new("RGB", (20, 10), colour) for colour in ("red", "blue")]
-    for kind in ("TIFF", "WEBP"):
+    for kind in ("TIFF", "WEBP", "GIF", "PNG", "MPO", "AVIF"):
         data = encode(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
-        np.testing.assert_allclose(decode(data).pixels[4, 4], (255, 0, 0), atol=2)
+        np.testing.assert_allclose(decode(data).pixels[4, 4], (255, 0, 0), atol=6)
+        assert decode(data).frames == 2 and decode(encode(frames[0], kind)).frames == 1
+
+
+def test_a_stack_whose_second_page_is_broken_is_scored_by_its_first() -> None:
+    data = tiff(grey_tags(8, 8, 64), bytes(64), following=2**31)
+    assert decode(data).source_width == 8 and decode(data).frames is None
 
 
 def error_type(data: bytes, max_pixels: int = 1_000_000) -> ErrorType:
