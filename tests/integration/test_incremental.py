@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from pathlib import Path
 
 import duckdb
@@ -10,9 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.lake import read_commit
+from pipeline.lake import (
+    Retention,
+    State,
+    check_ledger,
+    collect_garbage,
+    find_ledgers,
+    published_nights,
+    read_commit,
+)
 from pipeline.storage import Store
 from tests.command import alfa_alone
+from tests.lake.nights import left, photos_named, publish
 from tests.nights import FIRST, SECOND, THIRD
 from tests.places import DEMO
 from tests.seaweed import ObjectStorage
@@ -76,3 +86,20 @@ def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: 
     ]
     rebuilt = alfa_alone("ledger", "s3://lake/incremental", "--rebuild")
     assert rebuilt.returncode == 0 and "3 nights were made from their rows anew: no difference" in rebuilt.stdout
+
+
+def test_old_nights_lose_their_shards_on_s3_or_go_as_a_whole(s3: ObjectStorage) -> None:
+    output, nights = Store("s3://lake/retention"), (FIRST, SECOND, THIRD)
+    for night, photo in zip(nights, photos_named("a", "b", "c"), strict=True):
+        publish(output, night, {photo: "ok"})
+    cut = date.fromisoformat(THIRD)
+    in_an_hour = -3600  # what is there is older than that
+    removed = list(collect_garbage(output, in_an_hour, delete=True, retention=Retention(cut)))
+    assert sorted(item.key[:15] for item in removed if item.kind == "shards") == [f"runs/{FIRST}", f"runs/{SECOND}"]
+    commits = [read_commit(output, night) for night in nights]
+    assert [commit is not None and commit.cleared_at is not None for commit in commits] == [True, True, False]
+    assert left(output, photos_named("a", "b", "c", "d")) == photos_named("d")
+    assert [check_ledger(output, ledger) for ledger in find_ledgers(output)] == [State.WHOLE] * 3
+    list(collect_garbage(output, in_an_hour, delete=True, retention=Retention(cut, table=True)))
+    assert published_nights(output) == [THIRD] and all(THIRD in info.key for info in output.list("scores"))
+    assert left(output, photos_named("a", "b", "c")) == photos_named("a", "b")
