@@ -7,14 +7,16 @@ import ctypes
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, _imaging
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
 
 from pipeline.images.budget import PIXELS, trim_small_blocks
+from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
 from pipeline.tiling import Tiling, plan_tiling
@@ -153,6 +155,7 @@ def _fit(
 ) -> Decoded:
     """The model's view of an image, which is changed. stored: its width and height in the file."""
     bits: int | None
+    transform = choose_transform(image)
     deep = read_deep(image, data, _turn_upright)
     if deep is None:
         width, height = reversed(stored) if _turn_upright(image) else stored
@@ -161,9 +164,15 @@ def _fit(
         width, height = deep.width, deep.height
         span = deep.stated or span or choose_span([deep.extremes()])
         (shallow, clipped), bits = deep.render(span), span.bits
-    upright, how = _to_rgb(shallow), _INTERPOLATIONS[interpolation]
-    squashed = upright.resize((size[1], size[0]), how)
-    tiles, tiling = (None, None) if cut is None else _cut(upright, cut, size, how)
+    how = _INTERPOLATIONS[interpolation]
+    upright = shallow if transform is not None and shallow.mode == "CMYK" else _to_rgb(shallow)
+
+    def view(box: tuple[float, float, float, float] | None = None) -> Image.Image:
+        seen = upright.resize((size[1], size[0]), how, box=box)  # small first: colours cost by the pixel
+        return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
+
+    squashed = view()
+    tiles, tiling = (None, None) if cut is None else _cut(upright, cut, size, view)
     return Decoded(np.asarray(squashed), width, height, tiles, tiling, bits, clipped)
 
 
@@ -192,7 +201,7 @@ def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
 
 
 def _cut(
-    image: Image.Image, cut: Cut, size: tuple[int, int], interpolation: Image.Resampling
+    image: Image.Image, cut: Cut, size: tuple[int, int], view: Callable[[Any], Image.Image]
 ) -> tuple[NDArray[np.uint8], Tiling]:
     tiling = plan_tiling(image.width, image.height, cut.patches, cut.size, cut.overlap)
     if len(tiling.places) > _MOST_TILES:
@@ -203,7 +212,7 @@ def _cut(
         raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
     tiles = np.empty((len(tiling.places), *size, 3), dtype=np.uint8)
     for tile, box in zip(tiles, tiling.boxes(image.width, image.height), strict=True):
-        tile[:] = np.asarray(image.resize((size[1], size[0]), interpolation, box=box))
+        tile[:] = np.asarray(view(box))
     return tiles, tiling
 
 
