@@ -143,6 +143,23 @@ def test_label_studio_tasks_have_predictions_in_per_cent(
     assert len(tasks) == 4
 
 
+@pytest.mark.slow
+def test_label_studios_own_validator_takes_the_tasks(
+    night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    sdk = pytest.importorskip("label_studio_sdk.label_interface", reason="pip install label-studio-sdk")
+    folder = export(night[0], tmp_path, "labelstudio")
+    interface = sdk.LabelInterface((folder / "label_config.xml").read_text())
+    interface.validate()
+    tasks = json.loads((folder / "tasks.json").read_text())
+    predictions = [prediction for task in tasks for prediction in task["predictions"]]
+    assert all(interface.validate_task({"data": task["data"]}) for task in tasks)
+    assert all(map(interface.validate_prediction, predictions))
+    wrong = next(prediction for prediction in predictions if prediction["result"])
+    wrong["result"][0]["from_name"] = "nobody"
+    assert not interface.validate_prediction(wrong)
+
+
 def test_by_default_an_export_lies_in_the_output(night: tuple[Path, Path, list[dict[str, Any]]]) -> None:
     assert alfa("export", night[0], NIGHT, "--to", "labelstudio").returncode == 0
     assert (night[0] / "exports" / f"{NIGHT}-aaa" / "labelstudio" / "tasks.json").is_file()
