@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
-from schemas.job import JobConfig, JobError, parse_job
+from schemas.job import JobConfig, JobError, Peers, parse_job
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +19,15 @@ _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 """A comma between alternatives, not one inside a list such as [-1,-2]."""
 
 
-def expand(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> dict[str, JobConfig]:
+def expand(
+    job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = (), peers: Sequence[int] = ()
+) -> dict[str, JobConfig]:
     """Builds the jobs to compare, by name: the given one as `base`, then those that the comparisons describe.
 
     A job that would give the same scores as one before it is left out. A comparison `key=v1,v2 key2=v3,v4` stands for
     all combinations of its alternatives; several comparisons follow one another. shots: numbers of reference images to
-    try, 0 for none; they are taken from the job's references, or from the train images where it has none.
+    try, 0 for none; they are taken from the job's references, or from the train images where it has none. peers:
+    numbers of peers to try, 0 for none.
     Raises JobError where a combination is no valid job, or would change the images.
     """
     document = job.model_dump(mode="json")
@@ -44,12 +47,22 @@ def expand(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()
                 continue
             facts.append(_facts(variant))
             found[name] = variant
-    for count in shots:
-        variant = _with_shots(job, count)
+    counts = [(f"shots={count}", _with_shots(job, count)) for count in shots]
+    counts += [(f"peers={count}", _with_peers(job, count)) for count in peers]
+    for name, variant in counts:
         if _facts(variant) not in facts:
             facts.append(_facts(variant))
-            found[f"shots={count}"] = variant
+            found[name] = variant
     return found
+
+
+def _with_peers(job: JobConfig, count: int) -> JobConfig:
+    document = job.model_dump(mode="json")
+    if not count:
+        return parse_job({**document, "peers": None})
+    known = document["peers"] or Peers().model_dump(mode="json")
+    fewest = min(count, known["min_images"])
+    return parse_job({**document, "peers": {**known, "images": count, "min_images": fewest}})
 
 
 def _with_shots(job: JobConfig, count: int) -> JobConfig:
@@ -60,13 +73,17 @@ def _with_shots(job: JobConfig, count: int) -> JobConfig:
     return parse_job({**document, "references": {**known, "shots": count}})
 
 
-def describe_base(job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = ()) -> str:
+def describe_base(
+    job: JobConfig, comparisons: Sequence[str], shots: Sequence[int] = (), peers: Sequence[int] = ()
+) -> str:
     """Says what the compared keys are in the given job, such as `adaptation=mean, aligner=raw, shots=0`."""
     resolved = {**job.model_dump(mode="json"), **_facts(job)}
     keys = dict.fromkeys(key for comparison in comparisons for key, _ in map(_axis, _split(comparison)))
     described = [f"{key.rpartition('.')[2]}={_value_at(resolved, key)}" for key in keys]
     if shots:
         described.append(f"shots={0 if job.references is None else job.references.shots}")
+    if peers:
+        described.append(f"peers={0 if job.peers is None else job.peers.images}")
     return ", ".join(described)
 
 

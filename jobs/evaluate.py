@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs.compare import BASE, describe_base, expand
 from jobs.console import make_table, print_line
-from jobs.planning import find_references, name_run, obtain_ensembles
+from jobs.planning import References, find_references, name_run, obtain_ensembles
 from pipeline.alfa import locate_weights
 from pipeline.evaluation import (
     HEADERS,
@@ -50,7 +50,7 @@ from pipeline.evaluation import (
     to_markdown,
 )
 from pipeline.images import ImageSource, decode_mask, list_images, open_dataset
-from pipeline.scoring import write_manifest
+from pipeline.scoring import Neighbours, PeerChoice, write_manifest
 from pipeline.storage import Store, open_store, paths
 from schemas.job import EMBEDDED_NOTE, JobConfig, JobError, Prompts, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
@@ -86,9 +86,10 @@ def run_evaluate(
     output = open_store(job.output.uri, job.storage)
     source = open_dataset(job.dataset, job.storage, output)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
+    choice = PeerChoice(max([2, *(one.peers.images for one in jobs.values() if one.peers is not None)]))
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
-        images = labelled_images(write_manifest(list_images(source), Path(scratch)))
-    run_id, variants = _plan(jobs, images, source, output)
+        images = labelled_images(write_manifest(choice.watch(list_images(source)), Path(scratch)))
+    run_id, variants = _plan(jobs, images, choice.candidates, source, output)
     good = sum(image.is_good for image in images)
     logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
     scored = _score(images, variants, source.store, console)
@@ -144,9 +145,14 @@ def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str], endpoi
 
 
 def _plan(
-    jobs: Mapping[str, JobConfig], images: Sequence[LabelledImage], source: ImageSource, output: Store
+    jobs: Mapping[str, JobConfig],
+    images: Sequence[LabelledImage],
+    peers: References,
+    source: ImageSource,
+    output: Store,
 ) -> tuple[str, list[Variant]]:
-    """Plans what to score with. Returns a run's id and the variants; several together are a run of their own."""
+    """Plans what to score with. Returns a run's id and the variants; several together are a run of their own. peers: by
+    class, the rows of the images that may serve as peers."""
     classes = sorted({image.class_name for image in images})
     weights = {job.model: locate_weights(job.model) for job in jobs.values()}
     prompts: dict[tuple[Prompts, str], RunPrompts] = {}
@@ -156,7 +162,12 @@ def _plan(
         if key not in prompts:
             prompts[key], _ = obtain_ensembles(job, classes, output)
         references = find_references(job, source, classes)
-        variants.append(Variant(name, job, {item.class_name: item for item in prompts[key].ensembles}, references))
+        ensembles = {item.class_name: item for item in prompts[key].ensembles}
+        neighbours = {
+            known: Neighbours(references.get(known, ()), () if job.peers is None else peers.get(known, ()))
+            for known in classes
+        }
+        variants.append(Variant(name, job, ensembles, neighbours))
         run_ids.append(name_run(job, weights[job.model], prompts[key], references).run_id)
     if len(run_ids) == 1:
         return run_ids[0], variants

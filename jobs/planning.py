@@ -24,6 +24,7 @@ from pipeline.lake import (
 from pipeline.prompts import compose_ensemble, find, find_or_make, obtain, record_prompts
 from pipeline.scoring import (
     Manifest,
+    PeerChoice,
     ThresholdError,
     Thresholds,
     choose_references,
@@ -34,7 +35,7 @@ from pipeline.scoring import (
     write_manifest,
 )
 from pipeline.storage import Run, Store, leases, open_store
-from schemas.job import EMBEDDED_NOTE, JobConfig
+from schemas.job import EMBEDDED_NOTE, JobConfig, Peers
 from schemas.prompts import PromptEnsemble, PromptSet, RunPrompts, Usage
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class Plan:
     """What this job has spent on prompts; sets that were stored already cost nothing."""
     references: References
     """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
+    peers: References
+    """By class, the rows of the photos of the night that may serve as peers, the first ones first."""
     thresholds: Mapping[str, Thresholds]
     """By class, from the calibrated table; empty unless threshold.policy is labels."""
     table: bytes
@@ -86,13 +89,17 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
         logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
     chosen = choose_all_references(job, source)
     left_out: Counter[str] = Counter()
-    manifest, selection = list_night(job, weights, source, chosen, scratch, output, left_out)
+    choice = PeerChoice(job.peers.images) if job.peers is not None else None
+    manifest, selection = list_night(job, weights, source, chosen, scratch, output, left_out, choice)
     classes = list(manifest.classes)
     table, thresholds = read_thresholds(job, weights, classes)
     references = select_references(job, chosen, classes)
     prompts, usage = obtain_ensembles(job, classes, output)
     run = name_run(job, weights, prompts, references, table)
     fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
+    peers = choice.candidates if choice is not None else {}
+    if job.peers is not None:
+        _tell_peers(job.peers, manifest.classes)
     return Plan(
         run,
         weights,
@@ -101,6 +108,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
         prompts,
         usage,
         references,
+        peers,
         thresholds,
         table,
         fingerprints,
@@ -117,14 +125,15 @@ def list_night(
     scratch: Path,
     output: Store,
     left_out: Counter[str],
+    choice: PeerChoice | None = None,
 ) -> tuple[Manifest, Selection | None]:
     """Lists the images that the night is to score, and counts what dataset.select new leaves out, and what is no image
-    (left_out, by suffix). Writes nothing to the output."""
+    (left_out, by suffix). Writes nothing to the output. choice: sees the images that are to be scored."""
     listed, selection = list_images(source, left_out), None
     if job.dataset.select == "new":
         selection = Selection()
         listed = read_known_photos(job, weights, references, scratch, output).leave_out(listed, selection)
-    manifest = write_manifest(listed, scratch)
+    manifest = write_manifest(listed if choice is None else choice.watch(listed), scratch)
     if selection is not None:
         _tell_selection(selection, manifest.images, job.dataset.error_nights)
     if left_out:
@@ -191,6 +200,13 @@ def select_references(
         for name in classes:
             require_two(name, len(chosen.get(name, ())))
     return {name: chosen[name] for name in classes if name in chosen}
+
+
+def _tell_peers(options: Peers, classes: Mapping[str, int]) -> None:
+    few = [name for name, count in classes.items() if count < options.min_images]
+    if few:
+        shown = _shorten({name: classes[name] for name in few})
+        logger.info("too few images to compare them with each other, language alone (peers.min_images): %s", shown)
 
 
 def _tell_selection(selection: Selection, images: int, error_nights: int) -> None:

@@ -34,6 +34,7 @@ from pipeline.lake import (
 from pipeline.scoring import (
     HASHED,
     SAMPLED,
+    Neighbours,
     Thresholds,
     choose_samples,
     cut_shards,
@@ -153,7 +154,7 @@ def _execute(
         try:
             with RunProgress(facts, output, console, left, started) as progress:
                 if len(finished) < len(shard_ids):
-                    pool.embed(plan.prompts.ensembles, plan.references)
+                    pool.embed(plan.prompts.ensembles, _neighbours(plan))
                     progress.start_scoring()
                     for stats in pool.score(waiting):
                         progress.count_actors(ActorCounts(**asdict(pool.placed)))
@@ -165,6 +166,11 @@ def _execute(
                 return commit, progress.write("done", commit=commit)
         finally:
             pool.close()
+
+
+def _neighbours(plan: Plan) -> dict[str, Neighbours]:
+    """By class, the photos that its images are compared with."""
+    return {name: Neighbours(plan.references.get(name, ()), plan.peers.get(name, ())) for name in plan.manifest.classes}
 
 
 def versions() -> dict[str, str]:

@@ -53,8 +53,9 @@ _REGION = pa.struct(
         _field("width", pa.int32(), "pixels"),
         _field("height", pa.int32(), "pixels"),
         _field("area", pa.int64(), "pixels of the mask in this region"),
-        _field("peak", pa.float32(), "highest value of the anomaly map in it: 0 to 1, to 2 with references"),
+        _field("peak", pa.float32(), "highest value of the anomaly map in it: 0 to 1, to 2 with references alone"),
         _field("defect", pa.string(), "name of the nearest described defect; null where only base prompts exist"),
+        _field("peer_uri", pa.string(), "the peer that is most alike in this region; null without peers"),
     ]
 )
 
@@ -83,7 +84,7 @@ SCORES = pa.schema(
             "score",
             pa.float32(),
             "unified anomaly score S = (1 - w) global + w local, raw, 0 to 1; (S + score_reference) / 2 with "
-            "references; null on error",
+            "references; with peers combined with score_peers, and 0.5 is the fence of the class; null on error",
         ),
         _field("score_global", pa.float32(), "softmax probability of the anomalous prototype for the whole image"),
         _field("score_local", pa.float32(), "mean of the k highest patches of the anomaly map from language alone"),
@@ -109,6 +110,9 @@ SCORES = pa.schema(
         _field("bit_depth", pa.int32(), "bits of a channel taken as black to white; null of fractions and on error"),
         _field("frames", pa.int32(), "frames or pages of the file, of which the first is scored; null where unknown"),
         _field("clipped", pa.int64(), "pixels with values beyond that, cut to black or white; null on error"),
+        _field("score_peers", pa.float32(), "part of the peers in score, 0 to 1; null without peers"),
+        _field("peers", pa.int32(), "photos of the night that it was compared with, 0: too few; null on error"),
+        _field("peers_earlier", pa.int32(), "how many of the peers are photos of earlier nights; null on error"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
@@ -121,12 +125,16 @@ SHARD = pa.schema(
         *SCORES,
         _field("prompts_kept", pa.list_(pa.bool_()), "which prompts adaptation has left, in the order of prompts.json"),
         _field(
-            "grid", pa.list_(pa.float32()), "anomaly map on the patch grid, row by row; 0 to 1, to 2 with references"
+            "grid",
+            pa.list_(pa.float32()),
+            "anomaly map on the patch grid, by row; 0 to 1, to 2 with references alone",
         ),
         _field("grid_width", pa.int32(), "columns of the patch grid"),
         _field("defect_names", pa.list_(pa.string()), "described defects of the class"),
         _field("defect_grid", pa.list_(pa.float32()), "similarity of each patch with each defect: defect, row, column"),
         _field("defect_grid_width", pa.int32(), "columns of defect_grid, where they are not those of grid"),
+        _field("peer_uris", pa.list_(pa.string()), "where the peers of the class were read; null without peers"),
+        _field("peer_grid", pa.list_(pa.int16()), "for each patch of grid, which of peer_uris is most alike there"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )

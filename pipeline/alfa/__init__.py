@@ -1,26 +1,33 @@
-"""The method in pure torch: encoder, prompt adaptation, aligner, references, explanation, detector.
+"""The method in pure torch: encoder, prompt adaptation, aligner, references, peers, explanation, detector.
 
 In: uint8 pixels and prompts. Out: scores, anomaly maps, explanations.
 May import: tiling, schemas. It knows no storage, no Ray and no files but weights.
 """
 
-from pipeline.alfa.detector import Detection, Detector, Features, Pending, PromptEmbeddings
+from pipeline.alfa.detection import Detection, Features, PromptEmbeddings
+from pipeline.alfa.detector import Detector, Pending
 from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
 from pipeline.alfa.explain import Evidence
+from pipeline.alfa.peers import Calibration, PeerMemory, Unfenced, fence_in, fingerprint_pixels
 from pipeline.alfa.references import ReferenceMemory
 
 __all__ = [
+    "Calibration",
     "Detection",
     "Detector",
     "Encoder",
     "Evidence",
     "Features",
     "ModelError",
+    "PeerMemory",
     "Pending",
     "Preprocess",
     "PromptEmbeddings",
     "ReferenceMemory",
+    "Unfenced",
     "Weights",
+    "fence_in",
+    "fingerprint_pixels",
     "load_encoder",
     "locate_weights",
     "text_fits",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -15,65 +14,29 @@ from torch import Tensor
 
 from pipeline.alfa.adaptation import PromptBatch, adapt, prototypes
 from pipeline.alfa.aligner import align
+from pipeline.alfa.detection import Detection, Features, PromptEmbeddings
 from pipeline.alfa.device import to_device, to_host
-from pipeline.alfa.encoder import Encoder, ImageFeatures, ModelError
-from pipeline.alfa.explain import Evidence, explain
+from pipeline.alfa.encoder import Encoder, ModelError
+from pipeline.alfa.explain import explain
+from pipeline.alfa.peers import (
+    Calibration,
+    PeerMemory,
+    average_neighbours,
+    calibrate,
+    combine,
+    fingerprint_pixels,
+    image_value,
+    peer_distance,
+    remember_peers,
+)
 from pipeline.alfa.references import ReferenceMemory, reference_distance, remember
 from pipeline.tiling import Tiling
-from schemas.job import Method, References
+from schemas.job import Method, Peers, References
 from schemas.prompts import PromptEnsemble
 
 _MOST_DEFECT_PATCHES = 64
 """A side of the defect grid: that of tiles could be large, and has as many layers as the class has defects."""
-
-
-@dataclass(frozen=True, eq=False)
-class PromptEmbeddings:
-    """The prompts of a class, encoded once; it can be pickled, to share it with all actors.
-
-    embeddings: [P, D], normalised, float32, CPU; is_anomalous: [P], bool; defects: the K names of described defects;
-    defect_embeddings: [K, D], the normalised mean of the prompts that name the defect. memory: few-shot, what is
-    known of the class besides; None: zero-shot.
-    """
-
-    ensemble: PromptEnsemble
-    embeddings: Tensor
-    is_anomalous: Tensor
-    defects: tuple[str, ...]
-    defect_embeddings: Tensor
-    memory: ReferenceMemory | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """What a batch of B images looks like before any prompt. local: aligned patches [L, B, P, D], normalised."""
-
-    image: ImageFeatures
-    local: Tensor
-
-
-@dataclass(frozen=True)
-class Detection:
-    """What one image is given.
-
-    score, score_global, score_local: 0 to 1, raw. grid: anomaly map on the patch grid [gh, gw], float32, probabilities.
-    defect_grid: cosine of each patch with each defect [K, gh, gw], float32, averaged to at most 64 patches a side.
-    kept: [P], which prompts of the ensemble adaptation has left, in its order. shots: reference images that it was
-    compared with; with any, score_reference is the distance of its farthest patch, 0 to 1, and the distances are added
-    to the grid, which then ranges from 0 to 2.
-    """
-
-    score: float
-    score_global: float
-    score_local: float
-    score_reference: float | None
-    shots: int
-    grid: NDArray[np.float32]
-    defect_grid: NDArray[np.float32]
-    kept: NDArray[np.bool_]
-    kept_normal: int
-    kept_anomalous: int
-    explanation: tuple[Evidence, ...]
+_UNFENCED = Calibration(1.0, 0.0, 0.0)
 
 
 Pending = Callable[[], list[Detection]]
@@ -94,7 +57,9 @@ class _Leaning:
 class Detector:
     """ALFA with the options of a Method."""
 
-    def __init__(self, encoder: Encoder, method: Method, references: References | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, method: Method, references: References | None = None, peers: Peers | None = None
+    ) -> None:
         """method: of a job, JobConfig.resolved_method; left open, the aligner is `value` and the level the last block.
 
         Raises ModelError where levels or depth do not exist in the model.
@@ -104,7 +69,10 @@ class Detector:
         self._aligner = method.aligner or "value"
         self._value_depth = _value_depth(encoder.blocks, method) if self._aligner == "value" else None
         self._levels = _resolve_levels(encoder.blocks, method.levels or (-1,), self._value_depth)
-        self._reference_levels = _reference_levels(encoder.blocks, references) if references is not None else ()
+        self._peers = peers
+        self._reference_levels = _compared_levels(encoder.blocks, "references", references)
+        self._peer_levels = _compared_levels(encoder.blocks, "peers", peers)
+        self._compared_levels = tuple(sorted({*self._reference_levels, *self._peer_levels}))
 
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
         """Encodes all prompts of a class.
@@ -126,7 +94,7 @@ class Detector:
     def features_key(self) -> tuple[Hashable, ...]:
         """Detectors of one encoder whose keys are equal see the same features."""
         ridge_lambda = self._method.ridge_lambda if self._aligner == "ridge" else None
-        return self._aligner, self._levels, self._value_depth, ridge_lambda, self._reference_levels
+        return self._aligner, self._levels, self._value_depth, ridge_lambda, self._compared_levels
 
     def remember(self, images: Sequence[Tensor], at_once: int = 32) -> ReferenceMemory:
         """The memory of known-good images, each as its views [V, 3, H, W], uint8, of the encoder's size: its tiles, or
@@ -135,8 +103,33 @@ class Detector:
 
     def _reference_tokens(self, views: Tensor, at_once: int) -> Iterator[Tensor]:
         for some in views.split(at_once):
-            features = self.encoder.encode_images(some, reference_levels=self._reference_levels)
-            yield features.reference_tokens.flatten(1, 2)
+            features = self.encoder.encode_images(some, compared_levels=self._reference_levels)
+            yield features.compared_tokens.flatten(1, 2)
+
+    def remember_peers(
+        self,
+        images: Sequence[Tensor],
+        fingerprints: Sequence[int],
+        uris: Sequence[str],
+        earlier: int = 0,
+        at_once: int = 32,
+    ) -> PeerMemory:
+        """The memory of peers, without a calibration; each as its views, as remember() takes them.
+
+        fingerprints: of the whole photos, as the model sees them, see fingerprint_pixels. uris: where they were read.
+        earlier: how many of them are of earlier nights.
+        """
+        tokens = [torch.cat(list(self._peer_tokens(views, at_once)), dim=1) for views in images]
+        return remember_peers(tokens, fingerprints, uris, earlier)
+
+    def _peer_tokens(self, views: Tensor, at_once: int) -> Iterator[Tensor]:
+        for some in views.split(at_once):
+            features = self.encoder.encode_images(some, compared_levels=self._peer_levels)
+            yield self._neighbourhoods(features.compared_tokens).flatten(1, 2).cpu()
+
+    def _neighbourhoods(self, tokens: Tensor) -> Tensor:
+        assert self._peers is not None
+        return average_neighbours(tokens, self.encoder.grid, self._peers.neighbourhood)
 
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
         """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, any mix of classes.
@@ -154,22 +147,25 @@ class Detector:
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Features:
         """All of the model's work on pixels [B, 3, H, W], uint8. Raises ValueError where they have another size."""
-        image = self.encoder.encode_images(pixels, self._levels, self._value_depth, self._reference_levels)
-        return Features(image, align(image, self.encoder, self._aligner, self._method.ridge_lambda))
+        pixels = to_device(pixels, self.encoder.device)
+        image = self.encoder.encode_images(pixels, self._levels, self._value_depth, self._compared_levels)
+        local = align(image, self.encoder, self._aligner, self._method.ridge_lambda)
+        return Features(image, local, fingerprint_pixels(pixels))
 
     def judge(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
         """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
 
         The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
-        local the mean of the highest patches. Where a class has references: map + R, (score + max R) / 2.
-        Formulas: pipeline/alfa/README.md, "Image score", "Fine-grained aligner" and "Few-shot".
+        local the mean of the highest patches. Where a class has references: map + R, (score + max R) / 2. Where it has
+        peers, both are combined with what follows from them, and calibrated.
+        Formulas: pipeline/alfa/README.md, "Image score", "Fine-grained aligner", "Few-shot" and "Peers".
         """
         return self._start_judging(features, prompts)()
 
     @torch.inference_mode()
     def _start_judging(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> Pending:
         leaning = self._lean(features.image.embedding, prompts)
-        patches = self._look(features, leaning.sides, prompts)
+        patches = self._look(features, leaning.sides, prompts, features.fingerprints)
         return self._conclude(leaning, patches.unflatten(2, self.encoder.grid), prompts)
 
     @torch.inference_mode()
@@ -184,12 +180,15 @@ class Detector:
         """
         leaning = self._lean(self.encoder.encode_images(whole[None]).embedding, [prompts])
         window = to_device(_window(tiling.tile), self.encoder.device)
-        blended = torch.zeros(2 + len(prompts.defects), *tiling.grid, device=window.device)
+        fingerprint = fingerprint_pixels(to_device(whole[None], self.encoder.device))
+        layers = 3 + len(prompts.defects) + (prompts.peers.count if prompts.peers else 0)
+        blended = torch.zeros(layers, *tiling.grid, device=window.device)
         weight = torch.zeros(tiling.grid, device=window.device)
         places = iter(tiling.places)
         for some in tiles.split(at_once):
             sides = leaning.sides.expand(len(some), -1, -1)
-            patches = self._look(self.features(some), sides, [prompts] * len(some)).unflatten(2, tiling.tile)
+            found = self._look(self.features(some), sides, [prompts] * len(some), fingerprint.expand(len(some)))
+            patches = found.unflatten(2, tiling.tile)
             for part, (top, left) in zip(patches, places, strict=False):
                 here = (slice(top, top + tiling.tile[0]), slice(left, left + tiling.tile[1]))
                 blended[(slice(None), *here)] += part * window
@@ -205,18 +204,50 @@ class Detector:
         kept = torch.stack([((weights > 0) & side).sum(1) for side in batch.sides], dim=1)
         return _Leaning(similarities, weights, sides, kept, self._anomalous_share(embedding[:, None], sides)[:, 0])
 
-    def _look(self, features: Features, sides: Tensor, prompts: Sequence[PromptEmbeddings]) -> Tensor:
-        """Each patch's anomalous share m, its distance R to the references, and its cosines with the defects:
-        [B, 2 + K, P]."""
+    def _look(
+        self, features: Features, sides: Tensor, prompts: Sequence[PromptEmbeddings], fingerprints: Tensor
+    ) -> Tensor:
+        """Each patch's anomalous share m, its distances R to the references and D to the peers, its cosines with the
+        defects, and its distances to the single peers: [B, 3 + K + M, P]."""
         local = features.local
         shares = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
-        distances = _reference_distances(features.image.reference_tokens, prompts)
+        compared = features.image.compared_tokens
+        distances = _reference_distances(self._tokens_of(self._reference_levels, compared), prompts)
+        to_peers, to_each = self._peer_distances(compared, prompts, fingerprints)
         defects = to_device(_pad([item.defect_embeddings for item in prompts]), self.encoder.device)
         cosines = defects @ F.normalize(local.mean(0), dim=-1).transpose(1, 2)
-        return torch.cat([shares[:, None], distances[:, None], cosines], dim=1)
+        return torch.cat([shares[:, None], distances[:, None], to_peers[:, None], cosines, to_each], dim=1)
+
+    def _tokens_of(self, levels: tuple[int, ...], compared: Tensor) -> Tensor:
+        """Those of the compared tokens [C, B, P, W] that are of the given levels."""
+        if levels == self._compared_levels:
+            return compared
+        chosen = [compared[self._compared_levels.index(level)] for level in levels]
+        return torch.stack(chosen) if chosen else compared[:0]
+
+    def _peer_distances(
+        self, compared: Tensor, prompts: Sequence[PromptEmbeddings], fingerprints: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """D of each image to its class's peers, [B, P], and its distances to each, [B, M, P]; 0 and infinite where it
+        has none. compared: [C, B, P, W]."""
+        memories = dict.fromkeys(item.peers for item in prompts if item.peers is not None)
+        most = max((memory.count for memory in memories), default=0)
+        distances = torch.zeros(compared.shape[1:3], device=compared.device)
+        each = torch.full((compared.shape[1], most, compared.shape[2]), torch.inf, device=compared.device)
+        if not memories:
+            return distances, each
+        if self._peers is None:
+            raise ValueError("the prompts come with peers, but the detector was made without")
+        tokens = self._neighbourhoods(self._tokens_of(self._peer_levels, compared))
+        for memory in memories:
+            images = _images_of([item.peers is memory for item in prompts], compared.device)
+            found, to_each = peer_distance(tokens[:, images], fingerprints[images], memory, self._peers.share)
+            distances[images] = found
+            each[images, : memory.count] = to_each.transpose(1, 2)
+        return distances, each
 
     def _conclude(self, leaning: _Leaning, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
-        """Detections of patches [B, 2 + K, gh, gw], in the order of _look."""
+        """Detections of patches [B, 3 + K + M, gh, gw], in the order of _look."""
         w, score_global = self._method.local_weight, leaning.score_global
         grid = _mean_filter(patches[:, :1])[:, 0]
         top = min(self._method.local_top_k, grid[0].numel())
@@ -226,13 +257,46 @@ class Detector:
         score_reference = distances.flatten(1).amax(1)
         referenced = to_device(torch.tensor([item.memory is not None for item in prompts]), score.device)
         score = torch.where(referenced, (score + score_reference) / 2, score)
-        defect_grid = patches[:, 2:]
+        score, score_peers, maps = self._join_peers(score, grid, distances, patches[:, 2], referenced, prompts)
+        defects = max(len(item.defects) for item in prompts)
+        defect_grid, to_each = patches[:, 3 : 3 + defects], patches[:, 3 + defects :]
         if max(defect_grid.shape[2:]) > _MOST_DEFECT_PATCHES:
             rows, columns = (min(side, _MOST_DEFECT_PATCHES) for side in defect_grid.shape[2:])
             defect_grid = F.adaptive_avg_pool2d(defect_grid, (rows, columns))
-        scores = torch.stack([score, score_global, score_local, score_reference], dim=1)
-        found = to_host([scores, leaning.kept, leaning.weights, leaning.similarities, grid + distances, defect_grid])
+        nearest = to_each.argmin(1).short() if to_each.shape[1] else torch.zeros_like(grid, dtype=torch.int16)
+        scores = torch.stack([score, score_global, score_local, score_reference, score_peers], dim=1)
+        of_prompts = [leaning.kept, leaning.weights, leaning.similarities]
+        found = to_host([scores, *of_prompts, maps, defect_grid, patches[:, 2].contiguous(), nearest])
         return partial(_read_detections, found, prompts)
+
+    def _join_peers(
+        self,
+        score: Tensor,
+        grid: Tensor,
+        references: Tensor,
+        distances: Tensor,
+        referenced: Tensor,
+        prompts: Sequence[PromptEmbeddings],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Score and map of images as Detection describes them, and the part of the peers in the score.
+
+        score: [B], with references; grid: language's map [B, gh, gw]; references, distances: R and D, of the same
+        shape; referenced: [B], which images have references.
+        """
+        if self._peers is None or not any(item.peers for item in prompts):
+            return score, torch.zeros_like(score), grid + references
+        fences = [item.peers.calibration if item.peers else None for item in prompts]
+        numbers = [(f.distance, f.score, f.peak) for f in (fence or _UNFENCED for fence in fences)]
+        c, f_score, f_peak = to_device(torch.tensor(numbers), score.device).T
+        compared = to_device(torch.tensor([item.peers is not None for item in prompts]), score.device)
+        fenced = to_device(torch.tensor([fence is not None for fence in fences]), score.device)
+        value, u = image_value(distances.flatten(1)), self._peers.weight
+        language = torch.where(referenced[:, None, None], (grid + references) / 2, grid)
+        maps = calibrate(combine(language, distances, c[:, None, None], u), f_peak[:, None, None])
+        maps = torch.where(fenced[:, None, None], maps, language)
+        maps = torch.where(compared[:, None, None], maps, grid + references)
+        joined = calibrate(combine(score, value, c, u), f_score)
+        return torch.where(fenced, joined, score), torch.where(fenced, value / (value + c), value), maps
 
     def _anomalous_share(self, embeddings: Tensor, sides: Tensor) -> Tensor:
         """softmax(<x, t_N> / tau, <x, t_A> / tau)[anomalous] of embeddings [B, P, D] and sides [B, 2, D]: [B, P]."""
@@ -243,9 +307,9 @@ class Detector:
 def _read_detections(
     found: Callable[[], Sequence[NDArray[Any]]], prompts: Sequence[PromptEmbeddings]
 ) -> list[Detection]:
-    """found: scores [B, 4], prompts kept a side [B, 2], weights and similarities [B, P], grids [B, gh, gw] and, of the
-    defects, [B, K, gh, gw]."""
-    scores, kept, weights, similarities, grids, defect_grids = found()
+    """found: scores [B, 5], prompts kept a side [B, 2], weights and similarities [B, P], grids [B, gh, gw] and, of the
+    defects, [B, K, gh, gw], then distances to the peers and the nearest peer [B, gh, gw]."""
+    scores, kept, weights, similarities, grids, defect_grids, distances, nearest = found()
     numbers, counts = scores.tolist(), kept.tolist()
     return [
         Detection(
@@ -254,7 +318,11 @@ def _read_detections(
             score_local=numbers[i][2],
             score_reference=None if item.memory is None else numbers[i][3],
             shots=0 if item.memory is None else item.memory.shots,
+            score_peers=None if item.peers is None else numbers[i][4],
+            peers=0 if item.peers is None else item.peers.count,
             grid=grids[i],
+            peer_distances=None if item.peers is None else distances[i],
+            nearest_peer=None if item.peers is None else nearest[i],
             defect_grid=defect_grids[i, : len(item.defects)],
             kept=weights[i, : len(item.ensemble.prompts)] > 0,
             kept_normal=counts[i][0],
@@ -283,11 +351,17 @@ def _resolve_levels(blocks: int, levels: Sequence[int], value_depth: int | None)
     return tuple(resolved)
 
 
-def _reference_levels(blocks: int, references: References) -> tuple[int, ...]:
-    levels = references.levels if references.levels is not None else (blocks // 2 - 1,)
+def _compared_levels(blocks: int, section: str, options: References | Peers | None) -> tuple[int, ...]:
+    """The blocks whose patches are compared: those that a section of the job names, else the middle one for references,
+    and those at one and two thirds of the depth for peers; none without the section."""
+    if options is None:
+        return ()
+    levels: Sequence[int] | None = options.levels
+    if levels is None:
+        levels = (blocks // 2 - 1,) if section == "references" else (blocks // 3, 2 * blocks // 3)
     resolved = tuple(sorted({level + blocks if level < 0 else level for level in levels}))
     if not all(0 <= level < blocks for level in resolved):
-        raise ModelError(f"references.levels {list(levels)} must name blocks 0 to {blocks - 1} of this model")
+        raise ModelError(f"{section}.levels {list(levels)} must name blocks 0 to {blocks - 1} of this model")
     return resolved
 
 
@@ -295,11 +369,14 @@ def _reference_distances(tokens: Tensor, prompts: Sequence[PromptEmbeddings]) ->
     """R of each image to its class's memory: [B, P]; 0 where it has none. tokens: [L, B, P, W]."""
     distances = torch.zeros(tokens.shape[1:3], device=tokens.device)
     for memory in dict.fromkeys(item.memory for item in prompts if item.memory is not None):
-        images = to_device(
-            torch.tensor([number for number, item in enumerate(prompts) if item.memory is memory]), tokens.device
-        )
+        images = _images_of([item.memory is memory for item in prompts], tokens.device)
         distances[images] = reference_distance(tokens[:, images], memory)
     return distances
+
+
+def _images_of(chosen: Sequence[bool], device: torch.device) -> Tensor:
+    """The numbers of the images that were chosen, on the device."""
+    return to_device(torch.tensor([number for number, one in enumerate(chosen) if one]), device)
 
 
 def _gather(prompts: Sequence[PromptEmbeddings], device: torch.device) -> PromptBatch:

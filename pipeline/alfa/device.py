@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on the device. From memory that is not pinned, the copy would wait for what a GPU is busy
+    """Returns a tensor on the device. From memory that is not pinned, the copy would wait for what a GPU is busy
     with, and the GPU would then wait for what comes next."""
-    return tensor.to(device) if device.type != "cuda" else tensor.pin_memory().to(device, non_blocking=True)
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:

@@ -59,14 +59,14 @@ class ImageFeatures:
     embedded: tokens that enter the first block [B, 1 + P, W].
     tokens: patch tokens after each wanted block [L, B, P, W], float32; None where the value path was asked for.
     values: the value path after each wanted block [L, B, P, W]; None where it was not asked for.
-    reference_tokens: patch tokens after each block wanted for references [R, B, P, W], float32; R may be 0.
+    compared_tokens: patch tokens after each block wanted for comparisons [C, B, P, W], float32; C may be 0.
     """
 
     embedding: Tensor
     embedded: Tensor
     tokens: Tensor | None
     values: Tensor | None
-    reference_tokens: Tensor
+    compared_tokens: Tensor
 
 
 def locate_weights(model: Model) -> Weights:
@@ -197,12 +197,12 @@ class Encoder:
         pixels: Tensor,
         levels: Sequence[int] = (),
         value_depth: int | None = None,
-        reference_levels: Sequence[int] = (),
+        compared_levels: Sequence[int] = (),
     ) -> ImageFeatures:
         """One forward pass over pixels [B, 3, H, W], uint8, of the model's size; normalised on the device.
 
         levels: blocks to keep, from 0, ascending; value_depth: blocks of the value path, counted from the last; None:
-        no path; reference_levels: blocks to keep for the comparison with references, ascending.
+        no path; compared_levels: blocks to keep for the comparison with other images, ascending.
 
         Raises ValueError for pixels of another type or size.
         """
@@ -211,7 +211,7 @@ class Encoder:
             raise ValueError(f"pixels must be torch.uint8 {shape}, not {pixels.dtype} {list(pixels.shape)}")
         images = (to_device(pixels, self.device).float() - self._mean) / self._std
         first, last = self.blocks - (value_depth or 0), self.blocks - 1
-        patches_leave = last in reference_levels or (not value_depth and last in levels)
+        patches_leave = last in compared_levels or (not value_depth and last in levels)
         wanted: list[Tensor] = []
         compared: list[Tensor] = []
         x = embedded = self._embed(images)
@@ -224,7 +224,7 @@ class Encoder:
             x = output
             if number in levels:
                 wanted.append((x if y is None else y)[:, 1:])
-            if number in reference_levels:
+            if number in compared_levels:
                 compared.append(x[:, 1:])
         stacked = torch.stack(wanted) if wanted else None
         return ImageFeatures(

@@ -9,13 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.alfa.device import to_device
-
-_COSINES_AT_ONCE = 1 << 24
-"""Cosines that are held at a time, 64 MiB of float32."""
+from pipeline.alfa.patches import image_distances, pack
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,31 +40,14 @@ class ReferenceMemory:
 
 
 def remember(images: Sequence[Tensor]) -> ReferenceMemory:
-    """The memory of reference images; each as its patch tokens [L, P, W] of the chosen levels, with a P of its own.
-
-    float16 halves it, and moves a distance by less than 1e-3.
-    """
-    tokens = torch.cat([F.normalize(image, dim=-1).half().cpu() for image in images], dim=1)
-    return ReferenceMemory(tokens, tuple(image.shape[1] for image in images))
+    """The memory of reference images; each as its patch tokens [L, P, W] of the chosen levels, with a P of its own."""
+    return ReferenceMemory(pack(images), tuple(image.shape[1] for image in images))
 
 
 def reference_distance(tokens: Tensor, memory: ReferenceMemory) -> Tensor:
     """R_p = min_r (1 - <x_p, r>) / 2, averaged over the levels: [B, P], float32, 0 to 1.
 
-    tokens: [L, B, P, W], of any length. Both sides are rounded to float16 alike, so that a reference image itself is at
-    distance 0. It works in pieces of bounded size, however many references there are.
+    tokens: [L, B, P, W], of any length. A reference image itself is at distance 0.
     """
-    distances = torch.zeros(tokens.shape[1:3], device=tokens.device)
-    for level, known in zip(tokens, memory.tokens, strict=True):
-        patches = _round(level.flatten(0, 1))
-        highest = torch.full(patches.shape[:1], -torch.inf, device=tokens.device)
-        for some in known.split(max(1, _COSINES_AT_ONCE // len(patches))):
-            cosines = patches @ F.normalize(to_device(some, tokens.device).float(), dim=-1).T
-            highest = torch.maximum(highest, cosines.amax(1))
-        distances += ((1 - highest) / 2).clamp(min=0).view_as(distances)
-    return distances / len(tokens)
-
-
-def _round(tokens: Tensor) -> Tensor:
-    """Normalised as a memory holds them, and again: rounding leaves lengths that are not quite one."""
-    return F.normalize(F.normalize(tokens, dim=-1).half().float(), dim=-1)
+    distances = image_distances(tokens.flatten(1, 2), memory.tokens, memory.patches).amin(2).mean(0)
+    return distances.view(tokens.shape[1:3])

@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -22,8 +24,17 @@ from pipeline.engine.errors import EngineError, cause_of
 from pipeline.engine.plan import ActorPlan
 from pipeline.engine.relay import Reply, WarningKeeper, unpack
 from pipeline.images import HangGuard, give_back_freed_memory
-from pipeline.scoring import Shard, ShardStats, Thresholds, build_memory, mask_shard, score_shard
-from pipeline.storage import Run, open_store
+from pipeline.scoring import (
+    Neighbours,
+    PreparedClasses,
+    Shard,
+    ShardStats,
+    Thresholds,
+    mask_shard,
+    prepare_class,
+    score_shard,
+)
+from pipeline.storage import Run, leases, open_store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble, PromptSet
 from schemas.text import one_line
@@ -88,6 +99,14 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
             ray.kill(actor)
 
 
+@dataclass(frozen=True, eq=False)
+class ClassSetup:
+    """What actors need to know of a class; it lies in Ray's object store."""
+
+    embeddings: PromptEmbeddings
+    neighbours: Neighbours
+
+
 class ScoringActor:
     """Holds a model, on a GPU or on CPU cores. Shards use it in turns, and threads do the I/O around it."""
 
@@ -98,7 +117,8 @@ class ScoringActor:
         self._cpus = cpus
         self._source = open_store(source_uri, job.storage)
         self._output = open_store(job.output.uri, job.storage)
-        self._prompts: dict[str, PromptEmbeddings] = {}
+        self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
+        self._owner = leases.new_owner()
         self._turn = threading.Lock()
         self._guard = HangGuard()
         self._warnings = WarningKeeper()
@@ -133,36 +153,31 @@ class ScoringActor:
         torch.set_num_threads(self._cpus)
         give_back_freed_memory()
         encoder = load_encoder(self._job.model, weights)
-        self._detector = Detector(encoder, self._job.resolved_method, self._job.references)
+        self._detector = Detector(encoder, self._job.resolved_method, self._job.references, self._job.peers)
+        self._classes: PreparedClasses | None = None
 
-    def embed(self, ensemble: PromptEnsemble, references: Sequence[Mapping[str, Any]], run_id: str) -> PromptEmbeddings:
-        """Embeds the prompts of a class, once a run for all actors; with the memory of its reference images, if any.
-
-        references: their manifest rows.
-        """
+    def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
+        """Embeds the prompts of a class, once a run for all actors."""
         with self._turn:
-            embeddings = self._detector.embed(ensemble)
-            if not references:
-                return embeddings
-            return build_memory(run_id, embeddings, references, self._detector, self._job, self._output)
+            return self._detector.embed(ensemble)
 
     def score(
-        self, shard: Shard, run: Run, prompts: Mapping[str, ray.ObjectRef[PromptEmbeddings]], isolate: bool
+        self, shard: Shard, run: Run, setups: Mapping[str, ray.ObjectRef[ClassSetup]], isolate: bool
     ) -> ShardStats:
         """Scores a shard (see pipeline.scoring.score_shard), and counts its images for Ray's metrics.
 
-        prompts: by class, where the embeddings are in Ray's object store; they are fetched when a class is first met.
-        isolate: decode each image in a process of its own.
+        setups: by class, where its setup is in Ray's object store. It is fetched, and the class's memory made or read,
+        when the first image of the class is due. isolate: decode each image in a process of its own.
         """
-        for class_name, reference in prompts.items():
-            if class_name not in self._prompts:
-                self._prompts[class_name] = ray.get(reference)
+        self._setups.update(setups)
+        if self._classes is None:
+            self._classes = PreparedClasses(partial(self._prepare, run))
         started = time.monotonic()
         stats = score_shard(
             shard,
             run,
             self._detector,
-            self._prompts,
+            self._classes,
             self._source,
             self._output,
             self._threads,
@@ -175,6 +190,12 @@ class ScoringActor:
             if count:
                 self._images.inc(count, {"outcome": outcome})
         return stats
+
+    def _prepare(self, run: Run, class_name: str) -> PromptEmbeddings:
+        setup: ClassSetup = ray.get(self._setups[class_name])
+        return prepare_class(
+            run, setup.embeddings, setup.neighbours, self._detector, self._source, self._output, self._owner
+        )
 
     def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
         """Makes the masks of a scored shard; see pipeline.scoring.mask_shard."""

@@ -18,8 +18,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pipeline.alfa import PromptEmbeddings
-from pipeline.engine.actors import ScoringActor
+from pipeline.engine.actors import ClassSetup, ScoringActor
 from pipeline.engine.cluster import can_grow, is_local, list_nodes
 from pipeline.engine.errors import EngineError, cause_of
 from pipeline.engine.plan import (
@@ -33,7 +32,7 @@ from pipeline.engine.plan import (
     wanted_actors,
 )
 from pipeline.engine.relay import unpack
-from pipeline.scoring import Shard, ShardStats, Thresholds, fixed_thresholds
+from pipeline.scoring import Neighbours, Shard, ShardStats, Thresholds, fixed_thresholds
 from pipeline.storage import DiskError, Run
 from schemas.prompts import PromptEnsemble
 
@@ -112,7 +111,7 @@ class ScoringPool:
         self._shards = shards
         self._actor_class = actor_class
         self._arguments = (run.job, weights_sha256, source_uri)
-        self._prompts: dict[str, ray.ObjectRef[PromptEmbeddings]] = {}
+        self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         self._deaths: list[str | None] = []  # since a call has ended well
@@ -129,22 +128,19 @@ class ScoringPool:
         for worker in list(self._workers):
             self._stop(worker)
 
-    def embed(self, ensembles: Sequence[PromptEnsemble], references: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-        """Encodes the prompts and reference images of all classes, once, and puts the embeddings where every actor can
-        fetch them (Ray's object store). To be called before score().
+    def embed(self, ensembles: Sequence[PromptEnsemble], neighbours: Mapping[str, Neighbours]) -> None:
+        """Encodes the prompts of all classes, once, and puts the embeddings where every actor can fetch them (Ray's
+        object store). To be called before score().
 
-        references: manifest rows of the reference images, by class.
+        neighbours: by class, the photos that its images are compared with. They are read when its first shard is due.
         """
 
         def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
-            return _call(actor, "embed", ensemble, references.get(ensemble.class_name, ()), self._run.run_id)
+            return _call(actor, "embed", ensemble)
 
         for embeddings in self._each(iter(ensembles), len(ensembles), submit, self._shards):
-            name, memory = embeddings.ensemble.class_name, embeddings.memory
-            shots, wanted = 0 if memory is None else memory.shots, len(references.get(name, ()))
-            if shots < wanted:
-                logger.warning("only %d of the %d reference images of %s can be read", shots, wanted, name)
-            self._prompts[name] = ray.put(embeddings)
+            name = embeddings.ensemble.class_name
+            self._setups[name] = ray.put(ClassSetup(embeddings, neighbours.get(name, Neighbours())))
 
     def score(self, shards: Iterator[Shard]) -> Iterator[ShardStats]:
         """Scores shards, and yields their stats in the order in which they finish.
@@ -154,8 +150,8 @@ class ScoringPool:
 
         def submit(actor: Any, shard: Shard, deaths: int) -> Any:
             classes = shard.images.column("class_name").unique().to_pylist()
-            prompts = {name: self._prompts[name] for name in classes}
-            return _call(actor, "score", shard, self._run, prompts, deaths > 0)
+            setups = {name: self._setups[name] for name in classes}
+            return _call(actor, "score", shard, self._run, setups, deaths > 0)
 
         masks_follow = fixed_thresholds(self._run.job) is None
         return self._each(shards, self._shards, submit, self._shards if masks_follow else 0)

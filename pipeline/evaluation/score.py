@@ -22,6 +22,7 @@ from pipeline.evaluation.measure import Configuration, LabelledImage, Score
 from pipeline.images import GOOD, DatasetError, Decoded, ImageError
 from pipeline.scoring import (
     Manifest,
+    Neighbours,
     Spans,
     batch_size,
     batches,
@@ -42,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to score with: its job, and of each class the prompts and the reference images (rows)."""
+    """A configuration to score with: its job, and of each class the prompts and what its images are compared with."""
 
     name: str
     job: JobConfig
     ensembles: Mapping[str, PromptEnsemble]
-    references: Mapping[str, Sequence[Mapping[str, Any]]]
+    neighbours: Mapping[str, Neighbours]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,9 +92,9 @@ def score_variants(
     sizes: dict[int, tuple[int, int]] = {}
     for group in group_variants(variants):
         job = group[0].job
-        judges = _judges(load_encoder(job.model, locate_weights(job.model)), group)
-        decode = image_decoder(job, judges[0].detector)
         spans = Spans(job, source, sample_photos((image.class_name, image.uri) for image in images))
+        judges = _judges(load_encoder(job.model, locate_weights(job.model)), group, source, spans)
+        decode = image_decoder(job, judges[0].detector)
 
         def read(
             number: int, decode: Callable[..., Decoded] = decode, spans: Spans = spans
@@ -138,19 +139,19 @@ class _Judge:
     prompts: Mapping[str, PromptEmbeddings]
 
 
-def _judges(encoder: Encoder, variants: Sequence[Variant]) -> list[_Judge]:
+def _judges(encoder: Encoder, variants: Sequence[Variant], source: Store, spans: Spans) -> list[_Judge]:
     embedded: dict[tuple[str, str], PromptEmbeddings] = {}
     judges = []
     for variant in variants:
         job = variant.job
-        detector = Detector(encoder, job.resolved_method, job.references)
+        detector = Detector(encoder, job.resolved_method, job.references, job.peers)
         for name, ensemble in variant.ensembles.items():
             if (name, ensemble.fingerprint) not in embedded:
                 embedded[name, ensemble.fingerprint] = detector.embed(ensemble)
         prompts = {name: embedded[name, item.fingerprint] for name, item in variant.ensembles.items()}
-        for name, images in variant.references.items():
-            if (stored := make_memory(prompts[name], images, detector, job)) is not None:
-                prompts[name] = replace(prompts[name], memory=stored.memory)
+        for name, neighbours in variant.neighbours.items():
+            stored = make_memory(prompts[name], neighbours, detector, job, source, spans)
+            prompts[name] = replace(prompts[name], memory=stored.references, peers=stored.peers)
         judges.append(_Judge(variant.name, job, detector, prompts))
     return judges
 

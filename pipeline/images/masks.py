@@ -23,7 +23,8 @@ _BAND = 32
 
 @dataclass(frozen=True)
 class Region:
-    """A connected region of a mask: box and area in pixels of the source image, highest map value, nearest defect."""
+    """A connected region of a mask: box and area in pixels of the source image, highest map value, nearest defect, and
+    the address of the photo that is most alike there."""
 
     x: int
     y: int
@@ -32,6 +33,7 @@ class Region:
     area: int
     peak: float
     defect: str | None
+    peer_uri: str | None = None
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -83,12 +85,15 @@ def find_regions(
     anomaly_map: NDArray[np.float32],
     defect_names: Sequence[str],
     defect_grid: NDArray[np.float32],
+    peer_uris: Sequence[str] = (),
+    peer_grid: NDArray[np.int16] | None = None,
 ) -> list[Region]:
     """Regions (8 neighbours) of a mask [h, w], highest peak first.
 
     The defect of a region is the one whose prompts are nearest to the region's mean local embedding: cosines with the
     defects, defect_grid [K, gh, gw], are averaged over the region's pixels, which ranks them alike (the mean is linear
-    and its length is common to all defects). None where no defect is described.
+    and its length is common to all defects). None where no defect is described. The peer of a region is the one that is
+    nearest on most of its pixels: peer_grid [gh, gw] has the number, in peer_uris, of the nearest one of each patch.
     """
     runs = _find_runs(mask)
     if not len(runs.row):
@@ -111,6 +116,7 @@ def find_regions(
                 area=int((region.stop - region.start).sum()),
                 peak=float(peaks[members].max()),
                 defect=_nearest_defect(region, mask.shape, defect_names, defect_grid),
+                peer_uri=_nearest_peer(region, mask.shape, peer_uris, peer_grid),
             )
         )
     return sorted(regions, key=lambda region: (-region.peak, region.y, region.x))
@@ -197,6 +203,15 @@ def _nearest_defect(runs: _Runs, shape: tuple[int, ...], names: Sequence[str], g
         return None
     pixels = _count_in_patches(runs, shape, grid.shape[1:])
     return names[int(np.argmax(np.einsum("krc,rc->k", grid, pixels)))]
+
+
+def _nearest_peer(
+    runs: _Runs, shape: tuple[int, ...], uris: Sequence[str], grid: NDArray[np.int16] | None
+) -> str | None:
+    if grid is None or not uris:
+        return None
+    pixels = _count_in_patches(runs, shape, grid.shape)
+    return uris[int(np.bincount(grid.ravel(), pixels.ravel(), len(uris)).argmax())]
 
 
 def _count_in_patches(runs: _Runs, shape: tuple[int, ...], patches: tuple[int, ...]) -> NDArray[np.float64]:

@@ -6,7 +6,14 @@ May import: alfa, prompts, images, storage, tiling, schemas.
 """
 
 from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
-from pipeline.scoring.references import build_memory, choose_references, describe_choice, make_memory
+from pipeline.scoring.memories import (
+    Neighbours,
+    PeerChoice,
+    PreparedClasses,
+    make_memory,
+    prepare_class,
+)
+from pipeline.scoring.references import choose_references, describe_choice
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
 from pipeline.scoring.shards import HASHED, Manifest, Shard, cut_shards, identify_shards, write_manifest
 from pipeline.scoring.spans import SAMPLED, RunSpans, Spans, choose_samples, sample_photos, write_samples
@@ -26,7 +33,10 @@ __all__ = [
     "HASHED",
     "SAMPLED",
     "Manifest",
+    "Neighbours",
+    "PeerChoice",
     "Prediction",
+    "PreparedClasses",
     "RunSpans",
     "Shard",
     "ShardStats",
@@ -36,7 +46,6 @@ __all__ = [
     "ZeroShotDetector",
     "batch_size",
     "batches",
-    "build_memory",
     "choose_references",
     "choose_samples",
     "cut_shards",
@@ -48,6 +57,7 @@ __all__ = [
     "make_memory",
     "mask_shard",
     "parse_table",
+    "prepare_class",
     "quantile_thresholds",
     "read_image",
     "reference_thresholds",

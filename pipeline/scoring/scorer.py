@@ -32,6 +32,7 @@ from pipeline.images import (
     upsample,
 )
 from pipeline.scoring.batches import batch_size, batches, image_decoder, read_image, start
+from pipeline.scoring.memories import Classes
 from pipeline.scoring.shards import Shard
 from pipeline.scoring.spans import RunSpans
 from pipeline.scoring.thresholds import Thresholds, fixed_thresholds
@@ -65,7 +66,7 @@ def score_shard(
     shard: Shard,
     run: Run,
     detector: Detector,
-    prompts: Mapping[str, PromptEmbeddings],
+    prompts: Classes,
     source: Store,
     output: Store,
     threads: int,
@@ -84,7 +85,7 @@ def score_shard(
     is out of use.
     """
     job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
-    spans = RunSpans(job, run.run_id, output, isolate=isolate)
+    spans = RunSpans(job, run.run_id, source, output, isolate=isolate)
     thresholds = fixed_thresholds(job)
     largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
 
@@ -100,10 +101,10 @@ def score_shard(
         with FILE_BYTES.hold(size):
             return image, read_image(image["uri"], source, partial(decode, class_name=image["class_name"]))
 
-    def start_batch(batch: _Batch) -> tuple[_Batch, Pending]:
-        good = [(image["class_name"], item) for image, item in batch if isinstance(item, Decoded)]
-        known = [prompts[class_name] for class_name, _ in good]
-        return batch, start(detector, [item for _, item in good], known, job)
+    def start_batch(batch: _Batch) -> tuple[_Batch, Pending, dict[str, PromptEmbeddings]]:
+        known = {name: prompts[name] for name in dict.fromkeys(image["class_name"] for image, _ in batch)}
+        good = [(known[image["class_name"]], item) for image, item in batch if isinstance(item, Decoded)]
+        return batch, start(detector, [item for _, item in good], [of_class for of_class, _ in good], job), known
 
     def finish(row: Row) -> Row:
         return row if thresholds is None or row["status"] == "error" else mask(row, thresholds)
@@ -123,8 +124,8 @@ def score_shard(
         with contextlib.closing(_take_turn(turn, model, decoded)) as ours:
             scored = (
                 row
-                for batch, detections in map_ahead(model, start_batch, ours, ahead=2)
-                for row in _new_rows(batch, detections(), shard.shard_id, run, prompts)
+                for batch, detections, known in map_ahead(model, start_batch, ours, ahead=2)
+                for row in _new_rows(batch, detections(), shard.shard_id, run, known)
             )
             rows = list(map_ahead(writers, finish, scored, ahead=2 * size))
     return _commit(rows, run.shards, shard.shard_id, output)
@@ -168,7 +169,8 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
             area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
             if run.job.output.maps:
                 map_png = encode_map(anomaly_map)
-            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid)]
+            peers = row["peer_uris"] or (), np.asarray(row["peer_grid"] or (), np.int16).reshape(-1, row["grid_width"])
+            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid, *peers)]
             del anomaly_map, mask
         else:  # between patches the map is never above them
             area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
@@ -248,6 +250,11 @@ def _outcome(detection: Detection, prompts: PromptEmbeddings) -> Row:
         "score_local": detection.score_local,
         "score_reference": detection.score_reference,
         "shots": detection.shots,
+        "score_peers": detection.score_peers,
+        "peers": detection.peers,
+        "peers_earlier": prompts.peers.earlier if prompts.peers else 0,
+        "peer_uris": list(prompts.peers.uris) if prompts.peers else None,
+        "peer_grid": None if detection.nearest_peer is None else detection.nearest_peer.ravel(),
         "map_peak": detection.grid.max(),
         "explanation": [vars(evidence) for evidence in detection.explanation],
         "prompts_kept_normal": detection.kept_normal,

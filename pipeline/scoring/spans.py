@@ -108,19 +108,20 @@ class Spans:
 class RunSpans(Spans):
     """Those of a run: kept in its folder, where whoever decides first decides for all."""
 
-    def __init__(self, job: JobConfig, run_id: str, output: Store, *, isolate: bool = False) -> None:
-        super().__init__(job, output, {}, isolate=isolate)
+    def __init__(self, job: JobConfig, run_id: str, source: Store, output: Store, *, isolate: bool = False) -> None:
+        super().__init__(job, source, {}, isolate=isolate)
         self._run_id = run_id
+        self._output = output
 
     def _obtain(self, class_name: str, own: Extremes) -> Span:
         key = paths.span_key(self._run_id, class_name)
         try:
-            return Span(*json.loads(self._source.read(key)))
+            return Span(*json.loads(self._output.read(key)))
         except FileNotFoundError:
-            self._samples = self._samples or read_samples(self._run_id, self._source)
+            self._samples = self._samples or read_samples(self._run_id, self._output)
             span = self._decide(class_name, own)
-        if not self._source.create(key, json.dumps(span).encode()):
-            return Span(*json.loads(self._source.read(key)))
+        if not self._output.create(key, json.dumps(span).encode()):
+            return Span(*json.loads(self._output.read(key)))
         return span
 
 

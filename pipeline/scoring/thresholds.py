@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from pipeline.scoring.references import read_memory
+from pipeline.scoring.memories import read_memory
 from pipeline.storage import Store
 from schemas.job import JobConfig
 from schemas.thresholds import ThresholdTable
@@ -74,7 +74,7 @@ def reference_thresholds(run_id: str, classes: Sequence[str], quantile: float, o
     for name in classes:
         stored = read_memory(run_id, name, output)
         scores = np.empty((0, 2)) if stored is None else stored.scores.double().numpy()
-        require_two(name, 0 if stored is None else stored.memory.shots)
+        require_two(name, stored.references.shots if stored and stored.references else 0)
         cut = np.quantile(scores, quantile, axis=0)
         found[name] = Thresholds(float(cut[0]), float(cut[1]))
     return found

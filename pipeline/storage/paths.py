@@ -58,8 +58,8 @@ def evaluation_key(run_id: str, name: str) -> str:
 
 
 def memory_key(run_id: str, class_name: str) -> str:
-    """The reference patches of a class, built once a run (few-shot)."""
-    return run_key(run_id, f"references/{safe_segment(class_name)}.safetensors")
+    """The patches of a class's references and peers, made once a run."""
+    return run_key(run_id, f"memory/{safe_segment(class_name)}.safetensors")
 
 
 def span_key(run_id: str, class_name: str) -> str:

@@ -237,6 +237,29 @@ class References(Part):
     _no_credentials = field_validator("images")(without_credentials)
 
 
+class Peers(Part):
+    """Mutual scoring: the photos of the night itself that all others of their class are compared with."""
+
+    images: Annotated[int, Field(ge=2)] = Field(32, description="photos a class that serve as peers")
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.3, description="share of the peers, the nearest ones, that a patch is compared with: defective peers fall out"
+    )
+    levels: tuple[int, ...] | None = Field(
+        None, min_length=1, description="blocks whose patches are compared; default: at one and two thirds of the depth"
+    )
+    neighbourhood: Literal[1, 3, 5] = Field(3, description="patches a side that are averaged before they are compared")
+    weight: Share = Field(0.7, description="u: score = (1 - u) language + u peers, the map alike")
+    min_images: Annotated[int, Field(ge=2)] = Field(
+        8, description="readable photos of a class below which it stays with language alone"
+    )
+
+    @model_validator(mode="after")
+    def _enough(self) -> Peers:
+        if self.min_images > self.images:
+            raise ValueError(f"min_images ({self.min_images}) must not be more than images ({self.images})")
+        return self
+
+
 class Threshold(Part):
     """When an image, and a pixel, counts as anomalous."""
 
@@ -347,9 +370,17 @@ class JobConfig(Part):
     prompts: Prompts = Field(default_factory=lambda: Prompts())
     method: Method = Field(default_factory=lambda: Method())
     references: References | None = Field(None, description="few-shot; none: zero-shot")
+    peers: Peers | None = Field(
+        default_factory=lambda: Peers(), description="compare photos with others of their night; none: do not"
+    )
     threshold: Threshold = Field(default_factory=lambda: Threshold())
     engine: Engine = Field(default_factory=lambda: Engine())
     lake: Lake = Field(default_factory=lambda: Lake())
+
+    @field_validator("peers", mode="before")
+    @classmethod
+    def _none_by_name(cls, value: Any) -> Any:
+        return None if value == "none" else value
 
     @model_validator(mode="after")
     def _whole(self) -> JobConfig:
@@ -378,6 +409,7 @@ class JobConfig(Part):
             "method": self.resolved_method.model_dump(mode="json"),
             "references": None if self.references is None else self.references.model_dump(mode="json"),
             **({} if self.dataset.bit_depth is None else {"bit_depth": self.dataset.bit_depth}),
+            "peers": None if self.peers is None else self.peers.model_dump(mode="json"),
         }
 
     def class_fingerprint(

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from pipeline.alfa import Detector, Encoder
+from pipeline.alfa import Calibration, Detector, Encoder
 from pipeline.alfa.device import to_device
 from pipeline.tiling import Tiling
-from schemas.job import Method, References
+from schemas.job import Method, Peers, References
 from tests.alfa.conftest import CONFIG, ensemble, random_pixels
 
 GPU = torch.device("cuda")
@@ -70,13 +70,16 @@ def test_a_batch_is_given_to_the_gpu_without_waiting_for_it(
     encoder: Encoder, request: pytest.FixtureRequest, aligner: str, adaptation: str
 ) -> None:
     method = Method.model_validate({"adaptation": adaptation, "aligner": aligner})
-    references = References(images="train")
-    here = Detector(encoder, method, references)
+    references, peers = References(images="train"), Peers(images=2, min_images=2)
+    here = Detector(encoder, method, references, peers)
     known = [here.embed(prompts) for prompts in CLASSES]
-    known[1] = replace(known[1], memory=here.remember(random_pixels(2, (64, 64)).split(1)))
+    images = random_pixels(2, (64, 64)).split(1)
+    known[1] = replace(known[1], memory=here.remember(images))
+    memory = here.remember_peers(images, (1, 2), ("a", "b"))
+    known[2] = replace(known[2], peers=replace(memory, calibration=Calibration(0.1, 0.2, 0.3)))
     request.getfixturevalue("gpu")
     pixels = torch.zeros(5, 3, 64, 64, dtype=torch.uint8)
-    there = Detector(on_gpu(encoder), method, references)
+    there = Detector(on_gpu(encoder), method, references, peers)
     assert callable(there.start(pixels, [known[number % 3] for number in range(5)]))
 
 

@@ -57,9 +57,9 @@ def test_tokens_are_those_of_open_clips_blocks(kind: str, request: pytest.Fixtur
             expected.append(x[:, 1:])
     tokens, compared = torch.stack([expected[0], expected[3]]), torch.stack([expected[1], expected[3]])
     torch.testing.assert_close(plain.tokens, tokens, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(plain.reference_tokens, compared, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(plain.compared_tokens, compared, atol=1e-5, rtol=1e-5)
     beside_values = encoder.encode_images(pixels, (3,), 3, (1, 3))
-    torch.testing.assert_close(beside_values.reference_tokens, compared, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(beside_values.compared_tokens, compared, atol=1e-5, rtol=1e-5)
 
 
 def test_text_embeddings_are_open_clips_whatever_the_batch(square: Model, encoder: Encoder) -> None:
@@ -106,7 +106,7 @@ def test_bf16_stays_inside(square: Model, load: Any, encoder: Encoder) -> None:
     half = load(square.model_copy(update={"precision": "bf16"}))
     pixels = random_pixels(2, (64, 64))
     raw, features = half.encode_images(pixels, (3,)), half.encode_images(pixels, (3,), 3, (1,))
-    parts = (features.embedding, features.embedded, features.values, features.reference_tokens, raw.tokens)
+    parts = (features.embedding, features.embedded, features.values, features.compared_tokens, raw.tokens)
     assert {part.dtype for part in (*parts, half.encode_texts(["a nut"]))} == {torch.float32}
     assert F.cosine_similarity(features.embedding, encoder.encode_images(pixels, (3,)).embedding).min() > 0.99
 

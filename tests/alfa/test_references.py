@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.alfa import Detector, Encoder, ModelError, ReferenceMemory
-from pipeline.alfa import references as module
+from pipeline.alfa import patches as module
 from pipeline.alfa.references import reference_distance, remember
 from schemas.job import Method, References
 from tests.alfa.conftest import ensemble, random_pixels
@@ -74,7 +74,7 @@ def test_map_and_score_are_those_of_language_and_references_together(encoder: En
     for number in (0, 2):
         assert (found[number].shots, found[number].score_reference) == (0, None)
         assert found[number].score == pytest.approx(zero_shot[number].score, abs=1e-6)
-    tokens = detector.features(pixels).image.reference_tokens
+    tokens = detector.features(pixels).image.compared_tokens
     for number in (1, 3):
         distances = reference_distance(tokens[:, number : number + 1], memory).view(4, 4).numpy()
         np.testing.assert_allclose(found[number].grid, zero_shot[number].grid + distances, atol=1e-5)

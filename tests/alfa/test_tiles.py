@@ -41,7 +41,8 @@ def test_tiles_are_blended_as_a_slow_reference_does(encoder: Encoder, at_once: i
     ramp = [1, 2, 2, 1]
     sums, weights = np.zeros((2, 5, 9)), np.zeros((5, 9))
     for pixels, (top, left) in zip(tiles, tiling.places, strict=True):
-        parts = detector._look(detector.features(pixels[None]), leaning.sides, [prompts])[0, :2].view(2, 4, 4)
+        features = detector.features(pixels[None])
+        parts = detector._look(features, leaning.sides, [prompts], features.fingerprints)[0, :2].view(2, 4, 4)
         for row in range(4):
             for column in range(4):
                 weight = ramp[row] * ramp[column]

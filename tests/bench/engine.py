@@ -94,7 +94,7 @@ def load_lone_actor(job: JobConfig, scratch: str) -> tuple[Plan, ScoringActor, d
     night = plan(job, scratch)
     actor = ScoringActor(job, night.weights.sha256, night.source.store.uri(""), CORES)
     actor.load()
-    prompts = {item.class_name: actor.embed(item, (), night.run.run_id) for item in night.prompts.ensembles}
+    prompts = {item.class_name: actor.embed(item) for item in night.prompts.ensembles}
     return night, actor, prompts
 
 

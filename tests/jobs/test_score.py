@@ -135,7 +135,7 @@ def test_a_calibrated_night_marks_what_its_table_says(tmp_path: Path) -> None:
     share_ray()
     first = score(images, output, *references, "threshold.policy=reference")
     assert first.returncode == 0, first.stderr
-    (memory,) = output.glob("runs/*/references/hazelnut.safetensors")
+    (memory,) = output.glob("runs/*/memory/hazelnut.safetensors")
     calibrated = alfa("calibrate", output, memory.parents[1].name, "--table", table)
     assert calibrated.returncode == 0, calibrated.stderr
     second = score(images, output, *references, "threshold.policy=labels", f"threshold.table={table}")

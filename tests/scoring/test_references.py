@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from jobs.planning import open_source, plan_run
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import DatasetError, list_references, open_dataset
 from pipeline.scoring import (
+    Neighbours,
     ThresholdError,
-    build_memory,
     choose_references,
     describe_choice,
     image_decoder,
+    make_memory,
+    prepare_class,
     reference_thresholds,
     score_shard,
 )
-from pipeline.scoring.references import read_memory
+from pipeline.scoring.memories import read_memory
 from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig, JobError, parse_job
 from tests.places import DEMO
@@ -133,7 +136,8 @@ def test_rows_say_what_they_were_compared_with_and_the_memory_is_kept(
     rows = references_of(job)
     (dataset / "hazelnut/train/good/broken.jpg").unlink()
     assert len(rows) == 4
-    prompts["hazelnut"] = build_memory("run", prompts["hazelnut"], rows, detector, job, output)
+    neighbours = Neighbours(rows)
+    prompts["hazelnut"] = prepare_class(run, prompts["hazelnut"], neighbours, detector, source, output, "me")
     for shard in shards_of(job):
         score_shard(shard, run, detector, prompts, source, output, threads=2)
         table = read_shard(output, run.shards, shard.shard_id).to_pylist()
@@ -142,7 +146,9 @@ def test_rows_say_what_they_were_compared_with_and_the_memory_is_kept(
         assert (row["score_reference"] is None) == (row["class_name"] == "pill")
         assert row["map_peak"] == pytest.approx(max(row["grid"])) and row["threshold_source"] == "fixed"
     stored = output.read(paths.memory_key("run", "hazelnut"))
-    again = build_memory("run", embed(detector, job, "hazelnut")["hazelnut"], [], detector, job, output)
+    again = prepare_class(
+        run, embed(detector, job, "hazelnut")["hazelnut"], neighbours, detector, source, output, "you"
+    )
     assert again.memory is not None and prompts["hazelnut"].memory is not None
     assert torch.equal(again.memory.tokens, prompts["hazelnut"].memory.tokens)
     assert output.read(paths.memory_key("run", "hazelnut")) == stored
@@ -157,12 +163,12 @@ def test_leave_one_out_thresholds(detector: Detector, dataset: Path, tmp_path: P
         image_decoder(job, detector),
         references_of(job),
     )
-    build_memory("run", prompts, rows, detector, job, output)
+    run, source = Run("run", job, "alfa-small", "0" * 64), Store(str(dataset))
+    prepare_class(run, prompts, Neighbours(rows), detector, source, output, "me")
     expected = []
     for row in rows:
         others = [other for other in rows if other is not row]
-        name = Path(row["key"]).stem
-        known = build_memory(f"without-{name}", prompts, others, detector, job, output)
+        known = replace(prompts, memory=make_memory(prompts, Neighbours(others), detector, job, source).references)
         pixels = torch.tensor(decode(Path(row["uri"]).read_bytes()).pixels).permute(2, 0, 1)[None]
         found = detector.detect(pixels, [known])[0]
         expected.append((found.score, found.grid.max()))
