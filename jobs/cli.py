@@ -247,6 +247,14 @@ def evaluate(
     shots: Annotated[
         str | None, typer.Option(metavar="K1,K2", help="Also score with this many known-good images a class: 0,1,2,4.")
     ] = None,
+    peers: Annotated[
+        str | None, typer.Option(metavar="M1,M2", help="Also score with this many peers a class: 0,8,16,32,64.")
+    ] = None,
+    anomaly_rate: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.9, help="Draw the peers from nights with this share of anomalous images."),
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Nights to draw with --anomaly-rate.")] = 20,
     preset: Annotated[Benchmark | None, typer.Option(help="The setting of a paper's benchmark.")] = None,
 ) -> None:
     """Measure scores and maps against ground truth: AUROC, AUPR, F1-max, PRO.
@@ -257,17 +265,23 @@ def evaluate(
 
     if run is not None:
         output = flags.output
-        if preset or compare or shots or flags.images or flags.file or not output:
-            exits.refuse("--run wants --output, and takes neither a job, --images, --compare, --shots nor --preset")
+        if preset or compare or shots or peers or anomaly_rate or flags.images or flags.file or not output:
+            exits.refuse("--run wants --output and nothing else that says what to score or to compare")
         overrides = flags.overrides or ()
         exits.run(lambda: evaluation.run_evaluate_run(output, run, overrides, open_console(), endpoint=flags.endpoint))
-    if shots and not re.fullmatch(r"\d+(,\d+)*", shots):
-        exits.refuse(f"--shots {shots}: write it as numbers with commas between, such as 0,1,2,4")
-    counts = [int(count) for count in shots.split(",")] if shots else []
+    compared = evaluation.Comparisons(
+        compare or (), _read_counts("--shots", shots), _read_counts("--peers", peers), anomaly_rate, draws
+    )
     defaults = dict(evaluation.PRESETS[preset]) if preset else {}
     if flags.model or any(item.startswith("model.name=") for item in flags.overrides or ()):
         defaults.pop("model", None)  # weights and size belong to the preset's model
-    exits.run(lambda: evaluation.run_evaluate(flags.read_job(defaults), compare or (), counts, preset, open_console()))
+    exits.run(lambda: evaluation.run_evaluate(flags.read_job(defaults), compared, preset, open_console()))
+
+
+def _read_counts(flag: str, given: str | None) -> list[int]:
+    if given and not re.fullmatch(r"\d+(,\d+)*", given):
+        exits.refuse(f"{flag} {given}: write it as numbers with commas between, such as 0,1,2,4")
+    return [int(count) for count in given.split(",")] if given else []
 
 
 @app.command(

@@ -10,7 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,11 @@ from pipeline.evaluation import (
     Score,
     Scored,
     Variant,
+    average_draws,
     compose,
+    draw_night,
     facts,
+    first_draws,
     group_variants,
     labelled_images,
     measure,
@@ -73,16 +76,35 @@ _THREADS = max(4, 2 * (os.cpu_count() or 1))
 _SAY_EVERY_S = 30.0
 
 
-def run_evaluate(
-    job: JobConfig, comparisons: Sequence[str], shots: Sequence[int], benchmark: Benchmark | None, console: Console
-) -> int:
+@dataclass(frozen=True)
+class Comparisons:
+    """What a job is compared with, see jobs.compare.expand.
+
+    anomaly_rate: peers are drawn from nights that hold so large a share of anomalous images, `draws` times; None: they
+    are drawn from all labelled images, as a night would.
+    """
+
+    keys: Sequence[str] = ()
+    shots: Sequence[int] = ()
+    peers: Sequence[int] = ()
+    anomaly_rate: float | None = None
+    draws: int = 20
+
+    def nights_of(self, name: str, job: JobConfig) -> list[str]:
+        """The names under which a configuration is scored: several where its peers are drawn several times."""
+        if self.anomaly_rate is None or job.peers is None:
+            return [name]
+        return [f"{name}, draw {number}" for number in range(self.draws)]
+
+
+def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | None, console: Console) -> int:
     """Scores the labelled images of a job in every configuration; prints and stores the metrics. Returns the exit code.
 
-    That is 0, or 1 past the error budget. All is done in this process, without Ray. comparisons, shots: see
-    jobs.compare.expand. benchmark: whose published results are shown beside the measured ones; None: where there are
-    comparisons, that of the layout. Raises JobError and the pipeline's errors.
+    That is 0, or 1 past the error budget. All is done in this process, without Ray. benchmark: whose published results
+    are shown beside the measured ones; None: where there are comparisons, that of the layout. Raises JobError and the
+    pipeline's errors.
     """
-    jobs = expand(job, comparisons, shots)
+    jobs = expand(job, compared.keys, compared.shots, compared.peers)
     output = open_store(job.output.uri, job.storage)
     source = open_dataset(job.dataset, job.storage, output)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
@@ -90,12 +112,32 @@ def run_evaluate(
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         images = labelled_images(write_manifest(choice.watch(list_images(source)), Path(scratch)))
     run_id, variants = _plan(jobs, images, choice.candidates, source, output)
+    draws = {variant.name: compared.nights_of(variant.name, variant.job) for variant in variants}
+    variants = [drawn for variant in variants for drawn in _draw(variant, images, draws[variant.name], compared)]
     good = sum(image.is_good for image in images)
     logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
     scored = _score(images, variants, source.store, console)
     if len(jobs) > 1 and benchmark is None:
         benchmark = next((known for known in PUBLISHED if known == source.layout), None)
-    return _finish(run_id, jobs, describe_base(job, comparisons, shots), benchmark, scored, output, console)
+    base = describe_base(job, compared.keys, compared.shots, compared.peers)
+    return _finish(run_id, jobs, base, benchmark, scored, output, console, draws)
+
+
+def _draw(
+    variant: Variant, images: Sequence[LabelledImage], names: Sequence[str], compared: Comparisons
+) -> list[Variant]:
+    """The variant once for each name, each with peers of a night of its own; itself where they are not drawn."""
+    if names == [variant.name] or compared.anomaly_rate is None:
+        return [variant]
+    nights = [draw_night(images, compared.anomaly_rate, number) for number in range(len(names))]
+    return [
+        replace(
+            variant,
+            name=name,
+            neighbours={known: replace(item, peers=night[known]) for known, item in variant.neighbours.items()},
+        )
+        for name, night in zip(names, nights, strict=True)
+    ]
 
 
 def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
@@ -183,12 +225,16 @@ def _finish(
     scored: Scored,
     output: Store,
     console: Console,
+    draws: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
-    """Measures, stores and prints. Returns the exit code."""
+    """Measures, stores and prints. Returns the exit code. draws: see average_draws."""
     job = jobs[BASE]
     # Masks and photos are read by their addresses, which need not be below dataset.images.
     read = open_store(job.dataset.images, job.storage).read_uri
-    measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS)
+    cut = job.threshold.value if job.threshold.policy == "fixed" else None
+    measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS, cut)
+    if draws is not None and any(len(names) > 1 for names in draws.values()):
+        measured, scored = average_draws(measured, draws), first_draws(scored, draws)
     # A finished run can be measured on a machine that does not have its weights.
     is_embedded = job.model.is_embedded
     model = job.model.name if job.model.pretrained is None else f"{job.model.name}/{Path(job.model.pretrained).name}"

@@ -47,6 +47,7 @@ from pipeline.scoring import (
 from pipeline.storage import Store, leases, open_store, paths, read_shards
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
 from schemas.records import ActorCounts, Commit, RunStats, SelectionCounts
+from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ def run_score(job: JobConfig, console: Console) -> int:
         if job.lake.format == "iceberg":
             publish_snapshot(job, output, leases.new_owner())
     report = report_night(output, commit, anew=stats is not None)
+    _warn_of_fences(commit)
     logger.info(
         "night %s is published: %d images, %d anomalous, %d errors",
         job.run_date,
@@ -171,6 +173,18 @@ def _execute(
 def _neighbours(plan: Plan) -> dict[str, Neighbours]:
     """By class, the photos that its images are compared with."""
     return {name: Neighbours(plan.references.get(name, ()), plan.peers.get(name, ())) for name in plan.manifest.classes}
+
+
+def _warn_of_fences(commit: Commit) -> None:
+    for entry in commit.files:
+        if entry.is_beyond_fence:
+            logger.warning(
+                "%d of %d images of %s lie beyond the fence of the class, which supposes that fewer than a third are "
+                "anomalous; look at its photos before you trust its verdicts",
+                entry.beyond,
+                entry.compared,
+                one_line(entry.class_name),
+            )
 
 
 def versions() -> dict[str, str]:

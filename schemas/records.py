@@ -43,6 +43,8 @@ class CommitFile(Record):
     rows: Count
     errors: Mapping[str, Count] = Field(description="images without a score, by error_type")
     anomalies: Count = Field(description="images that count as anomalous")
+    compared: Count = Field(0, description="images that were compared with peers")
+    beyond: Count = Field(0, description="of these, images beyond the fence of the class: their score is above 0.5")
     key: str = Field(description="the file under a name that is never written again")
     table_key: str = Field(description="the same file in the table")
     bytes: Count
@@ -52,6 +54,11 @@ class CommitFile(Record):
     def failed(self) -> int:
         """Images without a score."""
         return sum(self.errors.values())
+
+    @property
+    def is_beyond_fence(self) -> bool:
+        """Whether more than a third of the images lie beyond the fence, which supposes that fewer are anomalous."""
+        return 3 * self.beyond > self.compared
 
 
 class Commit(Record):

@@ -11,6 +11,9 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 3
 
+FENCE = 0.5
+"""The score of an image that is as far out as the fence of its class, where it was compared with peers."""
+
 
 class ErrorType(str, Enum):
     """Why an image has no score: the closed list of `error_type`."""
@@ -183,6 +186,13 @@ EVALUATION = pa.schema(
             _field(f"{name}_error", pa.float64(), f"the exact {name} lies within this of the value (binning)")
             for name in _METRIC_DOCS
             if name.startswith("pixel")
+        ),
+        _field("false_positive_rate", pa.float64(), "share of good images at or above threshold.value, if it is fixed"),
+        _field("recall", pa.float64(), "share of anomalous images at or above threshold.value, if it is fixed"),
+        _field("draws", pa.int64(), "nights that the peers were drawn from; null where they were not drawn"),
+        *(
+            _field(f"{name}_spread", pa.float64(), f"standard deviation of {name} over the draws")
+            for name in _METRIC_DOCS
         ),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},

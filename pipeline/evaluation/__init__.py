@@ -6,6 +6,7 @@ May import: scoring, alfa, images, storage, schemas.
 
 from pipeline.evaluation.calibration import calibrate_class, check_policy, merge_scores, read_scores
 from pipeline.evaluation.document import HEADERS, Block, Picture, metric_cells, published_cells, to_html, to_markdown
+from pipeline.evaluation.draws import average_draws, draw_night, first_draws
 from pipeline.evaluation.measure import LabelledImage, Score, measure
 from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
 from pipeline.evaluation.report import Evaluation, compose, facts
@@ -23,10 +24,13 @@ __all__ = [
     "Score",
     "Scored",
     "Variant",
+    "average_draws",
     "calibrate_class",
     "check_policy",
     "compose",
+    "draw_night",
     "facts",
+    "first_draws",
     "group_variants",
     "labelled_images",
     "measure",

@@ -57,12 +57,17 @@ def percent(value: float | None) -> str:
 
 
 def metric_cells(row: Mapping[str, Any]) -> list[str]:
-    """The seven metrics of a row of schema EVALUATION, in percent."""
-    return [percent(row[name]) for name in METRICS]
+    """The seven metrics of a row of schema EVALUATION, in percent; over several draws with their standard deviation."""
+
+    def cell(name: str) -> str:
+        spread = row.get(f"{name}_spread")
+        return percent(row[name]) + ("" if spread is None else f" ± {percent(spread)}")
+
+    return [cell(name) for name in METRICS]
 
 
 def published_cells(row: Published) -> list[str]:
-    """The same of a published row."""
+    """The seven metrics of a result that others have published, in percent."""
     return ["-" if (value := getattr(row, name)) is None else f"{value:.1f}" for name in METRICS]
 
 

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 IMAGE_METRICS = ("image_auroc", "image_aupr", "image_f1_max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_aupr", "pixel_f1_max", "pixel_pro")
 METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
+AT_THRESHOLD = ("false_positive_rate", "recall")
+"""What the threshold of the job, if it is fixed, makes of the good and of the anomalous images."""
 
 _CURVE_POINTS = 400
 
@@ -81,12 +83,17 @@ class Measured:
 
 
 def measure(
-    images: Sequence[LabelledImage], configurations: Sequence[Configuration], read_mask: ReadMask, threads: int
+    images: Sequence[LabelledImage],
+    configurations: Sequence[Configuration],
+    read_mask: ReadMask,
+    threads: int,
+    threshold: float | None = None,
 ) -> Measured:
     """Metrics of every configuration on the same images.
 
     read_mask: address -> ground truth [h, w]; masks are read ahead by threads. Anomalous images whose mask is missing
-    or cannot be read count for image metrics alone, and rows say how many. Raises StoreError where a store is out of
+    or cannot be read count for image metrics alone, and rows say how many. threshold: of scores, where there is one for
+    all classes. Raises StoreError where a store is out of
     use.
     """
     order = sorted(range(len(images)), key=lambda number: (images[number].class_name, images[number].label, number))
@@ -99,12 +106,12 @@ def measure(
         for item in configurations:
             parts = histograms.get(item.name, {})
             whole = _merged(parts, (GOOD, *labels))
-            row = _row(images, numbers, item, whole, unmasked)
+            row = _row(images, numbers, item, whole, unmasked, threshold)
             measured.rows.append({**row, "level": "class", "class_name": class_name})
             per_class[item.name].append(row)
             for label in labels:
                 chosen = [number for number in numbers if images[number].label in (GOOD, label)]
-                row = _row(images, chosen, item, _merged(parts, (GOOD, label)), unmasked)
+                row = _row(images, chosen, item, _merged(parts, (GOOD, label)), unmasked, threshold)
                 measured.rows.append({**row, "level": "defect", "class_name": class_name, "label": label})
             if whole is not None and whole.counts.has_both:
                 measured.rocs[item.name, class_name] = _thin(whole.roc_curve())
@@ -120,11 +127,19 @@ def _row(
     configuration: Configuration,
     histogram: PixelHistogram | None,
     unmasked: set[int],
+    threshold: float | None,
 ) -> Row:
     scored = [number for number in numbers if configuration.scores[number] is not None]
     anomalous = np.array([not images[number].is_good for number in scored], dtype=bool)
     values = np.array([score.score for number in scored if (score := configuration.scores[number]) is not None])
     counts = count_values(values, anomalous)
+    shares = dict.fromkeys(AT_THRESHOLD)
+    if threshold is not None:
+        sides = (values[~anomalous], values[anomalous])
+        shares = {
+            name: float((side >= threshold).mean()) if len(side) else None
+            for name, side in zip(AT_THRESHOLD, sides, strict=True)
+        }
     found: dict[str, Measure | None] = {
         "image_auroc": auroc(counts),
         "image_aupr": average_precision(counts),
@@ -137,6 +152,7 @@ def _row(
         "anomalous": int(anomalous.sum()),
         "errors": len(numbers) - len(scored),
         "unmasked": len(unmasked.intersection(numbers)),
+        **shares,
         **{name: None if item is None else item.value for name, item in found.items()},
         **{f"{name}_error": None if (item := found[name]) is None else item.error for name in PIXEL_METRICS},
     }
@@ -147,7 +163,7 @@ def _mean(name: str, rows: Sequence[Row]) -> Row:
     mean: Row = {"configuration": name, "level": "mean"}
     for count in ("good", "anomalous", "errors", "unmasked"):
         mean[count] = sum(row[count] for row in rows)
-    for metric in (*METRICS, *(f"{metric}_error" for metric in PIXEL_METRICS)):
+    for metric in (*METRICS, *AT_THRESHOLD, *(f"{metric}_error" for metric in PIXEL_METRICS)):
         values = [row[metric] for row in rows if row[metric] is not None]
         mean[metric] = float(np.mean(values)) if values else None
     return mean

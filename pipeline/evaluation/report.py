@@ -10,7 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.evaluation.document import HEADERS, Block, Heading, Picture, Sheet, Text, metric_cells, published_cells
+from pipeline.evaluation.document import (
+    HEADERS,
+    Block,
+    Heading,
+    Picture,
+    Sheet,
+    Text,
+    metric_cells,
+    percent,
+    published_cells,
+)
 from pipeline.evaluation.measure import PIXEL_METRICS, Measured, Row, rank_failures
 from pipeline.evaluation.published import PUBLISHED, TITLES, Benchmark
 from pipeline.evaluation.score import Scored
@@ -93,6 +103,17 @@ def facts(evaluation: Evaluation) -> list[str]:
         "counts once. PRO: mean share of a defect region (8-connected) that is found, over false positive rates 0 to "
         "0.3, divided by 0.3."
     )
+    for row in evaluation.rows("mean"):
+        if row.get("recall") is not None and row.get("false_positive_rate") is not None:
+            lines.append(
+                f"{row['configuration']}: the job's threshold marks {percent(row['recall'])} % of the anomalous and "
+                f"{percent(row['false_positive_rate'])} % of the good images."
+            )
+    if mean.get("draws"):
+        lines.append(
+            f"Peers were drawn from {mean['draws']} nights, which hold all good images and few anomalous ones; all "
+            f"images were scored each time. Values are means over the draws, with their standard deviation."
+        )
     errors = [row[f"{name}_error"] for row in evaluation.measured.rows for name in PIXEL_METRICS]
     known = [error for error in errors if error is not None]
     if known:

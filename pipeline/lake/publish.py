@@ -34,7 +34,7 @@ from pipeline.lake.ledger import COLUMNS, build_ledger, describe_ledger
 from pipeline.lake.sorting import RowSorter
 from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
 from schemas.records import Commit, CommitFile, dump_record
-from schemas.tables import SCHEMA_VERSION, SCORES
+from schemas.tables import FENCE, SCHEMA_VERSION, SCORES
 
 logger = logging.getLogger(__name__)
 
@@ -112,12 +112,17 @@ class _Facts:
 
     rows: int = 0
     anomalies: int = 0
+    compared: int = 0
+    beyond: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     prompts: set[str] = field(default_factory=set)
 
     def count(self, rows: pa.Table) -> None:
         self.rows += rows.num_rows
         self.anomalies += pc.sum(rows.column("is_anomalous")).as_py() or 0
+        peers = pc.fill_null(pc.greater(rows.column("peers"), 0), False)
+        self.compared += pc.sum(peers).as_py() or 0
+        self.beyond += pc.sum(pc.and_(peers, pc.greater(rows.column("score"), FENCE))).as_py() or 0
         for entry in pc.value_counts(rows.column("error_type").drop_null()).to_pylist():
             self.errors[entry["values"]] += entry["counts"]
         self.prompts.update(pc.unique(rows.column("prompt_fingerprint").drop_null()).to_pylist())
@@ -213,6 +218,8 @@ def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None)
         rows=facts.rows,
         errors=dict(sorted(facts.errors.items())),
         anomalies=facts.anomalies,
+        compared=facts.compared,
+        beyond=facts.beyond,
         key=paths.version_key(run.run_id, manifest_digest, run_date, file.class_name, file.sha256),
         table_key=paths.table_key(run_date, file.class_name),
         bytes=file.path.stat().st_size,

@@ -135,6 +135,7 @@ def _read_class(output: Store, entry: CommitFile, images: int, exhibits: int, fa
         name=name,
         images=entry.rows,
         anomalous=entry.anomalies,
+        beyond=entry.beyond if entry.compared else None,
         errors=len(scores) - scored,
         threshold=rows[0]["threshold"] if rows else None,
         scores=scores[order[:scored]],
@@ -180,7 +181,7 @@ def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: 
                     image=_listed(row, root),
                     uri=_clip(row["image_uri"], 4 * _LONGEST_KEY),
                     mask_link=None if key is None else quote(posixpath.relpath(key, page)),
-                    regions=[{**region, "defect": one_line(region["defect"] or "")} for region in row["regions"] or []],
+                    regions=[_region(region, root) for region in row["regions"] or []],
                     explanation=row["explanation"] or [],
                     photo=photo,
                     photo_fault=fault,
@@ -190,6 +191,15 @@ def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: 
                 )
             )
     return exhibits
+
+
+def _region(region: Row, root: str) -> Row:
+    peer = region.get("peer_uri")  # nights of earlier versions have none
+    return {
+        **region,
+        "defect": one_line(region["defect"] or ""),
+        "peer": None if peer is None else _clip(peer.removeprefix(root)),
+    }
 
 
 _COPIED = ("width", "height", "score_global", "score_local", "threshold", "mask_threshold", "mask_area")

@@ -17,13 +17,15 @@ from schemas.records import Commit, RunStats
 
 @dataclass(frozen=True, eq=False)
 class ClassFacts:
-    """A class of the night. scores: of all its images without error, float32, descending."""
+    """A class of the night. scores: of all its images without error, float32, descending. beyond: images beyond the
+    fence of the class; None where they were not compared with each other."""
 
     name: str
     images: int
     anomalous: int
     errors: int
     threshold: float | None
+    beyond: int | None
     scores: NDArray[np.float32]
 
 

@@ -213,6 +213,7 @@ def _exhibit_data(exhibit: Exhibit) -> dict[str, Any]:
                 *(region[name] for name in ("x", "y", "width", "height", "area")),
                 round(region["peak"], 4),
                 region["defect"],
+                region["peer"],
             ]
             for region in exhibit.regions[:_MOST_REGIONS]
         ],

@@ -243,8 +243,9 @@
       make("small", {}, `${hot ? "anomalous" : "normal"}, threshold ${score(exhibit.threshold)}`))];
     parts.push(make("p", { class: "muted" }, `${classes[images.class[i]]} · whole image ${score(exhibit.score_global)}, ` +
       `strongest patch ${score(exhibit.score_local)} · ${exhibit.width} × ${exhibit.height} px`));
-    const regions = exhibit.regions.map(([x, y, w, h, area, peak, defect], n) =>
-      item(`${n + 1} ${defect || "no defect described"}`, `peak ${score(peak)}, ${count(area)} px`));
+    const regions = exhibit.regions.map(([x, y, w, h, area, peak, defect, peer], n) =>
+      item(`${n + 1} ${defect || "no defect described"}`, `peak ${score(peak)}, ${count(area)} px`,
+        ...(peer ? [make("small", { class: "key" }, `most alike tonight: ${peer}`)] : [])));
     const more = exhibit.region_count - regions.length;
     parts.push(...section(`Regions, ${percent(exhibit.mask_area)} of the image`,
       regions.length ? make("ul", {}, ...regions, more > 0 ? item(`and ${count(more)} weaker ones`, "") : null)
