@@ -172,9 +172,8 @@ def make_memory(
     if good:
         memory = detector.remember([_views(image) for image in good], job.model.batch_size)
         embeddings = replace(embeddings, memory=memory)
-    embeddings = replace(
-        embeddings, peers=_make_peers(embeddings, neighbours, detector, job, partial(read, store=source))
-    )
+    peers = _make_peers(embeddings, neighbours, detector, job, partial(read, store=source))
+    embeddings = replace(embeddings, peers=peers)
     return StoredMemory(embeddings.memory, embeddings.peers, _leave_one_out(good, embeddings, detector, job))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
 from pipeline.images import (
@@ -169,8 +170,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
             area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
             if run.job.output.maps:
                 map_png = encode_map(anomaly_map)
-            peers = row["peer_uris"] or (), np.asarray(row["peer_grid"] or (), np.int16).reshape(-1, row["grid_width"])
-            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid, *peers)]
+            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid, *_peers(row))]
             del anomaly_map, mask
         else:  # between patches the map is never above them
             area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
@@ -190,6 +190,13 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
         "mask_area": area,
         "regions": regions,
     }
+
+
+def _peers(row: Row) -> tuple[Sequence[str], NDArray[np.int16] | None]:
+    """Where the peers of a row were read, and which is most alike at each patch [gh, gw]; None where it has none."""
+    if row["peer_grid"] is None:
+        return (), None
+    return row["peer_uris"], np.asarray(row["peer_grid"], dtype=np.int16).reshape(-1, row["grid_width"])
 
 
 def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Batch]) -> Generator[_Batch, None, None]:

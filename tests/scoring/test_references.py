@@ -16,6 +16,7 @@ from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import DatasetError, list_references, open_dataset
 from pipeline.scoring import (
     Neighbours,
+    Spans,
     ThresholdError,
     choose_references,
     describe_choice,
@@ -168,7 +169,8 @@ def test_leave_one_out_thresholds(detector: Detector, dataset: Path, tmp_path: P
     expected = []
     for row in rows:
         others = [other for other in rows if other is not row]
-        known = replace(prompts, memory=make_memory(prompts, Neighbours(others), detector, job, source).references)
+        made = make_memory(prompts, Neighbours(others), detector, job, source, Spans(job, source, {}))
+        known = replace(prompts, memory=made.references)
         pixels = torch.tensor(decode(Path(row["uri"]).read_bytes()).pixels).permute(2, 0, 1)[None]
         found = detector.detect(pixels, [known])[0]
         expected.append((found.score, found.grid.max()))
