@@ -67,12 +67,14 @@ class Files:
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """A class of the night. prompts: llm, bundled or base where they are there or need no LLM, else `to be asked`."""
+    """A class of the night. prompts: llm, bundled or base where they are there or need no LLM, else `to be asked`.
+    shots, peers: known-good images and photos of the night that its photos are compared with, if all can be read."""
 
     class_name: str
     images: int
     prompts: str
     shots: int
+    peers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +176,9 @@ def plan_night(job: JobConfig) -> NightPlan:
         selection=selection,
         left_out=dict(left_out),
         classes=[
-            ClassPlan(name, images, _describe_prompts(sets[name]), len(references.get(name, ())))
+            ClassPlan(
+                name, images, _describe_prompts(sets[name]), len(references.get(name, ())), _count_peers(job, images)
+            )
             for name, images in manifest.classes.items()
         ],
         files=files,
@@ -287,6 +291,10 @@ def _result_bytes(output: Store, night: LastNight) -> float:
     return float((rows + shards) / commit.rows + (sum(masks) / len(masks) if masks else 0))
 
 
+def _count_peers(job: JobConfig, images: int) -> int:
+    return 0 if job.peers is None or images < job.peers.min_images else min(images, job.peers.images)
+
+
 def _document(plan: NightPlan) -> dict[str, Any]:
     document = asdict(plan)
     document["cost"] = None if plan.pace is None else plan.pace.hours(plan.files.images)
@@ -302,10 +310,11 @@ def _result_size(plan: NightPlan) -> int | None:
 
 
 def _print_classes(plan: NightPlan, console: Console) -> None:
-    columns = ["class", "images", "prompts", *(["references"] if any(item.shots for item in plan.classes) else [])]
+    columns = ["class", "images", "prompts", "peers"]
+    columns += ["references"] if any(item.shots for item in plan.classes) else []
     table = make_table(columns, left=("class", "prompts"), title=f"night {plan.run_date}")
     for item in plan.classes:
-        cells = [escape(item.class_name), str(item.images), item.prompts, str(item.shots)]
+        cells = [escape(item.class_name), str(item.images), item.prompts, str(item.peers), str(item.shots)]
         table.add_row(*cells[: len(columns)])
     console.print(table)
 

@@ -274,7 +274,7 @@ def _kind(key: str, run_id: str, commit: Commit | None, goes: bool) -> str | Non
         return None if used and any(key == entry.key for entry in used.files) else "versions of the table"
     if third.startswith("manifest-"):
         return None if whole and key == paths.manifest_key(run_id, whole.manifest) else "manifests"
-    if third == "references":
+    if third == "memory":
         return None if whole else "reference patches"
     if third.startswith("driver.claim-"):
         return "leases"

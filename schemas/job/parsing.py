@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin
@@ -15,6 +16,9 @@ from pydantic import BaseModel, ValidationError
 from schemas.job.config import JobConfig
 from schemas.job.dates import resolve_dates
 from schemas.text import one_line
+
+_BRANCH = re.compile(r"^constrained-|[\[(]")
+"""What pydantic calls a branch of a union, such as constrained-int or literal['auto']; keys never look so."""
 
 
 class JobError(ValueError):
@@ -106,7 +110,7 @@ def _explain(fault: Any) -> str:
 
 def _path_of(location: Sequence[int | str]) -> list[str]:
     """The key of a fault, without the branch names that pydantic adds inside a union."""
-    steps = [str(step) for step in location]
+    steps = [str(step) for step in location if not _BRANCH.search(str(step))]
     for end, name in enumerate(steps):
         field = _model_at(steps[:end]).model_fields.get(name)
         if field is not None and _submodel(field.annotation) is None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from pipeline.alfa import Detector, PromptEmbeddings
-from schemas.job import Method
+from pipeline.alfa import Calibration, Detector, Encoder, PromptEmbeddings
+from schemas.job import Method, Peers
+from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import measure, print_table, write_results
 from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device
 
@@ -43,6 +45,7 @@ def main() -> None:
         detector = Detector(encoder, Method.model_validate({"aligner": aligner}))
         prompts = [detector.embed(ensemble)] * options.batch
         runs[f"detector, {aligner}"] = functools.partial(run_detector, detector, prompts)
+    runs["detector, value, 32 peers"] = functools.partial(run_detector, *with_peers(encoder, ensemble, options.batch))
     seconds = measure(runs, options.repetitions, SETTLE)
     where = name_device()
     rows = [
@@ -50,6 +53,8 @@ def main() -> None:
         for name, value in seconds.items()
     ]
     print_table(f"{options.model}, batch {options.batch}, {where}", ("run", "images/s", "time / bare"), rows)
+    ratio = seconds["detector, value, 32 peers"] / seconds["detector, value"]
+    print(f"32 peers take {ratio:.2f} times as long as language alone")
     facts = {
         "model": options.model,
         "batch": options.batch,
@@ -58,6 +63,15 @@ def main() -> None:
         "seconds": seconds,
     }
     write_results(f"detector-{DEVICE.type}", facts)
+
+
+def with_peers(encoder: Encoder, ensemble: PromptEnsemble, batch: int) -> tuple[Detector, Sequence[PromptEmbeddings]]:
+    """A detector, and prompts of a class with 32 peers, for each image of a batch."""
+    detector = Detector(encoder, Method(aligner="value"), None, Peers())
+    photos = torch.randint(0, 256, (32, 1, 3, *encoder.preprocess.size), dtype=torch.uint8)
+    memory = detector.remember_peers(list(photos), range(32), [str(number) for number in range(32)])
+    known = replace(detector.embed(ensemble), peers=replace(memory, calibration=Calibration(0.1, 0.0, 0.0)))
+    return detector, [known] * batch
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_headline_classes_errors_prompts_and_run_are_said(night: tuple[Path, Com
 
 def test_the_table_of_classes_counts_and_draws_each_score(night: tuple[Path, Commit]) -> None:
     page = read(*night)
-    assert "bolt3133.3%10.6500.9000.600" in page.words.replace(" ", "")
+    assert "bolt3133.3%\u201310.6500.9000.600" in page.words.replace(" ", "")
     bars = [attributes for tag, attributes in page.elements if tag == "rect"]
     # 40 bins from 0.4 to 0.9: 0.4 is in the first, 0.9 in the last, 0.5 in the ninth; only 0.9 is over the threshold.
     assert [(bar["x"], bar.get("class")) for bar in bars] == [("0", None), ("195", "hot"), ("40", None)]
@@ -76,7 +76,7 @@ def test_an_image_is_shown_with_its_map_regions_and_prompts(night: tuple[Path, C
     assert order == [("bolt", "bolt/b.jpg"), ("nut", "nut/a.jpg"), ("bolt", "bolt/a.jpg"), ("bolt", "bolt/c.jpg")]
     assert data["images"]["state"] == [1, 0, 0, 2] and data["images"]["exhibit"] == [0, 1, 2, None]
     first, second = data["exhibits"][:2]
-    assert first["photo"].startswith("/9j/") and first["regions"] == [[50, 25, 25, 25, 600, 0.9, "defect 1"]]
+    assert first["photo"].startswith("/9j/") and first["regions"] == [[50, 25, 25, 25, 600, 0.9, "defect 1", None]]
     assert second["photo"] is None and second["photo_fault"] == "the photo is no longer there"
     dropped = [prompt for prompt, kept in zip(data["prompts"]["0"], first["kept"], strict=True) if kept == "0"]
     assert [side for _, side, _ in dropped] == [0, 1] and "a photo of a bolt" in dropped[0][0]

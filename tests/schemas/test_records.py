@@ -21,6 +21,8 @@ FILE = {
     "table_key": "scores/run_date=2026-01-02/class_name=nut/part-00000.parquet",
     "bytes": 10,
     "sha256": "0" * 64,
+    "compared": 3,
+    "beyond": 1,
 }
 COMMIT: dict[str, Any] = {
     "schema_version": 2,
@@ -44,6 +46,12 @@ def test_a_commit_reads_back_as_it_was_written_and_counts_its_classes() -> None:
     commit = parse(COMMIT)
     assert json.loads(dump_record(commit)) == COMMIT
     assert (commit.errors, commit.failed, commit.anomalies) == ({"corrupt": 1, "empty": 2}, 3, {"nut": 2, "bolt": 0})
+
+
+@pytest.mark.parametrize(("compared", "beyond", "expected"), [(0, 0, False), (9, 3, False), (9, 4, True)])
+def test_a_class_is_beyond_its_fence_where_more_than_a_third_is(compared: int, beyond: int, expected: bool) -> None:
+    commit = parse({**COMMIT, "files": [{**FILE, "compared": compared, "beyond": beyond}]})
+    assert commit.files[0].is_beyond_fence is expected
 
 
 def test_commits_of_earlier_and_of_later_versions_are_read_as_far_as_they_can_be() -> None:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
-from pipeline.scoring import build_memory, score_shard
+from pipeline.scoring import Neighbours, prepare_class, score_shard
 from pipeline.storage import Run, Store, read_shard
 from schemas.job import parse_job
 from tests.places import DEMO
@@ -33,13 +33,14 @@ def score(folder: Path, overrides: list[str]) -> dict[str, Any]:
     job = parse_job(document, ["run_date=2026-01-02", "threshold.mask_value=1.9", *overrides])
     encoder = load_encoder(job.model, locate_weights(job.model))
     detector = Detector(encoder, job.resolved_method, job.references)
-    prompts, output = embed(detector, job, "hazelnut"), Store(job.output.uri)
+    prompts, output, source = embed(detector, job, "hazelnut"), Store(job.output.uri), Store(job.dataset.images)
+    run = Run("run", job, "m", "0" * 64)
     if job.references is not None:
         known = open_dataset(job.dataset.model_copy(update={"images": job.references.images}), job.storage)
         rows = [row for batch in list_images(known) for row in batch.to_pylist()]
-        prompts["hazelnut"] = build_memory("run", prompts["hazelnut"], rows, detector, job, output)
+        prompts["hazelnut"] = prepare_class(run, prompts["hazelnut"], Neighbours(rows), detector, source, output, "me")
     (shard,) = shards_of(job)
-    score_shard(shard, Run("run", job, "m", "0" * 64), detector, prompts, Store(job.dataset.images), output, threads=2)
+    score_shard(shard, run, detector, prompts, source, output, threads=2)
     rows = read_shard(output, "runs/run/shards", shard.shard_id).to_pylist()
     names = ("score", "score_local", "score_reference", "grid", "grid_width", "width", "mask_uri", "shots")
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
