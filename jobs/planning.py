@@ -17,12 +17,14 @@ from pipeline.images import ImageSource, describe_left_out, list_images, list_re
 from pipeline.lake import (
     KnownPhotos,
     Selection,
+    find_earlier,
     find_ledgers,
     published_nights,
     read_known,
 )
 from pipeline.prompts import compose_ensemble, find, find_or_make, obtain, record_prompts
 from pipeline.scoring import (
+    CANDIDATES_PER_PEER,
     Manifest,
     PeerChoice,
     ThresholdError,
@@ -61,6 +63,8 @@ class Plan:
     """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
     peers: References
     """By class, the rows of the photos of the night that may serve as peers, the first ones first."""
+    earlier: References
+    """The same of earlier nights, where the night has too few."""
     thresholds: Mapping[str, Thresholds]
     """By class, from the calibrated table; empty unless threshold.policy is labels."""
     table: bytes
@@ -98,8 +102,9 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     run = name_run(job, weights, prompts, references, table)
     fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
     peers = choice.candidates if choice is not None else {}
+    earlier = find_earlier_peers(job, manifest.classes, peers, output)
     if job.peers is not None:
-        _tell_peers(job.peers, manifest.classes)
+        _tell_peers(job.peers, {name: count + len(earlier.get(name, ())) for name, count in manifest.classes.items()})
     return Plan(
         run,
         weights,
@@ -109,6 +114,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
         usage,
         references,
         peers,
+        earlier,
         thresholds,
         table,
         fingerprints,
@@ -200,6 +206,16 @@ def select_references(
         for name in classes:
             require_two(name, len(chosen.get(name, ())))
     return {name: chosen[name] for name in classes if name in chosen}
+
+
+def find_earlier_peers(job: JobConfig, classes: Mapping[str, int], peers: References, output: Store) -> References:
+    """Finds photos of earlier nights for the classes that have fewer photos tonight than peers.images."""
+    if job.peers is None:
+        return {}
+    few = {name: CANDIDATES_PER_PEER * job.peers.images for name, count in classes.items() if count < job.peers.images}
+    found = find_earlier(output, job.run_date, few) if few else {}
+    known = {row["image_id"] for name in found for row in peers.get(name, ())}
+    return {name: [row for row in rows if row["image_id"] not in known] for name, rows in found.items()}
 
 
 def _tell_peers(options: Peers, classes: Mapping[str, int]) -> None:

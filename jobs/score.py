@@ -172,7 +172,10 @@ def _execute(
 
 def _neighbours(plan: Plan) -> dict[str, Neighbours]:
     """By class, the photos that its images are compared with."""
-    return {name: Neighbours(plan.references.get(name, ()), plan.peers.get(name, ())) for name in plan.manifest.classes}
+    return {
+        name: Neighbours(plan.references.get(name, ()), plan.peers.get(name, ()), plan.earlier.get(name, ()))
+        for name in plan.manifest.classes
+    }
 
 
 def _warn_of_fences(commit: Commit) -> None:

@@ -6,6 +6,7 @@ May import: images, storage, schemas.
 
 from pipeline.lake.commits import find_night_before, published_nights, read_commit, read_stats
 from pipeline.lake.ddl import DIALECTS, render_ddl
+from pipeline.lake.earlier import find_earlier
 from pipeline.lake.exports import FORMATS, ExportError, export_rows, find_night, read_rows
 from pipeline.lake.garbage import Retention, collect_garbage, find_oldest_kept
 from pipeline.lake.iceberg import LakeError, open_catalog, publish_snapshot
@@ -39,6 +40,7 @@ __all__ = [
     "collect_garbage",
     "export_rows",
     "exposition",
+    "find_earlier",
     "find_ledgers",
     "find_night",
     "find_night_before",

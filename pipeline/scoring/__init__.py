@@ -7,6 +7,7 @@ May import: alfa, prompts, images, storage, tiling, schemas.
 
 from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
 from pipeline.scoring.memories import (
+    CANDIDATES_PER_PEER,
     Neighbours,
     PeerChoice,
     PreparedClasses,
@@ -30,6 +31,7 @@ from pipeline.scoring.thresholds import (
 from pipeline.scoring.zero_shot import Prediction, ZeroShotDetector
 
 __all__ = [
+    "CANDIDATES_PER_PEER",
     "HASHED",
     "SAMPLED",
     "Manifest",

@@ -28,7 +28,7 @@ from pipeline.alfa import (
 from pipeline.images import Decoded, ImageError
 from pipeline.scoring.batches import detect, image_decoder, read_image, to_tensor
 from pipeline.scoring.spans import RunSpans, Spans
-from pipeline.storage import Run, Store, leases, open_store, paths
+from pipeline.storage import AddressError, Run, Store, leases, open_store, paths
 from schemas.job import JobConfig
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,8 @@ def make_memory(
     if good:
         memory = detector.remember([_views(image) for image in good], job.model.batch_size)
         embeddings = replace(embeddings, memory=memory)
-    peers = _make_peers(embeddings, neighbours, detector, job, partial(read, store=source))
+    unchanged = partial(_is_unchanged, source=source)
+    peers = _make_peers(embeddings, neighbours, detector, job, partial(read, store=source), unchanged)
     embeddings = replace(embeddings, peers=peers)
     return StoredMemory(embeddings.memory, embeddings.peers, _leave_one_out(good, embeddings, detector, job))
 
@@ -225,6 +226,7 @@ def _make_peers(
     detector: Detector,
     job: JobConfig,
     read: Callable[[Row], Decoded | ImageError],
+    is_unchanged: Callable[[Row], bool],
 ) -> PeerMemory | None:
     """The calibrated memory of the peers; None where fewer can be read than peers.min_images."""
     if (options := job.peers) is None:
@@ -234,6 +236,8 @@ def _make_peers(
     for number, row in enumerate([*neighbours.peers, *neighbours.earlier]):
         if len(found) == options.images:
             break
+        if number >= len(neighbours.peers) and not is_unchanged(row):
+            continue
         item = read(row)
         if isinstance(item, Decoded):
             fingerprint = int(fingerprint_pixels(to_tensor([item.pixels]))[0])
@@ -254,6 +258,16 @@ def _make_peers(
             grid, distances = (torch.from_numpy(part).flatten() for part in (outcome.grid, outcome.peer_distances))
             outcomes.append(Unfenced(outcome.score, outcome.score_peers, grid, distances))
     return fence_in(memory, outcomes, options.weight)
+
+
+def _is_unchanged(row: Row, source: Store) -> bool:
+    """Whether a photo of an earlier night is still the one that was scored then."""
+    try:
+        store = source.store_of(row["uri"])
+        key = store.key_of(row["uri"])
+        return row["etag"] is None or (key is not None and store.info(key).etag == row["etag"])
+    except (FileNotFoundError, AddressError):
+        return False
 
 
 def _views(image: Decoded) -> torch.Tensor:

@@ -246,7 +246,11 @@ class Store:
             return True
 
     def info(self, key: str) -> ObjectInfo:
-        """Size and version of one object."""
+        """Size and version of one object, as a listing gives them."""
+        if self.is_local:
+            status = os.stat(self._path(key))
+            etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+            return ObjectInfo(key, status.st_size, etag, status.st_mtime)
         with _as_store_error(self, key):
             self.fs.invalidate_cache()
             return describe(key, patiently(self.fs.info)(self._path(key)))

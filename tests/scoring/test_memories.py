@@ -134,14 +134,16 @@ def test_a_class_with_too_few_readable_images_stays_with_language(
     assert all(alone[row["image_key"]]["score"] == pytest.approx(row["score"], abs=1e-5) for row in rows)
 
 
-def test_earlier_photos_fill_up_and_are_counted(
+def test_unchanged_photos_of_earlier_nights_fill_up_and_are_counted(
     detector: Detector, prompts: PromptEmbeddings, images: Path, tmp_path: Path
 ) -> None:
     job = job_for(images, tmp_path / "out", *SMALL)
     _, found = night(job)
-    neighbours = Neighbours(peers=found.peers[:2], earlier=found.peers[2:])
+    changed, *others = found.peers[2:]
+    neighbours = Neighbours(peers=found.peers[:2], earlier=[{**changed, "etag": "another"}, *others])
     rows = score(detector, prompts, job, neighbours)
     assert {(row["peers"], row["peers_earlier"]) for row in rows.values()} == {(6, 4)}
+    assert rows[changed["key"]]["peer_uris"] == [row["uri"] for row in (*found.peers[:2], *others[:4])]
 
 
 def test_one_of_many_makes_the_memory_and_all_score_against_it(
