@@ -91,7 +91,7 @@ def _assign(target: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def _explain(fault: Any) -> str:
-    location = _path_of(fault["loc"])
+    location = _path_of(fault["loc"], fault["type"] in ("extra_forbidden", "missing"))
     if fault["type"] == "extra_forbidden":
         known = _keys_at(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
@@ -108,9 +108,11 @@ def _explain(fault: Any) -> str:
     return f"{where}: {message}{shown}"
 
 
-def _path_of(location: Sequence[int | str]) -> list[str]:
+def _path_of(location: Sequence[int | str], ends_in_key: bool) -> list[str]:
     """The key of a fault, without the branch names that pydantic adds inside a union."""
-    steps = [str(step) for step in location if not _BRANCH.search(str(step))]
+    steps = [str(step) for step in location]
+    branches = len(steps) - ends_in_key
+    steps = [step for step in steps[:branches] if not _BRANCH.search(step)] + steps[branches:]
     for end, name in enumerate(steps):
         field = _model_at(steps[:end]).model_fields.get(name)
         if field is not None and _submodel(field.annotation) is None:

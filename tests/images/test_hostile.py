@@ -21,7 +21,7 @@ DAMAGED = ("-cut-", "-flip-", "-hole.", "-tail.", "-named.")
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("share", [40, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("share", [160, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_the_bytes_are_they_have_one_row_and_memory_is_bounded(share: int, tmp_path: Path) -> None:
     """share: of the damaged files every so many-th is scored; a process of its own does it, with eight threads."""
     folder = tmp_path / "in" / "nut"

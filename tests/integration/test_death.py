@@ -152,6 +152,7 @@ def test_a_driver_killed_while_it_replaces_a_night_leaves_the_old_one_to_those_w
     check_night(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced_and_the_run_goes_on(
     images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -127,6 +127,7 @@ def test_the_loss_of_a_node_does_not_count_as_a_death(cluster: Cluster, tmp_path
     assert night.result() == ["hangs"]
 
 
+@pytest.mark.slow
 def test_a_node_with_other_weights_is_left_out_while_another_works(
     cluster: Cluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

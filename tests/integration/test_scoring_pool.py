@@ -40,6 +40,7 @@ def meet(pipe: Path, side: int) -> None:
     os.close(os.open(pipe, side))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_last_shard_waits_for_an_actor_that_starts_not_behind_a_busy_one(tmp_path: Path) -> None:
     share_ray()

@@ -36,6 +36,7 @@ def test_every_fault_is_survived_by_every_operation(s3: ObjectStorage) -> None:
         assert all(proxy.injected[name] > 5 for name in FAULTS if name != "stall")
 
 
+@pytest.mark.slow
 def test_a_night_behind_a_faulty_network_has_all_rows_ok(s3: ObjectStorage) -> None:
     photos, lake = Store("s3://lake/faulty-photos"), Store("s3://lake/faulty")
     for path in sorted(DEMO.glob("*/test/*/*.jpg")):

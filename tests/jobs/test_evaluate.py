@@ -64,6 +64,7 @@ def test_a_finished_run_measures_as_its_images_scored_anew(tmp_path: Path) -> No
 def test_compare_shows_configurations_beside_published_rows(tmp_path: Path) -> None:
     done = evaluate("--preset", "mvtec", "--model", "alfa-small", "--images", DEMO, "--output", tmp_path,
         "--compare", "method.adaptation=none,mean", "--compare", "prompts.described=false method.local_weight=0,1",
+        "--set", "peers=none",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder, document = evaluation_of(tmp_path)
@@ -153,6 +154,7 @@ def test_published_rows_were_read_where_they_say() -> None:
         assert {row.method for row in rows} == {"WinCLIP", "WinCLIP+", "MuSc"}
 
 
+@pytest.mark.slow
 def test_shots_are_compared_with_zero_shot(tmp_path: Path) -> None:
     """Two of the good photos become train images; the rest is evaluated with none, one and both of them."""
     shutil.copytree(DEMO / "hazelnut", tmp_path / "in" / "hazelnut")
@@ -161,7 +163,7 @@ def test_shots_are_compared_with_zero_shot(tmp_path: Path) -> None:
     for name in ("00.jpg", "01.jpg"):
         (tmp_path / "in" / "hazelnut" / "test" / "good" / name).rename(train / name)
     arguments = ("--images", tmp_path / "in", "--output", tmp_path / "out", "--shots", "0,1,2")
-    shown = evaluate(*arguments, "--set", "method.aligner=ridge")
+    shown = evaluate(*arguments, "--set", "method.aligner=ridge", "--set", "peers=none")
     assert shown.returncode == 0, shown.stderr
     _, found = evaluation_of(tmp_path / "out")
     rows = {row["configuration"]: row for row in found["rows"] if row["level"] == "class"}
