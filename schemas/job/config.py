@@ -24,7 +24,7 @@ from schemas.job.dates import escape_braces
 
 EMBEDDED_MODEL = "alfa-small"
 EMBEDDED_NOTE = (
-    "the model that comes with alfa. By language alone its image AUROC is 0.97 on hazelnuts and 0.96 on cookies that "
+    "the model that comes with alfa. By language alone its image AUROC is 0.97 on hazelnuts and 0.95 on cookies that "
     "it never saw, but 0.65 on capsules (0.5 is chance): small defects need method.tile or a larger model.image_size, "
     "and missing or swapped parts are not for it. Real CLIP weights (model.pretrained) read language better"
 )
