@@ -368,7 +368,7 @@ def _where(columns: _Columns, wanted: Sequence[bool]) -> _Columns:
 
 
 def _merge(listed: Iterator[_Columns]) -> Iterator[_Columns]:
-    """Fewer and larger ones, and none without rows."""
+    """Joins small pages into larger ones, and drops those without rows."""
     merged: defaultdict[str, list[Any]] = defaultdict(list)
     for columns in listed:
         for name, values in columns.items():

@@ -1,9 +1,9 @@
-"""Claims: who may do a thing that is to be done once, across processes, machines and nights.
+"""Leases: which process may do a piece of work that is to be done once, across processes, machines and nights.
 
-A lease is an object created create-only, with an owner and a lease. Claims on the same thing are numbered: once lease n
-is released or its lease has run out, contenders create n + 1, and the store lets one of them. So no lease is ever taken
-from its holder by deleting it, and two never hold one. A holder that was cut off for longer than its lease learns so
-from check().
+A lease is an object in the store, created create-only, with its owner and the time at which it ends. The leases of a
+piece of work are numbered: once lease n was released or has ended, contenders create lease n + 1, and the store lets
+one of them. So nobody takes a lease from its holder by deleting it, and two processes never hold the same one. A holder
+that was cut off for longer than its lease learns so from check().
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class Lease:
     owner: str
 
     def renew(self, seconds: float) -> None:
-        """Holds it for so many seconds from now. Raises LeaseLostError."""
+        """Extends the lease to `seconds` from now. Raises LeaseLostError where another process has taken it over."""
         self.check()
         self.store.write(lease_key(self.name, self.number), _encode(self.owner, time.time() + seconds))
 
     def check(self) -> None:
-        """Raises LeaseLostError where another has taken it over since, or where it was discarded as long dead."""
+        """Raises LeaseLostError where another process has taken the lease over, or has removed it as ended."""
         successor = _read(self.store, lease_key(self.name, self.number + 1))
         if successor is None and not self.store.exists(lease_key(self.name, self.number)):
             raise LeaseLostError(f"the lease {self.store.uri(self.name)} of this process ({self.owner}) was removed")
@@ -93,12 +93,12 @@ class Lease:
 
     @property
     def keys(self) -> list[str]:
-        """Where this lease and the ones before it lie."""
+        """The keys of this lease and of the ones before it."""
         return [lease_key(self.name, number) for number in range(1, self.number + 1)]
 
 
 def new_owner() -> str:
-    """Who is claiming, for the people who wait: user, host, process, and what makes it unique."""
+    """Names this process for the people who wait for it: user, host, process id, and a random part."""
     return f"{getpass.getuser()}@{socket.gethostname()}:{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
@@ -143,13 +143,13 @@ def acquire(
 
 
 def try_acquire(store: Store, name: str, owner: str, seconds: float) -> Lease | None:
-    """The lease, or None where another holds it: acquire without waiting."""
+    """Acquires the lease without waiting; None where another process holds it."""
     holders: list[str] = []
     return acquire(store, name, owner, seconds, lambda: bool(holders), holders.append, lambda _: None)
 
 
 def holder(store: Store, name: str) -> str | None:
-    """Who holds a lease; None where nobody does."""
+    """Names the owner that holds a lease now; None where nobody does."""
     number, last = 1, None
     while (lease := _read(store, lease_key(name, number))) is not None:
         number, last = number + 1, lease
@@ -157,7 +157,7 @@ def holder(store: Store, name: str) -> str | None:
 
 
 def clear(store: Store, name: str) -> None:
-    """Removes the leases of work that is done for good: is_done must say so for whoever comes later."""
+    """Removes all leases of work that is done for good; is_done must tell later processes so."""
     folder = name.rpartition("/")[0]
     for info in list(store.list(folder)):
         if info.key.startswith(f"{name}.claim-"):
