@@ -25,8 +25,8 @@ from pipeline.lake import (
 from pipeline.prompts import compose_ensemble, find, find_or_make, obtain, record_prompts
 from pipeline.scoring import (
     CANDIDATES_PER_PEER,
+    LowestIds,
     Manifest,
-    PeerChoice,
     ThresholdError,
     Thresholds,
     choose_references,
@@ -93,7 +93,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
         logger.info("%s is %s", weights.label, EMBEDDED_NOTE)
     chosen = choose_all_references(job, source)
     left_out: Counter[str] = Counter()
-    choice = PeerChoice(job.peers.images) if job.peers is not None else None
+    choice = LowestIds(CANDIDATES_PER_PEER * job.peers.images) if job.peers is not None else None
     manifest, selection = list_night(job, weights, source, chosen, scratch, output, left_out, choice)
     classes = list(manifest.classes)
     table, thresholds = read_thresholds(job, weights, classes)
@@ -101,7 +101,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     prompts, usage = obtain_ensembles(job, classes, output)
     run = name_run(job, weights, prompts, references, table)
     fingerprints = class_fingerprints(job, weights, prompts.ensembles, references)
-    peers = choice.candidates if choice is not None else {}
+    peers = choice.rows if choice is not None else {}
     earlier = find_earlier_peers(job, manifest.classes, peers, output)
     if job.peers is not None:
         _tell_peers(job.peers, {name: count + len(earlier.get(name, ())) for name, count in manifest.classes.items()})
@@ -131,7 +131,7 @@ def list_night(
     scratch: Path,
     output: Store,
     left_out: Counter[str],
-    choice: PeerChoice | None = None,
+    choice: LowestIds | None = None,
 ) -> tuple[Manifest, Selection | None]:
     """Lists the images that the night is to score, and counts what dataset.select new leaves out, and what is no image
     (left_out, by suffix). Writes nothing to the output. choice: sees the images that are to be scored."""

@@ -31,11 +31,11 @@ def find_earlier(
     """
     found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
     nights = [night for night in published_nights(output) if night < str(run_date)]
-    for night in reversed(nights[-_NIGHTS:]):
-        missing = [name for name, count in wanted.items() if len(found[name]) < count]
-        commit = read_commit(output, night) if missing else None
-        files = [file for file in commit.files if file.class_name in missing] if commit else []
-        with ThreadPoolExecutor(_READERS, "peers") as pool:
+    with ThreadPoolExecutor(_READERS, "peers") as pool:
+        for night in reversed(nights[-_NIGHTS:]):
+            missing = [name for name, count in wanted.items() if len(found[name]) < count]
+            commit = read_commit(output, night) if missing else None
+            files = [file for file in commit.files if file.class_name in missing] if commit else []
             rows = pool.map(lambda file: _read_good(output, file, wanted[file.class_name]), files)
             for file, some in zip(files, rows, strict=True):
                 known = found[file.class_name]

@@ -6,10 +6,10 @@ May import: alfa, prompts, images, storage, tiling, schemas.
 """
 
 from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
+from pipeline.scoring.choice import LowestIds
 from pipeline.scoring.memories import (
     CANDIDATES_PER_PEER,
     Neighbours,
-    PeerChoice,
     PreparedClasses,
     make_memory,
     prepare_class,
@@ -34,9 +34,9 @@ __all__ = [
     "CANDIDATES_PER_PEER",
     "HASHED",
     "SAMPLED",
+    "LowestIds",
     "Manifest",
     "Neighbours",
-    "PeerChoice",
     "Prediction",
     "PreparedClasses",
     "RunSpans",

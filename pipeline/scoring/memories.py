@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import safetensors
 import safetensors.torch
 import torch
@@ -65,36 +63,6 @@ class StoredMemory:
     references: ReferenceMemory | None
     peers: PeerMemory | None
     scores: torch.Tensor
-
-
-class PeerChoice:
-    """Chooses the candidates for the peers of each class while a manifest streams by: the photos whose ids are lowest.
-
-    An id is a hash of address and version, so the choice is as good as random, does not depend on the order of the
-    photos, and those that are added elsewhere change nothing.
-    """
-
-    def __init__(self, peers: int) -> None:
-        """peers: how many a class is to have; there are four times as many candidates."""
-        self._most = CANDIDATES_PER_PEER * peers
-        self._tables: dict[str, pa.Table] = {}
-
-    def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Passes batches of a manifest on, and remembers candidates among their rows."""
-        for batch in batches:
-            names = batch.column("class_name")
-            for name in pc.unique(names).to_pylist():
-                rows = pa.Table.from_batches([batch]).filter(pc.equal(names, name))
-                known = [self._tables[name]] if name in self._tables else []
-                both = pa.concat_tables([*known, rows])
-                lowest = pc.select_k_unstable(both, self._most, [("image_id", "ascending")])
-                self._tables[name] = both.take(lowest)
-            yield batch
-
-    @property
-    def candidates(self) -> dict[str, list[Row]]:
-        """By class, the chosen rows, the lowest id first."""
-        return {name: table.to_pylist() for name, table in self._tables.items()}
 
 
 class Classes(Protocol):

@@ -6,11 +6,9 @@ A photo of its own would not do: dark parts would be brightened differently in e
 from __future__ import annotations
 
 import functools
-import heapq
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -26,6 +24,7 @@ from pipeline.images import (
     measure_isolated,
 )
 from pipeline.scoring.batches import read_image
+from pipeline.scoring.choice import LowestIds
 from pipeline.storage import Store, paths
 from schemas.job import JobConfig
 
@@ -45,15 +44,10 @@ _EIGHT_BITS = r"(?i)\.(jpg|jpeg|jpe|jfif|mpo|bmp|webp|gif|avif|heic|heif)$"
 def choose_samples(batches: Iterable[pa.RecordBatch]) -> Samples:
     """Of each class, of its photos that may be deep by their names, those whose id is lowest: ids are hashes, so they
     are spread over the class. batches: manifest rows with class_name, image_id, uri and key; memory is that of one."""
-    lowest: dict[str, list[tuple[str, str]]] = {}
+    lowest = LowestIds(_SAMPLE)
     for batch in batches:
-        some = batch.filter(pc.invert(pc.match_substring_regex(batch.column("key"), _EIGHT_BITS)))
-        for name in some.column("class_name").unique().to_pylist():
-            rows = some.filter(pc.equal(some.column("class_name"), name))
-            first = rows.take(pc.select_k_unstable(rows.column("image_id"), _SAMPLE, [("", "ascending")]))
-            found = zip(first.column("image_id").to_pylist(), first.column("uri").to_pylist(), strict=True)
-            lowest[name] = heapq.nsmallest(_SAMPLE, chain(lowest.get(name, ()), found))
-    return {name: [uri for _, uri in found] for name, found in lowest.items()}
+        lowest.add(batch.filter(pc.invert(pc.match_substring_regex(batch.column("key"), _EIGHT_BITS))))
+    return {name: [row["uri"] for row in rows] for name, rows in lowest.rows.items()}
 
 
 def sample_photos(photos: Iterable[tuple[str, str]]) -> Samples:

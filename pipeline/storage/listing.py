@@ -77,6 +77,11 @@ def _modified(info: dict[str, Any]) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
+def local_etag(mtime_ns: int, size: int) -> str:
+    """The version of a local file, which stands for its ETag."""
+    return f"{mtime_ns:x}-{size:x}"
+
+
 def walk_local(folder: str, prefix: str) -> Iterator[Page]:
     """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
 
@@ -89,7 +94,7 @@ def walk_local(folder: str, prefix: str) -> Iterator[Page]:
         yield Page(
             [prefix + name for name in chunk],
             sizes,
-            [None if size is None else f"{time:x}-{size:x}" for time, size in zip(times, sizes, strict=True)],
+            [None if size is None else local_etag(time, size) for time, size in zip(times, sizes, strict=True)],
             [time / 1e9 for time in times],
         ).where([size is not None for size in sizes])  # else vanished, a link that leads elsewhere, or a pipe
 

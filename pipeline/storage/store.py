@@ -37,7 +37,7 @@ from pipeline.storage.faults import (
     is_transient,
     patiently,
 )
-from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, walk_local
+from pipeline.storage.listing import STAGING, ObjectInfo, Page, describe, local_etag, walk_local
 from schemas.job import Storage
 
 _T = TypeVar("_T")
@@ -249,8 +249,7 @@ class Store:
         """Size and version of one object, as a listing gives them."""
         if self.is_local:
             status = os.stat(self._path(key))
-            etag = f"{status.st_mtime_ns:x}-{status.st_size:x}"
-            return ObjectInfo(key, status.st_size, etag, status.st_mtime)
+            return ObjectInfo(key, status.st_size, local_etag(status.st_mtime_ns, status.st_size), status.st_mtime)
         with _as_store_error(self, key):
             self.fs.invalidate_cache()
             return describe(key, patiently(self.fs.info)(self._path(key)))

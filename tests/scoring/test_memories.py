@@ -15,7 +15,15 @@ import pytest
 
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
-from pipeline.scoring import Neighbours, PeerChoice, PreparedClasses, cut_shards, prepare_class, score_shard
+from pipeline.scoring import (
+    CANDIDATES_PER_PEER,
+    LowestIds,
+    Neighbours,
+    PreparedClasses,
+    cut_shards,
+    prepare_class,
+    score_shard,
+)
 from pipeline.scoring.memories import read_memory
 from pipeline.storage import Run, Store, read_shard
 from schemas.job import JobConfig
@@ -50,9 +58,9 @@ def images(tmp_path: Path) -> Path:
 
 def night(job: JobConfig) -> tuple[list[pa.RecordBatch], Neighbours]:
     assert job.peers is not None
-    choice = PeerChoice(job.peers.images)
+    choice = LowestIds(CANDIDATES_PER_PEER * job.peers.images)
     batches = list(choice.watch(list_images(open_dataset(job.dataset, job.storage))))
-    return batches, Neighbours(peers=choice.candidates["hazelnut"])
+    return batches, Neighbours(peers=choice.rows["hazelnut"])
 
 
 def score(
@@ -79,11 +87,11 @@ def manifest_of(ids: Sequence[str], name: str = "nut") -> pa.RecordBatch:
 def test_candidates_are_the_lowest_ids_of_each_class_in_any_order() -> None:
     ids = [f"{number * 7919 % 1000:032x}" for number in range(1000)]
     for order in (ids, ids[::-1]):
-        choice = PeerChoice(3)
+        choice = LowestIds(12)
         batches = [manifest_of(order[start : start + 90]) for start in range(0, 1000, 90)]
         passed = list(choice.watch([*batches, manifest_of(["b", "a"], "pill")]))
         assert passed == [*batches, manifest_of(["b", "a"], "pill")]
-        found = {name: [row["image_id"] for row in rows] for name, rows in choice.candidates.items()}
+        found = {name: [row["image_id"] for row in rows] for name, rows in choice.rows.items()}
         assert found == {"nut": [f"{number:032x}" for number in range(12)], "pill": ["a", "b"]}
 
 

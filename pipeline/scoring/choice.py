@@ -1,0 +1,41 @@
+"""Chooses photos of each class while a manifest streams by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+class LowestIds:
+    """The photos of each class whose ids are lowest.
+
+    An id is a hash of address and version, so the choice is as good as random, does not depend on the order of the
+    photos, and those that are added elsewhere change nothing.
+    """
+
+    def __init__(self, most: int) -> None:
+        """most: photos to choose of a class."""
+        self._most = most
+        self._tables: dict[str, pa.Table] = {}
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Considers rows of a manifest; of its columns, class_name and image_id are needed."""
+        names = batch.column("class_name")
+        for name in names.unique().to_pylist():
+            rows = pa.Table.from_batches([batch.filter(pc.equal(names, name))])
+            both = pa.concat_tables([self._tables[name], rows]) if name in self._tables else rows
+            self._tables[name] = both.take(pc.select_k_unstable(both, self._most, [("image_id", "ascending")]))
+
+    def watch(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Passes batches of a manifest on, and considers their rows."""
+        for batch in batches:
+            self.add(batch)
+            yield batch
+
+    @property
+    def rows(self) -> dict[str, list[Mapping[str, Any]]]:
+        """By class, the chosen rows, the lowest id first."""
+        return {name: table.to_pylist() for name, table in self._tables.items()}
