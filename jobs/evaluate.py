@@ -53,7 +53,7 @@ from pipeline.evaluation import (
     to_markdown,
 )
 from pipeline.images import ImageSource, decode_mask, list_images, open_dataset
-from pipeline.scoring import Neighbours, PeerChoice, write_manifest
+from pipeline.scoring import CANDIDATES_PER_PEER, LowestIds, Neighbours, write_manifest
 from pipeline.storage import Store, open_store, paths
 from schemas.job import EMBEDDED_NOTE, JobConfig, JobError, Prompts, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
@@ -90,12 +90,6 @@ class Comparisons:
     anomaly_rate: float | None = None
     draws: int = 20
 
-    def nights_of(self, name: str, job: JobConfig) -> list[str]:
-        """The names under which a configuration is scored: several where its peers are drawn several times."""
-        if self.anomaly_rate is None or job.peers is None:
-            return [name]
-        return [f"{name}, draw {number}" for number in range(self.draws)]
-
 
 def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | None, console: Console) -> int:
     """Scores the labelled images of a job in every configuration; prints and stores the metrics. Returns the exit code.
@@ -108,12 +102,17 @@ def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | N
     output = open_store(job.output.uri, job.storage)
     source = open_dataset(job.dataset, job.storage, output)
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
-    choice = PeerChoice(max([2, *(one.peers.images for one in jobs.values() if one.peers is not None)]))
+    most = max((one.peers.images for one in jobs.values() if one.peers is not None), default=1)
+    choice = LowestIds(CANDIDATES_PER_PEER * most)
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         images = labelled_images(write_manifest(choice.watch(list_images(source)), Path(scratch)))
-    run_id, variants = _plan(jobs, images, choice.candidates, source, output)
-    draws = {variant.name: compared.nights_of(variant.name, variant.job) for variant in variants}
-    variants = [drawn for variant in variants for drawn in _draw(variant, images, draws[variant.name], compared)]
+    run_id, variants = _plan(jobs, images, choice.rows, source, output)
+    draws = None
+    if (rate := compared.anomaly_rate) is not None:
+        nights = [draw_night(images, rate, number) for number in range(compared.draws)]
+        drawn = {variant.name: _draw(variant, nights) for variant in variants}
+        draws = {name: [item.name for item in items] for name, items in drawn.items()}
+        variants = [item for items in drawn.values() for item in items]
     good = sum(image.is_good for image in images)
     logger.info("%d good and %d anomalous images; configurations: %s", good, len(images) - good, ", ".join(jobs))
     scored = _score(images, variants, source.store, console)
@@ -123,20 +122,17 @@ def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | N
     return _finish(run_id, jobs, base, benchmark, scored, output, console, draws)
 
 
-def _draw(
-    variant: Variant, images: Sequence[LabelledImage], names: Sequence[str], compared: Comparisons
-) -> list[Variant]:
-    """The variant once for each name, each with peers of a night of its own; itself where they are not drawn."""
-    if names == [variant.name] or compared.anomaly_rate is None:
+def _draw(variant: Variant, nights: Sequence[References]) -> list[Variant]:
+    """The variant once for each night, with peers from there; itself where it has none."""
+    if variant.job.peers is None:
         return [variant]
-    nights = [draw_night(images, compared.anomaly_rate, number) for number in range(len(names))]
     return [
         replace(
             variant,
-            name=name,
+            name=f"{variant.name}, draw {number}",
             neighbours={known: replace(item, peers=night[known]) for known, item in variant.neighbours.items()},
         )
-        for name, night in zip(names, nights, strict=True)
+        for number, night in enumerate(nights)
     ]
 
 
@@ -233,7 +229,7 @@ def _finish(
     read = open_store(job.dataset.images, job.storage).read_uri
     cut = job.threshold.value if job.threshold.policy == "fixed" else None
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS, cut)
-    if draws is not None and any(len(names) > 1 for names in draws.values()):
+    if draws is not None:
         measured, scored = average_draws(measured, draws), first_draws(scored, draws)
     # A finished run can be measured on a machine that does not have its weights.
     is_embedded = job.model.is_embedded
