@@ -1,1 +1,1 @@
-"""The contracts: what a job is, what comes in, what goes out. No logic, no I/O."""
+"""The contracts of alfa: jobs, prompts, tables, and documents of the lake. They do no I/O."""

@@ -1,4 +1,4 @@
-"""What an LLM must answer about a class, what is stored of it, and the prompts that come of it."""
+"""The LLM's description of a class, the prompt set that is stored of it, and the prompts that are made from it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ClassDescription(Frozen):
 
 
 class Usage(Frozen):
-    """What the answer cost. cost_usd is null where the provider's price is unknown."""
+    """What the LLM's answer cost. cost_usd is null where the provider's price is unknown."""
 
     calls: int = Field(0, ge=0, description="successful and failed requests, the repair round included")
     prompt_tokens: int = Field(0, ge=0)
@@ -50,7 +50,7 @@ class Usage(Frozen):
 
 
 class PromptSet(Frozen):
-    """What lies at prompts/<class>/<fingerprint>.json: one a class and recipe, written once, editable by people.
+    """The stored prompts of a class: prompts/<class>/<recipe>.json. It is written once, and people may edit it.
 
     `source` base has no description: only the base ensemble is used.
     """
@@ -58,7 +58,7 @@ class PromptSet(Frozen):
     schema_version: Literal[1] = 1
     class_name: str = Field(min_length=1)
     source: Literal["llm", "bundled", "base"]
-    recipe: str = Field(description="fingerprint of what was asked of whom; the name of the object")
+    recipe: str = Field(description="fingerprint of the question and the LLM; names the object")
     description: ClassDescription | None = None
     model: str | None = Field(None, description="litellm model string, where source is llm")
     usage: Usage = Usage()
@@ -75,7 +75,7 @@ class Prompt(Frozen):
 
 
 class PromptEnsemble(Frozen):
-    """All prompts of a class, both sides, in a fixed order. `fingerprint` hashes the texts, sides and defects."""
+    """All normal and anomalous prompts of a class, in a fixed order. `fingerprint` hashes texts, sides and defects."""
 
     class_name: str
     source: Literal["llm", "bundled", "base"]
@@ -84,7 +84,7 @@ class PromptEnsemble(Frozen):
 
 
 class UsedPrompts(Frozen):
-    """What the images of a class were compared with, and where that came from; created_at is that of the set."""
+    """The prompts that the images of a class were compared with, and their origin. created_at is that of the set."""
 
     ensemble: PromptEnsemble
     recipe: str
@@ -94,12 +94,12 @@ class UsedPrompts(Frozen):
 
 
 class RunPrompts(Frozen):
-    """What lies at runs/<run_id>/prompts.json: the prompts as they were, since stored sets may be edited later."""
+    """The prompts of a run, runs/<run_id>/prompts.json: kept as they were, because stored sets may be edited later."""
 
     schema_version: Literal[1] = 1
     classes: tuple[UsedPrompts, ...]
 
     @property
     def ensembles(self) -> list[PromptEnsemble]:
-        """Of each class, in the order of the classes."""
+        """The prompt ensemble of each class, in the order of `classes`."""
         return [used.ensemble for used in self.classes]

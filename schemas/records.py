@@ -1,8 +1,8 @@
-"""Documents of the lake: commits/<night>.json, what belongs to a published night, and runs/<run_id>/stats.json, how its
-run went.
+"""The JSON documents of the lake.
 
-Such a document grows by keys that may be missing, which older readers pass over. A change that they would misread
-counts schema_version up, and readers refuse versions that they do not know.
+commits/<night>.json says what belongs to a published night, runs/<run_id>/stats.json how its run went. New keys are
+optional, and older readers ignore them. A change that older readers would misread raises schema_version; readers refuse
+versions that they do not know.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ class RecordError(ValueError):
 
 
 class Record(BaseModel):
-    """Immutable; unknown keys, which newer versions may have added, are passed over."""
+    """Base of the documents: immutable. Unknown keys are ignored, because newer versions may add some."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class CommitFile(Record):
-    """A class of the night: its file, and what it holds."""
+    """The file of one class of a night, and the counts of its rows."""
 
     class_name: str
     scored_as: str | None = Field(
-        None, description="fingerprint of what its photos were scored as (JobConfig.class_fingerprint); null: unknown"
+        None, description="JobConfig.class_fingerprint under which its photos were scored; null: unknown"
     )
     rows: Count
     errors: Mapping[str, Count] = Field(description="images without a score, by error_type")
     anomalies: Count = Field(description="images that count as anomalous")
     compared: Count = Field(0, description="images that were compared with peers")
-    beyond: Count = Field(0, description="of these, images beyond the fence of the class: their score is above 0.5")
-    key: str = Field(description="the file under a name that is never written again")
-    table_key: str = Field(description="the same file in the table")
+    beyond: Count = Field(0, description="images among them beyond the fence of the class: their score is above 0.5")
+    key: str = Field(description="key of the file's immutable copy, which is never overwritten")
+    table_key: str = Field(description="key of the file in the table, which a later run of the night replaces")
     bytes: Count
     sha256: str
 
     @property
     def failed(self) -> int:
-        """Images without a score."""
+        """The number of images without a score."""
         return sum(self.errors.values())
 
     @property
     def is_beyond_fence(self) -> bool:
-        """Whether more than a third of the images lie beyond the fence, which supposes that fewer are anomalous."""
+        """Whether more than a third of the images lie beyond the fence. It is only valid if fewer are anomalous."""
         return 3 * self.beyond > self.compared
 
 
 class Commit(Record):
-    """A published night: all that belongs to it, and nothing else."""
+    """A published night: exactly what belongs to it."""
 
     schema_version: Literal[1, 2] = COMMIT_VERSION
     run_date: datetime.date
@@ -75,11 +75,11 @@ class Commit(Record):
     cleared_at: datetime.datetime | None = Field(
         None, description="when alfa gc removed masks, maps and shards; null: they are there"
     )
-    files: tuple[CommitFile, ...] = Field(description="one a class, by name")
+    files: tuple[CommitFile, ...] = Field(description="one per class, sorted by class name")
 
     @property
     def errors(self) -> dict[str, int]:
-        """Images without a score, by error_type."""
+        """Counts images without a score, by error_type."""
         total: Counter[str] = Counter()
         for file in self.files:
             total.update(file.errors)
@@ -87,25 +87,25 @@ class Commit(Record):
 
     @property
     def failed(self) -> int:
-        """Images without a score."""
+        """The number of images without a score."""
         return sum(file.failed for file in self.files)
 
     @property
     def anomalies(self) -> dict[str, int]:
-        """Images that count as anomalous, by class."""
+        """Counts images that are anomalous, by class."""
         return {file.class_name: file.anomalies for file in self.files}
 
 
 class SelectionCounts(Record):
-    """What dataset.select new left out of a night."""
+    """How many images `dataset.select: new` left out of a night."""
 
     listed: Count = Field(description="images that the night lists")
-    scored: Count = Field(description="of these, those that have a score from another night")
-    given_up: Count = Field(description="of these, those that failed in as many nights as they are tried")
+    scored: Count = Field(description="listed images left out because another night has scored them")
+    given_up: Count = Field(description="listed images left out because they failed in too many nights")
 
 
 class ActorCounts(Record):
-    """What scoring held of the cluster."""
+    """The scoring actors, and what each held of the cluster."""
 
     count: Count = Field(description="scoring actors")
     cpus: Count = Field(description="cores of each")
@@ -113,7 +113,7 @@ class ActorCounts(Record):
 
 
 class RunStats(Record):
-    """How a run goes, and what it has come to, as its last job says: runs/<run_id>/stats.json."""
+    """Progress and results of a run, as its last job has written them: runs/<run_id>/stats.json."""
 
     schema_version: Literal[1] = STATS_VERSION
     run_id: str
@@ -123,31 +123,31 @@ class RunStats(Record):
     error: str | None = Field(None, description="what stopped the run, where it failed")
     started_at: datetime.datetime | None = None
     updated_at: datetime.datetime
-    images: Count = Field(description="of the night")
-    shards: Count = Field(description="of the night")
-    scored_by_this_job: Count = Field(0, description="images; a job that resumes has fewer than the night")
-    images_per_second: float = Field(0.0, description="since actors were started")
-    scoring_images_per_second: float | None = Field(None, description="while scoring; null in early versions")
+    images: Count = Field(description="images of the night")
+    shards: Count = Field(description="shards of the night")
+    scored_by_this_job: Count = Field(0, description="images; fewer than the night has if the job resumed a run")
+    images_per_second: float = Field(0.0, description="average since actors were started")
+    scoring_images_per_second: float | None = Field(None, description="average while scoring; null in early versions")
     scoring_seconds: float | None = Field(None, description="seconds of scoring; null in early versions")
     total_seconds: float | None = Field(None, description="seconds of the whole job; null in early versions")
-    rows: Count | None = Field(None, description="of the published night")
+    rows: Count | None = Field(None, description="rows of the published night")
     errors: Mapping[str, Count] = Field(description="images without a score, by error_type")
     anomalies: Mapping[str, Count] = Field(description="images that count as anomalous, by class")
     clipped: Count = Field(0, description="photos of this job with values beyond the depth of their class")
     model: str = ""
     embedded_model: bool = Field(False, description="whether the model is the one that comes with alfa")
-    demonstration_model: bool = Field(False, exclude=True, description="what early versions say of their own model")
+    demonstration_model: bool = Field(False, exclude=True, description="early versions: embedded_model")
     prompt_sources: Mapping[str, Count] = Field({}, description="classes by where their prompts come from")
     usage: Usage = Field(Usage(), description="what this job spent on the LLM")
-    selection: SelectionCounts | None = Field(None, description="what was left out; null: dataset.select all")
-    left_out: Mapping[str, Count] = Field({}, description="objects that are no images by their names, by suffix")
-    actors: ActorCounts | None = Field(None, description="null: none were started")
-    versions: Mapping[str, str] = Field({}, description="of Python and packages, by name")
-    lineage: Mapping[str, Any] | None = Field(None, description="the same as an OpenLineage RunEvent")
+    selection: SelectionCounts | None = Field(None, description="images left out; null: dataset.select all")
+    left_out: Mapping[str, Count] = Field({}, description="objects whose suffix is not that of an image, by suffix")
+    actors: ActorCounts | None = Field(None, description="the scoring actors; null: none were started")
+    versions: Mapping[str, str] = Field({}, description="versions of Python and packages, by name")
+    lineage: Mapping[str, Any] | None = Field(None, description="the run as an OpenLineage RunEvent")
 
     @property
     def rate(self) -> float:
-        """Images a second while scoring; early versions have one rate, which counts from the start of Ray."""
+        """Images per second while scoring; in early versions, images per second since the start of Ray."""
         return self.images_per_second if self.scoring_images_per_second is None else self.scoring_images_per_second
 
 
@@ -155,16 +155,16 @@ _Document = TypeVar("_Document", bound=Record)
 
 
 def parse_record(kind: type[_Document], data: bytes, where: str) -> _Document:
-    """Reads a document of the lake and checks it. where: its address, for the message. Raises RecordError."""
+    """Parses and checks a document of the lake. where: its address, for the message. Raises RecordError."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, item['loc'])) or 'document'}: {item['msg']}" for item in error.errors()]
         if any(item["loc"] == ("schema_version",) for item in error.errors()):
-            faults = ["it is of another version of alfa than this one knows; use a newer one"]
+            faults = ["it was written by a newer version of alfa; read it with that version"]
         raise RecordError(f"{where} cannot be read: {'; '.join(faults[:3])}") from None
 
 
 def dump_record(record: Record) -> bytes:
-    """Writes a document of the lake so that people can read it, too."""
+    """Encodes a document of the lake as indented JSON."""
     return record.model_dump_json(indent=2).encode()

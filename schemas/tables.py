@@ -1,6 +1,6 @@
-"""The tables as Arrow schemas. Each field carries its meaning and unit in its metadata (key `doc`).
+"""The tables as Arrow schemas. The metadata of each field holds its meaning and unit (key `doc`).
 
-Schemas grow by nullable columns alone; SCHEMA_VERSION counts them.
+Schemas only ever gain nullable columns; each such change raises SCHEMA_VERSION.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import pyarrow as pa
 SCHEMA_VERSION = 3
 
 FENCE = 0.5
-"""The score of an image that is as far out as the fence of its class, where it was compared with peers."""
+"""The score of an image at the fence of its class, if it was compared with peers."""
 
 
 class ErrorType(str, Enum):
-    """Why an image has no score: the closed list of `error_type`."""
+    """The values of `error_type`: why an image has no score."""
 
     EMPTY = "empty"
     NOT_AN_IMAGE = "not_an_image"
@@ -112,14 +112,14 @@ SCORES = pa.schema(
         _field("threshold_source", pa.string(), "policy of the thresholds; with labels, their table too"),
         _field("bit_depth", pa.int32(), "bits of a channel taken as black to white; null of fractions and on error"),
         _field("frames", pa.int32(), "frames or pages of the file, of which the first is scored; null where unknown"),
-        _field("clipped", pa.int64(), "pixels with values beyond that, cut to black or white; null on error"),
+        _field("clipped", pa.int64(), "pixels with values beyond bit_depth, cut to black or white; null on error"),
         _field("score_peers", pa.float32(), "part of the peers in score, 0 to 1; null without peers"),
         _field("peers", pa.int32(), "photos of the night that it was compared with, 0: too few; null on error"),
         _field("peers_earlier", pa.int32(), "how many of the peers are photos of earlier nights; null on error"),
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""One row an image. Partition columns run_date and class_name are in the path, not in the files."""
+"""The published table, one row per image. Its partition columns run_date and class_name are in the path alone."""
 
 SHARD = pa.schema(
     [
@@ -141,7 +141,7 @@ SHARD = pa.schema(
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""A shard's record in runs/: the rows of the table, and what masks are made of."""
+"""A finished shard in runs/: the rows of the table, and the values from which masks are made."""
 
 LEDGER = pa.schema(
     [
@@ -156,7 +156,7 @@ LEDGER = pa.schema(
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""Which photos a night holds, in ledger/: what nights with dataset.select new leave out."""
+"""The photos of a night, in ledger/: nights with `dataset.select: new` leave out the photos that it lists."""
 
 _METRIC_DOCS = {
     "image_auroc": "area under the ROC curve of image scores, exact",
@@ -197,7 +197,7 @@ EVALUATION = pa.schema(
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""Metrics against ground truth, all 0 to 1."""
+"""Metrics of an evaluation against ground truth, all between 0 and 1."""
 
 EVALUATED_IMAGES = pa.schema(
     [
@@ -212,4 +212,4 @@ EVALUATED_IMAGES = pa.schema(
     ],
     metadata={"schema_version": str(SCHEMA_VERSION)},
 )
-"""The labelled images of an evaluation and their scores: what thresholds can be calibrated by."""
+"""The labelled images of an evaluation with their scores, from which thresholds can be calibrated."""

@@ -1,8 +1,8 @@
-"""Text from outside (class names, keys, what an LLM writes) is data: never a command to a terminal, a log or a page."""
+"""Cleans text from outside (class names, keys, an LLM's answers), so that it cannot control a terminal, log or page."""
 
 from __future__ import annotations
 
 
 def one_line(text: str) -> str:
-    """On one line, without control characters: runs of white space become one space, other unprintables go."""
+    """Returns the text on one line: runs of white space become one space, other unprintable characters are removed."""
     return "".join(char for char in " ".join(text.split()) if char.isprintable()).strip()

@@ -1,4 +1,4 @@
-"""What `alfa calibrate` writes and `threshold.table` of a job names: thresholds by class, and where they come from."""
+"""The table of thresholds by class that `alfa calibrate` writes and `threshold.table` of a job names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from schemas.prompts import Frozen
 
 
 class ClassThresholds(Frozen):
-    """Thresholds of a class, and how they did on the images that they were set by."""
+    """Thresholds of a class, and their results on the images from which they were set."""
 
     score: float = Field(description="score from which an image counts as anomalous")
     mask: float = Field(description="map value from which a pixel counts as anomalous")
@@ -23,7 +23,7 @@ class ClassThresholds(Frozen):
 
 
 class ThresholdTable(Frozen):
-    """A small JSON object, readable and editable by people."""
+    """The whole table: a small JSON object that people may read and edit."""
 
     schema_version: Literal[1] = 1
     policy: str = Field(description="f1_max, or fpr=RATE")

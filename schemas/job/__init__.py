@@ -1,4 +1,4 @@
-"""What a job is: frozen models, read from YAML, overrides and flags."""
+"""The models of a job, and how a job is read from YAML, overrides and flags."""
 
 from schemas.job.config import (
     EMBEDDED_MODEL,

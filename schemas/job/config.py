@@ -1,4 +1,4 @@
-"""What a job is: frozen models, and what identifies a run of it."""
+"""The models of a job, and the fingerprints that identify its runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EMBEDDED_NOTE = (
     "it never saw, but 0.65 on capsules (0.5 is chance): small defects need method.tile or a larger model.image_size, "
     "and missing or swapped parts are not for it. Real CLIP weights (model.pretrained) read language better"
 )
-"""What is said wherever the embedded model has scored; the figures are those of pipeline/evaluation/README.md."""
+"""Shown wherever the embedded model has scored. The figures come from pipeline/evaluation/README.md."""
 FORMER_EMBEDDED_MODELS = ("alfa-tiny",)
 """Models that came with earlier versions. Their nights can still be read, but no image can be scored with them."""
 
@@ -38,8 +38,8 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 Address = Annotated[str, Field(min_length=1), PlainSerializer(escape_braces)]
-"""An address in which a job may name its night, see schemas.job.dates. It holds what was filled in; written down, its
-braces are doubled, so that it reads back as itself."""
+"""An address that may contain the night's date as a placeholder (schemas.job.dates). The model holds the address with
+the date filled in. When it is written as YAML, its braces are doubled, so that it parses back to the same address."""
 Night = Annotated[
     datetime.date,
     WithJsonSchema({"anyOf": [{"type": "string", "format": "date"}, {"enum": ["today", "yesterday"]}]}),
@@ -56,7 +56,7 @@ _SIGNATURE = re.compile(r"(?i)[?&](x-amz-(signature|credential|security-token)|s
 
 
 def without_credentials(uri: str) -> str:
-    """The address itself; it would stand in rows, logs and run folders. Raises ValueError where it tells a secret."""
+    """Returns the address unchanged. Raises ValueError if it contains credentials, as rows and logs would show them."""
     parts = urlsplit(uri)
     if parts.password or (parts.username and parts.scheme) or _SIGNATURE.search(uri):
         raise ValueError("must not hold credentials; set them in the environment (AWS_ACCESS_KEY_ID, ...)")
@@ -64,7 +64,7 @@ def without_credentials(uri: str) -> str:
 
 
 class Dataset(Part):
-    """Where the images are and how their folders are to be read."""
+    """Where the images are, and how classes are read from their folders."""
 
     images: Address = Field(description="folder, table file or URI of the images; {run_date} in it is the night's date")
     layout: Literal["auto", "folders", "flat", "mvtec", "visa", "table"] = Field(
@@ -76,22 +76,22 @@ class Dataset(Part):
     suffixes: tuple[str, ...] | None = Field(
         None,
         min_length=1,
-        description="what counts as an image by its name, such as [default, .dat, none]: default stands for all usual "
-        "suffixes, none for names without one; tables take all that they name",
+        description="suffixes of image files, such as [default, .dat, none]: default stands for all usual suffixes, "
+        "none for names without one; ignored for tables, which name their images",
     )
     max_pixels: PositiveInt = Field(100_000_000, description="larger images become an error row (decompression bombs)")
     bit_depth: Literal[8, 10, 12, 14, 16] | None = Field(
         None,
-        description="of photos in 16-bit files that do not say their depth; default: the smallest one that holds a "
-        "sample of their class",
+        description="bits per channel of photos in 16-bit files that do not say their depth; default: the smallest "
+        "depth that holds a sample of their class",
     )
     select: Literal["all", "new"] = Field(
         "all",
-        description="new: only images that no other published night of the output holds as ok, scored alike (model, "
-        "weights, method, prompts of the class, references)",
+        description="new: leave out images that another published night of the output has scored with the same model, "
+        "weights, method, prompts and references",
     )
-    retry_errors: bool = Field(True, description="select new: try images again that were errors in earlier nights")
-    retry_nights: PositiveInt = Field(3, description="select new: nights in which such an image is tried again at most")
+    retry_errors: bool = Field(True, description="select new: try images again that failed in earlier nights")
+    retry_nights: PositiveInt = Field(3, description="select new: in how many nights such an image is tried again")
 
     _no_credentials = field_validator("images")(without_credentials)
 
@@ -105,7 +105,7 @@ class Dataset(Part):
 
     @property
     def error_nights(self) -> int:
-        """The number of nights in which an image has failed, from which on select new leaves it out."""
+        """After how many nights of failure `select: new` gives an image up."""
         return 1 + self.retry_nights if self.retry_errors else 1
 
 
@@ -119,7 +119,7 @@ class Output(Part):
 
 
 class Storage(Part):
-    """How object storage is reached. Credentials come from the environment, never from a job."""
+    """How object storage is reached. Credentials come from the environment and never from a job."""
 
     endpoint_url: str | None = Field(None, description="S3 endpoint; default: AWS_ENDPOINT_URL, else AWS itself")
     region: str | None = None
@@ -132,14 +132,15 @@ class Storage(Part):
 
 
 class Model(Part):
-    """Which CLIP sees the images."""
+    """The CLIP model, and how it runs."""
 
     name: str = Field(EMBEDDED_MODEL, description="any open_clip ViT, or alfa-small, the embedded one")
     pretrained: str | None = Field(
         None, description="open_clip pretrained tag or path of a weights file; required unless the model is embedded"
     )
     image_size: PositiveInt | None = Field(
-        None, description="pixels a side; other than the model's own interpolates its positions"
+        None,
+        description="side of the model's input in pixels; default: the model's own; others interpolate its positions",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
@@ -155,20 +156,22 @@ class Model(Part):
 
     @property
     def is_embedded(self) -> bool:
-        """Whether this is the model that comes with the package, with its own weights."""
+        """Whether this is the model that comes with alfa, with its own weights."""
         return self.pretrained is None and self.name == EMBEDDED_MODEL
 
 
 class Prompts(Part):
-    """Who describes the classes, and how hard it is tried."""
+    """Which LLM describes the classes, if any, and how it is asked."""
 
     llm: str | None = Field(None, description="litellm model string; none: bundled prompts, else the base ensemble")
-    described: bool = Field(True, description="false: the base ensemble alone, whatever is known of a class")
+    described: bool = Field(True, description="false: use the base ensemble alone for every class")
     api_base: str | None = Field(None, description="address of an OpenAI-compatible server")
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     timeout_s: PositiveFloat = 60.0
     max_attempts: PositiveInt = 5
-    on_failure: Literal["fail", "base"] = Field("fail", description="base: go on with the base ensemble, said in rows")
+    on_failure: Literal["fail", "base"] = Field(
+        "fail", description="base: go on with the base ensemble; rows say so in prompt_source"
+    )
 
     @property
     def asks_llm(self) -> bool:
@@ -182,10 +185,10 @@ class Prompts(Part):
 
 
 class Tile(Part):
-    """How large photos are cut, in pixels of the photo."""
+    """How large photos are cut into tiles, in pixels of the photo."""
 
-    size: Annotated[int, Field(ge=16)] = Field(description="side of a tile; the smaller, the smaller the defects found")
-    overlap: Annotated[int, Field(ge=0)] = Field(0, description="that neighbouring tiles share at least")
+    size: Annotated[int, Field(ge=16)] = Field(description="side of a tile; smaller tiles find smaller defects")
+    overlap: Annotated[int, Field(ge=0)] = Field(0, description="pixels that neighbouring tiles share at least")
 
     @model_validator(mode="after")
     def _overlap_fits(self) -> Tile:
@@ -195,14 +198,16 @@ class Tile(Part):
 
 
 class Method(Part):
-    """The options of ALFA (pipeline/alfa/README.md), each by name."""
+    """The options of the method ALFA; pipeline/alfa/README.md has their formulas."""
 
     adaptation: Literal["none", "mean", "rank", "interval", "soft", "random"] = Field(
-        "mean", description="random: the control, as many prompts as mean keeps, drawn anew for each place in a batch"
+        "mean",
+        description="how prompts are chosen for an image; random is a control for experiments: it keeps as many "
+        "prompts as mean, drawn at random for each place in a batch",
     )
-    floor_count: PositiveInt = Field(3, description="prompts that each side keeps at least")
+    floor_count: PositiveInt = Field(3, description="number of prompts that each side keeps at least")
     floor_share: Share = Field(0.25, description="share of prompts that each side keeps at least")
-    soft_temperature: PositiveFloat = Field(0.01, description="T of adaptation soft, in units of cosine distance")
+    soft_temperature: PositiveFloat = Field(0.01, description="T of adaptation soft, as a cosine distance")
     aligner: Literal["value", "ridge", "raw"] | None = Field(
         None, description="default: value, and raw for the embedded model"
     )
@@ -212,24 +217,26 @@ class Method(Part):
     levels: tuple[int, ...] | None = Field(
         None,
         min_length=1,
-        description="blocks whose maps are averaged; -1 is the last; default: that one, and the last two of the "
+        description="blocks whose maps are averaged; -1 is the last; default: the last, and the last two of the "
         "embedded model",
     )
     ridge_lambda: PositiveFloat = 1.0
     local_weight: Share = Field(0.5, description="w: score = (1 - w) global + w local")
     local_top_k: PositiveInt = Field(1, description="local score: mean of the k highest patches")
-    tile: Tile | None = Field(None, description="score overlapping tiles of large photos; none: each as a whole")
+    tile: Tile | None = Field(None, description="score large photos in overlapping tiles; none: score each as a whole")
 
 
 class References(Part):
-    """Few-shot: known-good images of each class, which all others are compared with."""
+    """Few-shot: known-good images of each class; all other images of the class are compared with them."""
 
     images: Address = Field(
-        description="`train`: the dataset's own train images (layouts mvtec and visa); else folder, table or URI of "
-        "known-good images, one folder a class",
+        description="`train`: the dataset's own train images (layouts mvtec and visa); else a folder, table or URI of "
+        "known-good images with one folder per class",
     )
-    shots: PositiveInt = Field(4, description="images a class; where there are fewer, all of them")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="chooses which; more shots keep those of fewer")
+    shots: PositiveInt = Field(4, description="images per class; a class that has fewer uses all of them")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        0, description="seed of the choice of images; with the same seed, more shots include those of fewer"
+    )
     levels: tuple[int, ...] | None = Field(
         None, min_length=1, description="blocks whose patches are compared; default: the middle one"
     )
@@ -238,19 +245,22 @@ class References(Part):
 
 
 class Peers(Part):
-    """Mutual scoring: the photos of the night itself that all others of their class are compared with."""
+    """Mutual scoring: each photo is compared with other photos of its class and night, the peers."""
 
-    images: Annotated[int, Field(ge=2)] = Field(32, description="photos a class that serve as peers")
+    images: Annotated[int, Field(ge=2)] = Field(32, description="number of peers per class")
     share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        0.3, description="share of the peers, the nearest ones, that a patch is compared with: defective peers fall out"
+        0.3,
+        description="share of the peers that a patch is compared with, nearest first; this leaves defective ones out",
     )
     levels: tuple[int, ...] | None = Field(
         None, min_length=1, description="blocks whose patches are compared; default: at one and two thirds of the depth"
     )
-    neighbourhood: Literal[1, 3, 5] = Field(3, description="patches a side that are averaged before they are compared")
-    weight: Share = Field(0.7, description="u: score = (1 - u) language + u peers, the map alike")
+    neighbourhood: Literal[1, 3, 5] = Field(
+        3, description="side, in patches, of the square that is averaged before patches are compared"
+    )
+    weight: Share = Field(0.7, description="u: score = (1 - u) language + u peers, and the same for the map")
     min_images: Annotated[int, Field(ge=2)] = Field(
-        8, description="readable photos of a class below which it stays with language alone"
+        8, description="a class with fewer readable photos is scored by language alone"
     )
 
     @model_validator(mode="after")
@@ -261,17 +271,21 @@ class Peers(Part):
 
 
 class Threshold(Part):
-    """When an image, and a pixel, counts as anomalous."""
+    """From which score an image counts as anomalous, and from which map value a pixel does."""
 
     policy: Literal["fixed", "quantile", "reference", "labels"] = Field(
         "fixed",
-        description="quantile: of this run's own scores; reference: of the references' leave-one-out scores; labels: "
-        "as `alfa calibrate` has written them",
+        description="quantile: from this run's own scores; reference: from the references' leave-one-out scores; "
+        "labels: from the table that `alfa calibrate` has written",
     )
     value: float = Field(0.5, description="policy fixed: score from which an image is anomalous")
-    mask_value: float | None = Field(None, description="policy fixed: the same for pixels; default: value")
-    quantile: Share = Field(0.95, description="policy quantile: share of a class's images of this run that lie below")
-    reference_quantile: Share = Field(0.99, description="policy reference: share of the references that lie below")
+    mask_value: float | None = Field(
+        None, description="policy fixed: map value from which a pixel is anomalous; default: value"
+    )
+    quantile: Share = Field(
+        0.95, description="policy quantile: share of a class's images in this run below the threshold"
+    )
+    reference_quantile: Share = Field(0.99, description="policy reference: share of the references below the threshold")
     table: Address | None = Field(None, description="policy labels: path or URI of the calibrated thresholds")
 
     @field_validator("table")
@@ -287,14 +301,14 @@ class Threshold(Part):
 
     @property
     def source(self) -> str:
-        """Where thresholds come from, as rows say it: the policy, and with labels the table."""
+        """The value of `threshold_source` in rows: the policy, and for `labels` also the table."""
         return f"labels {self.table}" if self.policy == "labels" else self.policy
 
 
 class ActorRange(Part):
-    """Between how many scoring actors a run has, as far as there is work for them."""
+    """The smallest and largest number of scoring actors of a run; it never has more than there is work for."""
 
-    min: PositiveInt = Field(1, description="as many are asked for, whether or not nodes have room")
+    min: PositiveInt = Field(1, description="actors that are requested even if no node has room yet")
     max: PositiveInt
 
     @model_validator(mode="after")
@@ -309,10 +323,11 @@ class Engine(Part):
 
     address: str | None = Field(None, description="Ray cluster; default: RAY_ADDRESS, else a local one is started")
     actors: Annotated[int, Field(ge=1)] | Literal["auto"] | ActorRange = Field(
-        "auto", description="auto: actors_per_gpu to each GPU, else all cores; also of nodes that come later"
+        "auto",
+        description="auto: actors_per_gpu for each GPU, without GPUs all cores; nodes that join later are used too",
     )
     actors_per_gpu: PositiveInt = Field(
-        1, description="processes that share a GPU; more where one alone cannot read and decode as fast as it scores"
+        1, description="processes that share a GPU; more than one helps where reading and decoding are the bottleneck"
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     resources: dict[str, PositiveFloat] = Field(
@@ -322,28 +337,28 @@ class Engine(Part):
         default_factory=dict, description="labels of the Ray nodes that score, such as {ray.io/market-type: spot}"
     )
     wait_for_nodes_s: PositiveFloat = Field(
-        900.0, description="seconds that a cluster without a fitting node has to bring one; a local Ray has none"
+        900.0, description="seconds to wait for a node that can run an actor; a local Ray does not wait"
     )
     shard_size: PositiveInt = 256
     max_restarts: Annotated[int, Field(ge=0)] = Field(
         3,
-        description="deaths of workers over one shard, and per actor with no shard finished between, that a run bears",
+        description="worker deaths that a run tolerates on one shard, and per actor without a finished shard between",
     )
     lease_s: Annotated[float, Field(ge=1.0)] = Field(
-        30.0, description="seconds for which a driver that died keeps others from going on with its run"
+        30.0, description="seconds until another driver may take over the run of a driver that died"
     )
-    max_error_rate: Share = Field(0.05, description="share of error rows past which the job exits with 1")
+    max_error_rate: Share = Field(0.05, description="share of error rows above which the job exits with 1")
 
     @property
     def actor_range(self) -> tuple[int, int | None]:
-        """How many actors at least and at most; None: no limit of the job's own."""
+        """The smallest and largest number of actors; None: the job sets no upper limit."""
         if self.actors == "auto":
             return 1, None
         return (self.actors.min, self.actors.max) if isinstance(self.actors, ActorRange) else (self.actors, self.actors)
 
 
 class Lake(Part):
-    """How the table is offered to readers besides its Parquet files."""
+    """Whether the table is also published in a catalog, besides its Parquet files."""
 
     format: Literal["parquet", "iceberg"] = Field("parquet", description="iceberg: each night is a snapshot of a table")
     catalog: str | None = Field(
@@ -356,7 +371,7 @@ class Lake(Part):
 
 
 class JobConfig(Part):
-    """One night: which images, what with, where to."""
+    """One night: which images are scored, with what, and where the results go."""
 
     dataset: Dataset
     output: Output
@@ -364,14 +379,14 @@ class JobConfig(Part):
         default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date(),
         description="the night: a date, `today` (default) or `yesterday`",
     )
-    timezone: str = Field("UTC", description="IANA time zone that says which day it is, such as Europe/Berlin")
+    timezone: str = Field("UTC", description="IANA time zone of `today` and `yesterday`, such as Europe/Berlin")
     storage: Storage = Storage()
     model: Model = Field(default_factory=lambda: Model())
     prompts: Prompts = Field(default_factory=lambda: Prompts())
     method: Method = Field(default_factory=lambda: Method())
     references: References | None = Field(None, description="few-shot; none: zero-shot")
     peers: Peers | None = Field(
-        default_factory=lambda: Peers(), description="compare photos with others of their night; none: do not"
+        default_factory=lambda: Peers(), description="compare photos with others of their night; none: off"
     )
     threshold: Threshold = Field(default_factory=lambda: Threshold())
     engine: Engine = Field(default_factory=lambda: Engine())
@@ -403,7 +418,7 @@ class JobConfig(Part):
         return self.method.model_copy(update={"aligner": aligner, "levels": levels})
 
     def scoring_facts(self) -> dict[str, Any]:
-        """The options that determine an image's raw scores: thresholds hold for scores of the same ones alone."""
+        """The options that determine raw scores. Thresholds are only valid for scores that were made with the same."""
         return {
             "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
             "method": self.resolved_method.model_dump(mode="json"),
@@ -415,8 +430,11 @@ class JobConfig(Part):
     def class_fingerprint(
         self, class_name: str, weights_sha256: str, prompts_fingerprint: str, references: Sequence[str] = ()
     ) -> str:
-        """Hash (32 hex digits) of all that determines the raw scores of a class's images: photos that were scored under
-        the same one need not be scored again. references: ids of the class's reference images."""
+        """Hashes everything that determines the raw scores of a class's images, into 32 hex digits.
+
+        Photos that were scored under the same fingerprint need not be scored again. references: ids of the class's
+        reference images.
+        """
         facts = self.scoring_facts()
         options = facts["references"] and {key: facts["references"][key] for key in ("levels",)}
         facts |= {
@@ -431,9 +449,11 @@ class JobConfig(Part):
     def result_fingerprint(
         self, weights_sha256: str, prompts_fingerprint: str, references: Sequence[str] = (), thresholds: str = ""
     ) -> str:
-        """Hash (12 hex digits) of all that determines the rows of a night: what is read, the model and its weights,
-        the method, the prompts, the reference images (their ids), the thresholds (content of their table). How fast or
-        where it runs does not count."""
+        """Hashes everything that determines the rows of a night, into 12 hex digits.
+
+        That is: the images, the model and its weights, the method, the prompts, the ids of the reference images and
+        the content of the table of thresholds. Options that only change where or how fast it runs do not count.
+        """
         facts = {
             "weights_sha256": weights_sha256,
             "prompts": prompts_fingerprint,
@@ -444,11 +464,11 @@ class JobConfig(Part):
 
     @property
     def config_fingerprint(self) -> str:
-        """Hash (12 hex digits) of the part of result_fingerprint that the job itself says."""
+        """Hash (12 hex digits) of those parts of result_fingerprint that stand in the job itself."""
         return _digest(self._facts())
 
     def _facts(self) -> dict[str, Any]:
-        # Which images there are is what the manifest says; the depth is among scoring_facts.
+        # suffixes only select images, and the manifest already identifies those; bit_depth is part of scoring_facts.
         unused = {"suffixes", "bit_depth"}
         if self.dataset.select == "all":
             unused |= {"select", "retry_errors", "retry_nights"}

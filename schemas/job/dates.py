@@ -1,4 +1,4 @@
-"""Which day a job's night is, and dates in its addresses: s3://factory/photos/{run_date:%Y/%m/%d}."""
+"""The date of a job's night, and dates in its addresses, such as s3://factory/photos/{run_date:%Y/%m/%d}."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 ADDRESSES = (("dataset", "images"), ("references", "images"), ("threshold", "table"))
-"""Keys of a job that may hold the date of the night."""
+"""Section and key of the addresses that may contain the date of the night."""
 
 _DIRECTIVES = frozenset("YymdjGVuaAbBUWw%")
-"""What strftime knows of a day; a night has no hour."""
+"""Directives of strftime that concern a day; those of the time of day are refused."""
 
-_KNOWN = "{run_date}, or as strftime writes a date, such as {run_date:%Y/%m/%d}"
+_ALLOWED = "{run_date}, or with a format of strftime, such as {run_date:%Y/%m/%d}"
 
 
 def resolve_dates(document: Mapping[str, Any], now: datetime.datetime) -> dict[str, Any]:
-    """Puts the date of the night into a job's document.
+    """Returns a copy of a job's document with the date of the night filled in.
 
-    `run_date` may be `today` (where it is missing, too) or `yesterday`: the day that it is, or was, in the job's
-    `timezone` at `now`. Raises ValueError with a line for each fault; what is wrong in another way is left as it is.
+    `run_date` may be a date, `today` (the default) or `yesterday`, seen from `now` in the job's `timezone`. Raises
+    ValueError with one line per fault of a date or placeholder. Other faults are left for JobConfig to report.
     """
     resolved: dict[str, Any] = copy.deepcopy(dict(document))
     run_date = _find_date(resolved, now)
@@ -44,26 +44,26 @@ def resolve_dates(document: Mapping[str, Any], now: datetime.datetime) -> dict[s
 
 
 def fill_in(address: str, run_date: datetime.date) -> str:
-    """An address with the date in place of {run_date} and {run_date:FORMAT}; doubled braces become single ones.
+    """Replaces {run_date} and {run_date:FORMAT} in an address by the date; doubled braces become single ones.
 
-    Raises ValueError for other placeholders, by name.
+    Raises ValueError for any other placeholder and names it.
     """
     return "".join(_fill_in(address, run_date))
 
 
 def escape_braces(address: str) -> str:
-    """Writes an address so that fill_in gives it back."""
+    """Doubles the braces of an address, so that fill_in returns the address."""
     return address.replace("{", "{{").replace("}", "}}")
 
 
 def _find_date(document: Mapping[str, Any], now: datetime.datetime) -> datetime.date | None:
-    """The night of a job's document; None where it says nothing that is a date, which is told of elsewhere."""
+    """Returns the date of the night; None where run_date is no date, which JobConfig reports."""
     name = document.get("timezone") or "UTC"
     try:
         today = now.astimezone(ZoneInfo(name)).date()
-    except (KeyError, ValueError, TypeError, OSError):  # of no such name, or of none that can be one
+    except (KeyError, ValueError, TypeError, OSError):  # ZoneInfo raises each of them for some wrong name
         raise ValueError(
-            f"timezone: no such time zone; name one of the IANA's, such as Europe/Berlin (given: {str(name)[:80]!r})"
+            f"timezone: no such time zone; use an IANA name, such as Europe/Berlin (given: {str(name)[:80]!r})"
         ) from None
     given = document.get("run_date")
     if given in (None, "today"):
@@ -81,7 +81,7 @@ def _fill_in(address: str, run_date: datetime.date) -> Iterator[str]:
         parts = list(string.Formatter().parse(address))
     except ValueError:
         raise ValueError(
-            f"a brace that is part of the address is written twice, {{{{ or }}}}; placeholders are {_KNOWN}"
+            f"write a brace that belongs to the address twice, {{{{ or }}}}; allowed placeholders: {_ALLOWED}"
         ) from None
     for text, name, form, conversion in parts:
         yield text
@@ -89,10 +89,10 @@ def _fill_in(address: str, run_date: datetime.date) -> Iterator[str]:
             continue
         if name != "run_date" or conversion:
             raise ValueError(
-                f"no such placeholder: {{{name}}}; there is {_KNOWN}. A brace that is part of the address is written "
+                f"no such placeholder: {{{name}}}; allowed: {_ALLOWED}. Write a brace that belongs to the address "
                 f"twice, {{{{ or }}}}"
             )
         directives = re.findall(r"%(.?)", form or "")
         if unknown := [f"%{directive}" for directive in directives if directive not in _DIRECTIVES or not directive]:
-            raise ValueError(f"{{run_date:{form}}} has {unknown[0]}, which a day does not have; there is {_KNOWN}")
+            raise ValueError(f"{{run_date:{form}}}: {unknown[0]} is not part of a date; allowed: {_ALLOWED}")
         yield run_date.strftime(form) if form else run_date.isoformat()

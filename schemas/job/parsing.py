@@ -1,4 +1,4 @@
-"""A job from YAML, overrides and flags; every error names the key and what is allowed."""
+"""Reads a job from YAML, overrides and flags; every error names the key and what is allowed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from schemas.job.dates import resolve_dates
 from schemas.text import one_line
 
 _BRANCH = re.compile(r"^constrained-|[\[(]")
-"""What pydantic calls a branch of a union, such as constrained-int or literal['auto']; keys never look so."""
+"""Matches pydantic's names for branches of a union, such as constrained-int or literal['auto'], and no key."""
 
 
 class JobError(ValueError):
-    """A job that cannot be understood; the message names each key at fault and what is allowed there."""
+    """A job is invalid; the message names each key at fault and what is allowed there."""
 
 
 def parse_job(
@@ -30,14 +30,15 @@ def parse_job(
     overrides: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
 ) -> JobConfig:
-    """A job from a YAML document, then `key.path=value` overrides, then flags (dotted keys), the later ones winning.
+    """Builds a job from a YAML document, `key.path=value` overrides and flags (dotted keys).
 
-    Raises JobError with one line per fault; each names the key, what is wrong and what is allowed.
+    Overrides win over the document, and flags win over both. Raises JobError with one line per fault; each names the
+    key, what is wrong and what is allowed.
     """
     try:
         merged: dict[str, Any] = json.loads(json.dumps(document or {}, default=str))
     except (TypeError, ValueError, RecursionError) as error:
-        raise JobError(f"the job is no plain document of keys and values: {one_line(str(error))}") from None
+        raise JobError(f"the job must hold plain keys and values: {one_line(str(error))}") from None
     assignments = [_parse_override(item) for item in overrides]
     assignments += [(key.split("."), value) for key, value in (flags or {}).items() if value is not None]
     for path, value in assignments:
@@ -54,10 +55,10 @@ def parse_job(
 
 
 def read_job_yaml(text: str) -> dict[str, Any]:
-    """The mapping in a YAML text. Raises JobError where it is no YAML or no mapping."""
+    """Parses the mapping in a YAML text. Raises JobError if it is not valid YAML, or not a mapping."""
     try:
         document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that no calendar has
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date
         raise JobError(f"the job file is not valid YAML: {one_line(str(error))}") from None
     if document is None:
         return {}
@@ -67,7 +68,7 @@ def read_job_yaml(text: str) -> dict[str, Any]:
 
 
 def dump_job_yaml(job: JobConfig) -> str:
-    """The resolved job as YAML, each key spelled out; it parses back to the same job."""
+    """Writes the resolved job as YAML with every key; it parses back to the same job."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -109,7 +110,7 @@ def _explain(fault: Any) -> str:
 
 
 def _path_of(location: Sequence[int | str], ends_in_key: bool) -> list[str]:
-    """The key of a fault, without the branch names that pydantic adds inside a union."""
+    """Returns the key of a fault, without the branch names that pydantic adds for a union."""
     steps = [str(step) for step in location]
     branches = len(steps) - ends_in_key
     steps = [step for step in steps[:branches] if not _BRANCH.search(step)] + steps[branches:]

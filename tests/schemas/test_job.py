@@ -115,14 +115,14 @@ def test_the_time_zone_says_which_day_it_is(zone: str, word: str, night: str) ->
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("{date}/x", "no such placeholder: {date}; there is {run_date}"),
+        ("{date}/x", "no such placeholder: {date}; allowed: {run_date}"),
         ("{}/x", "no such placeholder: {}"),
         ("{run_date!r}", "no such placeholder: {run_date}"),
         ("{run_date.year}", "no such placeholder: {run_date.year}"),
-        ("{run_date:%Y/%H}", "has %H, which a day does not have"),
-        ("{run_date:%}", "has %, which a day does not have"),
-        ("lot {7", "a brace that is part of the address is written twice"),
-        ("lot 7}", "a brace that is part of the address is written twice"),
+        ("{run_date:%Y/%H}", "%H is not part of a date"),
+        ("{run_date:%}", "% is not part of a date"),
+        ("lot {7", "write a brace that belongs to the address twice"),
+        ("lot 7}", "write a brace that belongs to the address twice"),
     ],
 )
 def test_what_is_no_date_in_braces_is_refused_by_name(address: str, said: str) -> None:

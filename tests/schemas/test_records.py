@@ -59,7 +59,7 @@ def test_commits_of_earlier_and_of_later_versions_are_read_as_far_as_they_can_be
     commit = parse({**early, "schema_version": 1})
     assert (commit.shards, commit.select, commit.cleared_at) == (None, "all", None)
     assert parse({**COMMIT, "added_later": 1}) == parse(COMMIT)
-    with pytest.raises(RecordError, match=r"lake/commits/x\.json cannot be read: it is of another version of alfa"):
+    with pytest.raises(RecordError, match=r"lake/commits/x\.json cannot be read: it was written by a newer version"):
         parse({**COMMIT, "schema_version": 99, "rows": "?"})
 
 
