@@ -6,10 +6,11 @@ May import: tiling, schemas. It knows no storage, no Ray and no files but weight
 
 from pipeline.alfa.detection import Detection, Features, PromptEmbeddings
 from pipeline.alfa.detector import Detector, Pending
-from pipeline.alfa.encoder import Encoder, ModelError, Preprocess, Weights, load_encoder, locate_weights, text_fits
+from pipeline.alfa.encoder import Encoder, Preprocess
 from pipeline.alfa.explain import Evidence
 from pipeline.alfa.peers import Calibration, PeerMemory, Unfenced, fence_in, fingerprint_pixels
 from pipeline.alfa.references import ReferenceMemory
+from pipeline.alfa.weights import ModelError, Weights, load_encoder, locate_weights, text_fits
 
 __all__ = [
     "Calibration",

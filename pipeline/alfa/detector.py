@@ -16,7 +16,7 @@ from pipeline.alfa.adaptation import PromptBatch, adapt, prototypes
 from pipeline.alfa.aligner import align
 from pipeline.alfa.detection import Detection, Features, PromptEmbeddings
 from pipeline.alfa.device import to_device, to_host
-from pipeline.alfa.encoder import Encoder, ModelError
+from pipeline.alfa.encoder import Encoder
 from pipeline.alfa.explain import explain
 from pipeline.alfa.peers import (
     Calibration,
@@ -30,6 +30,7 @@ from pipeline.alfa.peers import (
     remember_peers,
 )
 from pipeline.alfa.references import ReferenceMemory, reference_distance, remember
+from pipeline.alfa.weights import ModelError
 from pipeline.tiling import Tiling
 from schemas.job import Method, Peers, References
 from schemas.prompts import PromptEnsemble

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.alfa import Encoder, ModelError, load_encoder, locate_weights, text_fits
-from pipeline.alfa.encoder import resize_positions
+from pipeline.alfa.weights import resize_positions
 from schemas.job import Model, parse_job
 from tests.alfa.conftest import random_pixels, write_model
 
