@@ -32,32 +32,54 @@ def evaluation_of(output: Path) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "metrics.json").read_text())
 
 
-def test_a_finished_run_measures_as_its_images_scored_anew(tmp_path: Path) -> None:
-    flags = ("--images", DEMO, "--layout", "mvtec", "--output")
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a finished demo, and what the demo printed."""
+    folder = tmp_path_factory.mktemp("demo")
     share_ray()
-    scored = alfa("score", *flags, tmp_path / "night", "--run-date", "2026-01-02")
-    assert scored.returncode == 0, scored.stderr
-    (run,) = (tmp_path / "night" / "runs").glob("2026-*[0-9a-f]")
-    from_run = evaluate("--output", tmp_path / "night", "--run", run.name)
-    anew = evaluate(*flags, tmp_path / "anew")
+    shown = alfa("demo", "--output", folder)
+    assert shown.returncode == 0, shown.stderr
+    return folder, shown.stdout
+
+
+def test_the_demo_scores_its_images_and_says_where_everything_lies(demo: tuple[Path, str]) -> None:
+    folder, said = demo
+    assert "24, 24 ok" in said and "most anomalous images" in said
+    assert str(folder / "scores") in said
+    assert len(list((folder / "masks").rglob("*.png"))) == 24
+    (report,) = folder.glob("runs/*/report/index.html")
+    assert f"report  {report}" in said
+    assert "Embedded model." in report.read_text() and "hold all 24 scored images" in report.read_text()
+
+
+def test_a_finished_run_measures_as_its_images_scored_anew(demo: tuple[Path, str], tmp_path: Path) -> None:
+    """Of the demo, one class; each class is scored by itself, so the other moves nothing."""
+    night, _ = demo
+    (run,) = (night / "runs").glob("*-*[0-9a-f]")
+    shutil.copytree(DEMO / "hazelnut", tmp_path / "in" / "hazelnut")
+    same = ("--layout", "mvtec", "--set", "model.image_size=448")
+    from_run = evaluate("--output", night, "--run", run.name)
+    anew = evaluate("--images", tmp_path / "in", "--output", tmp_path / "out", *same)
     assert from_run.returncode == anew.returncode == 0, from_run.stderr + anew.stderr
-    (_, one), (folder, other) = evaluation_of(tmp_path / "night"), evaluation_of(tmp_path / "anew")
-    for row, again in zip(one["rows"], other["rows"], strict=True):
-        assert (row["level"], row["class_name"], row["label"]) == (again["level"], again["class_name"], again["label"])
+    (of_run, one), (folder, other) = evaluation_of(night), evaluation_of(tmp_path / "out")
+    assert [row["class_name"] for row in one["rows"] if row["level"] == "class"] == ["capsules", "hazelnut"]
+    found, again = ([row for row in rows["rows"] if row["class_name"] == "hazelnut"] for rows in (one, other))
+    assert [row["label"] for row in again] == [None, "colour"]
+    for row, expected in zip(found, again, strict=True):
+        assert (row["level"], row["label"]) == (expected["level"], expected["label"])
         for metric in METRICS:
             # batches of another size round otherwise
-            assert row[metric] == pytest.approx(again[metric], abs=2e-3), metric
-    assert [row["class_name"] for row in other["rows"] if row["level"] == "class"] == ["capsules", "hazelnut"]
+            assert row[metric] == pytest.approx(expected[metric], abs=2e-3), metric
     assert other["embedded_model"] is True and "the model that comes with alfa" in anew.stdout
     table = pq.read_table(folder / "metrics.parquet")
     assert table.schema.equals(EVALUATION) and table.to_pylist() == other["rows"]
-    assert pq.read_table(folder / "images.parquet").num_rows == 24
-    text = (folder / "metrics.md").read_text()
+    assert pq.read_table(folder / "images.parquet").num_rows == 12
+    text = (of_run / "metrics.md").read_text()
     for name in ("curves.png", "scores.png", "failures/good-0.png"):
-        assert f"]({name})" in text and (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in text and (of_run / name).read_bytes().startswith(b"\x89PNG")
     assert (
         "the model that comes with alfa" in text
-        and "the model that comes with alfa" in (folder / "evaluation.html").read_text()
+        and "the model that comes with alfa" in (of_run / "evaluation.html").read_text()
     )
 
 

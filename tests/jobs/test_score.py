@@ -223,15 +223,3 @@ def test_an_output_inside_the_images_is_refused_before_anything_is_written(
 def test_help_fits_a_screen() -> None:
     lines = alfa("score", "--help").stdout.splitlines()
     assert 10 < len(lines) <= 40
-
-
-def test_the_demo_scores_its_images_and_says_where_everything_lies(tmp_path: Path) -> None:
-    share_ray()
-    shown = alfa("demo", "--output", tmp_path / "demo")
-    assert shown.returncode == 0, shown.stderr
-    assert "24, 24 ok" in shown.stdout and "most anomalous images" in shown.stdout
-    assert str(tmp_path / "demo" / "scores") in shown.stdout
-    assert len(list((tmp_path / "demo" / "masks").rglob("*.png"))) == 24
-    (report,) = (tmp_path / "demo").glob("runs/*/report/index.html")
-    assert f"report  {report}" in shown.stdout
-    assert "Embedded model." in report.read_text() and "hold all 24 scored images" in report.read_text()
