@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo pictures test test-all lint bench clean
+.PHONY: setup demo pictures local-up local-down test test-all lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -22,6 +22,13 @@ demo: $(READY)
 pictures: $(READY)
 	$(BIN)/python -m infra.demo.pictures
 
+# an object store and a Ray head on the loopback address; see infra/local/README.md
+local-up: $(READY)
+	$(BIN)/python -m infra.local.stack up
+
+local-down: $(READY)
+	$(BIN)/python -m infra.local.stack down
+
 test: $(READY) lint
 	# two workers; the tests of a file share what it has prepared, so they stay together
 	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -30,8 +37,8 @@ test-all: $(READY) lint
 	$(BIN)/pytest
 
 lint: $(READY)
-	$(BIN)/ruff check schemas pipeline jobs tests infra/demo
-	$(BIN)/ruff format --check schemas pipeline jobs tests infra/demo
+	$(BIN)/ruff check schemas pipeline jobs tests infra/demo infra/local
+	$(BIN)/ruff format --check schemas pipeline jobs tests infra/demo infra/local
 	$(BIN)/mypy
 
 # prints ratios measured side by side in one run
