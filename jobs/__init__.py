@@ -1,1 +1,1 @@
-"""What a person or a scheduler starts: one file a job, and the command line."""
+"""The commands that a person or a scheduler starts: one file per command, and the command line."""

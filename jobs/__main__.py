@@ -1,4 +1,4 @@
-"""`python -m jobs`: the same as `alfa`, from a checkout that is not installed."""
+"""`python -m jobs` runs `alfa` from a checkout that is not installed."""
 
 from jobs.cli import main
 

@@ -1,4 +1,4 @@
-"""`alfa backfill`: the nights of a range of dates, one after the other."""
+"""`alfa backfill`: scores the nights of a range of dates, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OUTCOMES = {0: "published", exits.USAGE: "refused", exits.INTERRUPTED: "interru
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a night. code: its exit code; None where it was not begun. seconds: how long it took."""
+    """The outcome of a night. code: its exit code; None where it was not begun. seconds: how long it took."""
 
     job: JobConfig
     code: int | None
@@ -39,16 +39,16 @@ def run_backfill(
     again: bool = False,
     stop_on_error: bool = False,
 ) -> int:
-    """Scores each night that is not published, in order, and prints a table of all. Returns the exit code.
+    """Scores each night that is not published, in order, and prints a table of all nights. Returns the exit code.
 
-    That is 0 where all are published, 130 where it was interrupted, 2 where every night that was tried was refused,
-    else 1. Run again, it goes on with what is missing.
+    The code is 0 if all nights are published, 130 if the command was interrupted, 2 if every night that was tried was
+    refused, and 1 otherwise. Run again, the command goes on with the missing nights.
 
     Args:
-        jobs: of the nights.
+        jobs: one job per night.
         score: scores a night and returns its exit code, see exits.attempt.
-        again: do nights that are published, too; one of which nothing has changed is found done.
-        stop_on_error: leave the nights after one that fails.
+        again: also run published nights; one whose inputs are unchanged finds nothing to do.
+        stop_on_error: do not begin further nights after one that fails.
     """
     outcomes: list[Outcome] = []
     stopped = False
@@ -66,7 +66,7 @@ def run_backfill(
         outcomes.append(Outcome(job, code, said, time.monotonic() - started))
         stopped = code == exits.INTERRUPTED or (code != 0 and stop_on_error)
     _print(outcomes, console)
-    return _conclude([outcome.code for outcome in outcomes if outcome.said != "was published"])
+    return _exit_code([outcome.code for outcome in outcomes if outcome.said != "was published"])
 
 
 def _try(score: Callable[[JobConfig], int], job: JobConfig) -> int:
@@ -97,8 +97,8 @@ def _describe(outcome: Outcome) -> str:
     return outcome.said if not outcome.code else f"{outcome.said}, exit code {outcome.code}"
 
 
-def _conclude(codes: Sequence[int | None]) -> int:
-    """The exit code for those of the nights that were tried."""
+def _exit_code(codes: Sequence[int | None]) -> int:
+    """Returns the exit code of the command. codes: those of the nights; None for nights that were not begun."""
     tried = [code for code in codes if code is not None]
     if exits.INTERRUPTED in tried:
         return exits.INTERRUPTED

@@ -1,4 +1,4 @@
-"""`alfa calibrate`: sets each class's thresholds by the scores of finished runs, in a file that jobs then name."""
+"""`alfa calibrate`: sets each class's thresholds from the scores of finished runs, and writes them to a file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from schemas.thresholds import ThresholdTable
 
 logger = logging.getLogger(__name__)
 
-_FEW = 50
-"""With fewer good images than this, a false-positive rate of some per cent is a guess."""
+_ENOUGH_IMAGES = 50
+"""With fewer good images, a false-positive rate of a few per cent is a guess."""
 
 
 def run_calibrate(
@@ -35,7 +35,7 @@ def run_calibrate(
     """Writes the thresholds of every class of the runs to a JSON file. Returns the exit code.
 
     table: path or URI of the file. policy: f1_max or fpr=RATE. all_good: the images of the runs are known to be good.
-    Raises ThresholdError where the runs were not scored alike, or their images do not suffice.
+    Raises ThresholdError if the runs were scored with different options, or have too few images.
     """
     check_policy(policy)
     jobs = [_read_job(output, run_id) for run_id in run_ids]
@@ -43,8 +43,8 @@ def run_calibrate(
     for run_id, job, run in zip(run_ids, jobs, runs, strict=True):
         if (job.scoring_facts(), run.weights_sha256) != (jobs[0].scoring_facts(), runs[0].weights_sha256):
             raise ThresholdError(
-                f"run {run_id} was scored with another model, method or references than {run_ids[0]}, so no threshold "
-                f"holds for both; calibrate each of them on its own"
+                f"run {run_id} was scored with another model, method or references than {run_ids[0]}, so their scores "
+                f"cannot share a threshold; calibrate each run on its own"
             )
     classes = {name: calibrate_class(name, scores, policy) for name, scores in merge_scores(runs).items()}
     result = ThresholdTable(
@@ -63,8 +63,10 @@ def run_calibrate(
     print_line(console, f"written to {store.uri(name)}; name it in a job:")
     print_line(console, f"  threshold: {{policy: labels, table: {store.uri(name)}}}")
     for name, found in classes.items():
-        if policy != "f1_max" and found.good < _FEW:
-            logger.warning("class %s has %d good images: a false-positive rate by so few is a guess", name, found.good)
+        if policy != "f1_max" and found.good < _ENOUGH_IMAGES:
+            logger.warning(
+                "class %s has only %d good images, so its false-positive rate is a rough guess", name, found.good
+            )
     return 0
 
 
@@ -73,7 +75,7 @@ def _read_job(output: Store, run_id: str) -> JobConfig:
         return parse_job(read_job_yaml(output.read(paths.run_key(run_id, "job.yaml")).decode()))
     except FileNotFoundError:
         where = output.uri("")
-        raise ThresholdError(f"{where} has no run {run_id}; `alfa status {where}` shows which there are") from None
+        raise ThresholdError(f"{where} has no run {run_id}; `alfa status {where}` lists the runs") from None
 
 
 def _print(table: ThresholdTable, console: Console) -> None:

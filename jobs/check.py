@@ -43,9 +43,9 @@ class Check:
 
 
 def run_check(job: JobConfig, console: Console, *, ask: bool = False, as_json: bool = False) -> int:
-    """Runs all checks, also after one has failed, and prints their outcomes. Returns 0, or 2 where one failed.
+    """Runs all checks, even after one has failed, and prints their outcomes. Returns 0, or 2 if one failed.
 
-    ask: put one tiny question to the LLM.
+    ask: also put one tiny question to the LLM.
     """
     checks = []
     for check in _run_checks(job, ask):
@@ -73,7 +73,7 @@ def _run_checks(job: JobConfig, ask: bool) -> Iterator[Check]:
     for name, check in checks.items():
         try:
             yield Check(name, True, check(job))
-        except Exception as error:  # of whatever kind: the next check is run all the same
+        except Exception as error:  # any failure: the other checks must still run
             yield Check(name, False, redact(f"{error}" or type(error).__name__))
 
 
@@ -109,12 +109,12 @@ def _check_create(job: JobConfig) -> str:
         output.delete(key)
     if not first or second:
         raise CheckError(
-            "the store does not honour create-only writes (If-None-Match), so an LLM might be asked twice for a class; "
-            "use a store that does, such as S3, SeaweedFS, MinIO, GCS or a local disk"
+            "the store ignores create-only writes (If-None-Match), so an LLM might be asked twice for a class; use a "
+            "store that honours them, such as S3, SeaweedFS, MinIO, GCS or a local disk"
         )
     if not conditional:
-        return "honoured; conditional replaces (If-Match) are not: leases alone keep two jobs from publishing one night"
-    return "honoured, and conditional replaces too"
+        return "honoured; conditional replaces (If-Match) are not, so only leases keep two jobs from publishing a night"
+    return "honoured, and so are conditional replaces"
 
 
 def _check_weights(job: JobConfig) -> str:
@@ -129,8 +129,8 @@ def _check_llm(job: JobConfig) -> str:
     if not job.prompts.asks_llm:
         return "none configured: known classes get bundled prompts, others the base ensemble"
     require_askable(job.prompts)
-    key = "its server says whether it wants a key" if job.prompts.api_base else "key present"
-    return f"{job.prompts.llm}, {key}; not asked (--ask does)"
+    key = "its server may want a key" if job.prompts.api_base else "key present"
+    return f"{job.prompts.llm}, {key}; not asked (use --ask to ask it)"
 
 
 def _ask_llm(job: JobConfig) -> str:

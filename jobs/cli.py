@@ -1,4 +1,4 @@
-"""The command line: thin commands over the jobs."""
+"""The command line: each command reads its flags and calls its job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from schemas.job import JobConfig, Storage
 logger = logging.getLogger(__name__)
 
 RUN, LOOK, TUNE, KEEP = "Run a night", "Look at it", "Tune it", "Keep house"
-"""The panels of `alfa --help`."""
+"""Titles of the groups of commands in `alfa --help`."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,9 +30,9 @@ app = typer.Typer(
     help="Nightly, distributed, zero-shot visual inspection: a bucket of photos in, scores and masks out.",
     epilog="Run a night: alfa score job.yaml\n\nLook at it: alfa status s3://lake/inspection\n\n"
     "Tune it: alfa evaluate --preset mvtec --images DIR\n\nKeep house: alfa gc s3://lake/inspection\n\n"
-    "Each command shows an example of its own: alfa score --help. The shell completes commands and options after "
-    "alfa --install-completion.\n\nExit codes: 0 done, 1 stopped by a fault or past the error budget, 2 bad usage or "
-    "job, 130 interrupted; after 1 and 130, the same command resumes.",
+    "The help of each command shows an example: alfa score --help. alfa --install-completion makes the shell complete "
+    "commands and options.\n\nExit codes: 0 done, 1 failed or too many error rows, 2 bad usage or job, 130 "
+    "interrupted; after 1 and 130, the same command resumes.",
 )
 
 Output = Annotated[str, typer.Argument(help="Output folder or URI of the jobs.")]
@@ -46,7 +46,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         try:
             typer.echo(f"alfa {metadata.version('alfa-pipeline')}")
-        except metadata.PackageNotFoundError:  # code that was sent to a cluster
+        except metadata.PackageNotFoundError:  # alfa submit uploads code without installing it
             typer.echo("alfa, not installed")
         raise typer.Exit
 
@@ -54,13 +54,13 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     log_format: Annotated[
-        LogFormat, typer.Option(envvar="ALFA_LOG_FORMAT", help="json: one object a line, and no tables in a job's log.")
+        LogFormat, typer.Option(envvar="ALFA_LOG_FORMAT", help="json: one object per line, and no tables.")
     ] = LogFormat.TEXT,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Options of every command."""
+    """Sets the options that all commands share."""
     logs.configure(log_format)
 
 
@@ -68,7 +68,7 @@ def options(
 def demo(
     output: Annotated[str, typer.Option(help="Folder for the results.")] = "out/demo",
 ) -> None:
-    """Score the images of the repository with the embedded model, offline."""
+    """Score the repository's own images with the embedded model, offline."""
     from jobs.demo import run_demo
 
     exits.run(lambda: run_demo(output, open_console()))
@@ -99,7 +99,7 @@ def prompts(flags: JobFlags) -> None:
 @app.command(rich_help_panel=RUN, epilog="Example: alfa plan job.yaml --run-date yesterday --json")
 @spread_flags
 def plan(flags: NightFlags, as_json: AsJson = False) -> None:
-    """Say what a night would do and cost: images, classes, LLM calls, hours. Writes nothing and starts no Ray."""
+    """Show what a night would do and cost: images, classes, LLM calls, hours. Writes nothing and starts no Ray."""
     from jobs.plan import run_plan
 
     exits.run(lambda: run_plan(flags.read_job(), open_console(), as_json=as_json))
@@ -111,7 +111,7 @@ def score(flags: NightFlags) -> None:
     """Score a night's images and publish the results. Run again, it resumes."""
     from jobs.score import run_score
 
-    # A cluster writes stdout and stderr into one log.
+    # On a cluster, stdout and stderr end up in one log, where tables would break the JSON lines.
     console = open_console(quiet=logs.current_format() is LogFormat.JSON)
     exits.run(lambda: run_score(flags.read_job(), console))
 
@@ -121,11 +121,13 @@ def score(flags: NightFlags) -> None:
 def submit(
     flags: NightFlags,
     address: Annotated[str | None, typer.Option(help="Ray head, http://HOST:8265; default: RAY_ADDRESS.")] = None,
-    upload: Annotated[bool, typer.Option(help="Send this machine's code along; else the nodes need alfa.")] = True,
-    wait: Annotated[bool, typer.Option(help="Follow the log and pass the job's exit code on.")] = True,
+    upload: Annotated[
+        bool, typer.Option(help="Upload this machine's code; else the nodes need alfa installed.")
+    ] = True,
+    wait: Annotated[bool, typer.Option(help="Follow the log and exit with the job's exit code.")] = True,
     again: Annotated[bool, typer.Option("--again", help="Also submit a night that has succeeded already.")] = False,
 ) -> None:
-    """Score a night on a Ray cluster, as a job of its own. Submitted twice, it runs once."""
+    """Score a night as a job of a Ray cluster. A night that is submitted twice runs once."""
     from jobs.submit import run_submit
 
     options = {"upload": upload, "wait": wait, "again": again}
@@ -138,21 +140,19 @@ def backfill(
     flags: JobFlags,
     first: Annotated[str, typer.Option("--from", metavar="NIGHT", help="YYYY-MM-DD, today or yesterday.")],
     last: Annotated[str, typer.Option("--to", metavar="NIGHT", help="YYYY-MM-DD, today or yesterday.")],
-    again: Annotated[bool, typer.Option("--again", help="Also nights that are published.")] = False,
-    stop_on_error: Annotated[
-        bool, typer.Option("--stop-on-error", help="Leave the nights after one that fails.")
-    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also run nights that are published.")] = False,
+    stop_on_error: Annotated[bool, typer.Option("--stop-on-error", help="Stop after a night that fails.")] = False,
     submit: Annotated[
-        bool, typer.Option("--submit", help="Each night as a job of a Ray cluster, see alfa submit.")
+        bool, typer.Option("--submit", help="Run each night as a job of a Ray cluster, see alfa submit.")
     ] = False,
     address: Annotated[str | None, typer.Option(help="With --submit: Ray head, http://HOST:8265.")] = None,
-    upload: Annotated[bool, typer.Option(help="With --submit: send this machine's code along.")] = True,
+    upload: Annotated[bool, typer.Option(help="With --submit: upload this machine's code.")] = True,
 ) -> None:
-    """Score the nights of a range of dates, one after the other. Run again, it goes on with what is missing."""
+    """Score the nights of a range of dates, one after the other. Run again, it goes on with the missing nights."""
     from jobs.backfill import run_backfill
 
     if address and not submit:
-        exits.refuse("--address wants --submit; without it, engine.address names the cluster")
+        exits.refuse("--address needs --submit; without it, engine.address names the cluster")
     console = open_console(quiet=logs.current_format() is LogFormat.JSON)
 
     def score_night(job: JobConfig) -> int:
@@ -162,7 +162,7 @@ def backfill(
             return exits.attempt(lambda: run_score(job, console))
         from jobs.submit import run_submit
 
-        # A night that is begun here is not published, or is to be done again, whatever became of an earlier job of it.
+        # run_backfill has decided that this night must run, even if an earlier job of it has succeeded.
         how: dict[str, Any] = {"upload": upload, "wait": True, "again": True}
         return exits.attempt(lambda: run_submit(job, address, console, logs.current_format(), **how))
 
@@ -201,11 +201,11 @@ def report(
 @app.command(rich_help_panel=LOOK, epilog="Example: alfa diff s3://lake/inspection --fail-on-drift")
 def diff(
     output: Output,
-    before: Annotated[str | None, typer.Argument(metavar="NIGHT_A", help="Default: the one before NIGHT_B.")] = None,
-    after: Annotated[str | None, typer.Argument(metavar="NIGHT_B", help="Default: the last published.")] = None,
+    before: Annotated[str | None, typer.Argument(metavar="NIGHT_A", help="Default: the night before NIGHT_B.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="NIGHT_B", help="Default: the last published night.")] = None,
     psi: Annotated[float, typer.Option(help="PSI from which a class's scores count as shifted.")] = 0.25,
-    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 1 where a class drifts.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all of it as JSON.")] = None,
+    fail_on_drift: Annotated[bool, typer.Option("--fail-on-drift", help="Exit with 1 if a class drifts.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results as JSON.")] = None,
     endpoint: Endpoint = None,
 ) -> None:
     """Compare two nights: newly anomalous photos, drift of scores, the trend of the last nights."""
@@ -218,14 +218,14 @@ def diff(
 @app.command(rich_help_panel=LOOK, epilog="Example: alfa export s3://lake/inspection 2026-01-02 --to coco")
 def export(
     output: Output,
-    run: Annotated[str, typer.Argument(help="A night (YYYY-MM-DD) or the id of the run that it belongs to.")],
-    to: Annotated[ExportFormat, typer.Option(help="The tool's format.")],
+    run: Annotated[str, typer.Argument(help="A night (YYYY-MM-DD), or the id of the run that published it.")],
+    to: Annotated[ExportFormat, typer.Option(help="The format to write.")],
     target: Annotated[
         str | None, typer.Option("--output", help="Folder or URI; default: exports/<run>/<format> in the output.")
     ] = None,
     endpoint: Endpoint = None,
 ) -> None:
-    """Write a published night for annotation and dataset tools."""
+    """Write a published night in the format of an annotation or dataset tool."""
     from jobs.export import run_export
 
     storage = Storage(endpoint_url=endpoint)
@@ -239,34 +239,35 @@ def export(
 @spread_flags
 def evaluate(
     flags: JobFlags,
-    run: Annotated[str | None, typer.Option(help="A finished run in --output, instead of scoring.")] = None,
+    run: Annotated[str | None, typer.Option(help="Measure this finished run in --output instead of scoring.")] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=V1,V2", help="Also score with these, such as method.aligner=raw."),
+        typer.Option(metavar="KEY=V1,V2", help="Also score with these options, such as method.aligner=raw."),
     ] = None,
     shots: Annotated[
-        str | None, typer.Option(metavar="K1,K2", help="Also score with this many known-good images a class: 0,1,2,4.")
+        str | None,
+        typer.Option(metavar="K1,K2", help="Also score with this many known-good images per class: 0,1,2,4."),
     ] = None,
     peers: Annotated[
-        str | None, typer.Option(metavar="M1,M2", help="Also score with this many peers a class: 0,8,16,32,64.")
+        str | None, typer.Option(metavar="M1,M2", help="Also score with this many peers per class: 0,8,16,32,64.")
     ] = None,
     anomaly_rate: Annotated[
         float | None,
         typer.Option(min=0.0, max=0.9, help="Draw the peers from nights with this share of anomalous images."),
     ] = None,
-    draws: Annotated[int, typer.Option(min=1, help="Nights to draw with --anomaly-rate.")] = 20,
-    preset: Annotated[Benchmark | None, typer.Option(help="The setting of a paper's benchmark.")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="How many nights --anomaly-rate draws.")] = 20,
+    preset: Annotated[Benchmark | None, typer.Option(help="Use the settings of a paper's benchmark.")] = None,
 ) -> None:
     """Measure scores and maps against ground truth: AUROC, AUPR, F1-max, PRO.
 
-    Several keys in one --compare "K1=a,b K2=c,d" are tried in all combinations; several --compare one after another.
+    One --compare with several keys ("K1=a,b K2=c,d") tries all combinations; several --compare are tried separately.
     """
     from jobs import evaluate as evaluation
 
     if run is not None:
         output = flags.output
         if preset or compare or shots or peers or anomaly_rate or flags.images or flags.file or not output:
-            exits.refuse("--run wants --output and nothing else that says what to score or to compare")
+            exits.refuse("--run needs --output, and excludes a job file, --images, --model, --preset and comparisons")
         overrides = flags.overrides or ()
         exits.run(lambda: evaluation.run_evaluate_run(output, run, overrides, open_console(), endpoint=flags.endpoint))
     compared = evaluation.Comparisons(
@@ -274,7 +275,7 @@ def evaluate(
     )
     defaults = dict(evaluation.PRESETS[preset]) if preset else {}
     if flags.model or any(item.startswith("model.name=") for item in flags.overrides or ()):
-        defaults.pop("model", None)  # weights and size belong to the preset's model
+        defaults.pop("model", None)  # the preset's weights and size do not fit another model
     exits.run(lambda: evaluation.run_evaluate(flags.read_job(defaults), compared, preset, open_console()))
 
 
@@ -291,11 +292,11 @@ def calibrate(
     output: Annotated[str, typer.Argument(help="Output folder or URI of the runs.")],
     run_ids: Annotated[list[str], typer.Argument(metavar="RUN...", help="Ids of finished runs, as status shows them.")],
     table: Annotated[str, typer.Option(help="Path or URI of the JSON file to write.")],
-    by: Annotated[str, typer.Option(help="f1_max, or fpr=RATE: a wanted false-positive rate.")] = "f1_max",
-    all_good: Annotated[bool, typer.Option("--all-good", help="The runs' images are known to be good.")] = False,
+    by: Annotated[str, typer.Option(help="f1_max, or fpr=RATE for a false-positive rate.")] = "f1_max",
+    all_good: Annotated[bool, typer.Option("--all-good", help="All images of the runs are known to be good.")] = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Set each class's thresholds by the scores of finished runs, in a file that jobs then name."""
+    """Set each class's thresholds from the scores of finished runs, and write them to a file for jobs."""
     from jobs.calibrate import run_calibrate
 
     options: dict[str, Any] = {"all_good": all_good, "storage": Storage(endpoint_url=endpoint)}
@@ -310,30 +311,32 @@ def calibrate(
 def gc(
     output: Output,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Remove the files; without it they are only counted.")
+        bool, typer.Option("--delete", help="Remove the files; without this flag they are only counted.")
     ] = False,
-    older_than: Annotated[float, typer.Option(min=1, help="Only files that were not written for so many hours.")] = 24,
+    older_than: Annotated[float, typer.Option(min=1, help="Only files last written more than so many hours ago.")] = 24,
     keep_nights: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Also masks, maps and shards of all but the last N published nights."),
     ] = None,
     keep_days: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="The same of nights before the last N days; the last night is kept."),
+        typer.Option(
+            min=1, metavar="N", help="Also masks, maps and shards older than N days; the last night is always kept."
+        ),
     ] = None,
     table: Annotated[
-        bool, typer.Option("--table", help="Of those nights all: their rows, commits, reports and records, too.")
+        bool, typer.Option("--table", help="Of those nights also the rows, commits, reports and records.")
     ] = False,
     as_json: AsJson = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Remove files that no published night needs: superseded versions, masks and shards; also of unfinished runs."""
+    """Remove files that no published night needs: superseded versions, masks and shards, also those of dead runs."""
     from jobs.gc import run_gc
 
     if keep_nights is not None and keep_days is not None:
         exits.refuse("--keep-nights and --keep-days exclude each other")
     if table and keep_nights is None and keep_days is None:
-        exits.refuse("--table wants --keep-nights or --keep-days, which say of which nights")
+        exits.refuse("--table needs --keep-nights or --keep-days, which say how many nights to keep")
     options: dict[str, Any] = {
         "keep_nights": keep_nights,
         "keep_days": keep_days,
@@ -347,12 +350,12 @@ def gc(
 def ledger(
     output: Output,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Make each from its night's rows, compare, and write what differs.")
+        bool, typer.Option("--rebuild", help="Make each ledger anew from its night's rows, and write what differs.")
     ] = False,
     as_json: AsJson = False,
     endpoint: Endpoint = None,
 ) -> None:
-    """Show which photos published nights hold, for jobs that score new ones alone (dataset.select)."""
+    """Show and repair the ledgers: the photos of each night, which jobs with dataset.select new leave out."""
     from jobs.ledger import run_ledger
 
     exits.run(lambda: run_ledger(_open(output, endpoint), open_console(), rebuild=rebuild, as_json=as_json))
@@ -364,28 +367,28 @@ def ledger(
     "which editors use where the first line of a job.yaml is: # yaml-language-server: $schema=job.schema.json",
 )
 def schema(
-    dialect: Annotated[Dialect | None, typer.Option(help="DDL of the scores table, for this engine.")] = None,
-    job: Annotated[bool, typer.Option("--job", help="JSON schema of job files, by which editors complete.")] = False,
+    dialect: Annotated[Dialect | None, typer.Option(help="Print the DDL of the scores table for this engine.")] = None,
+    job: Annotated[bool, typer.Option("--job", help="Print the JSON schema of job files, for editors.")] = False,
     output: Annotated[
         str, typer.Option(help="Output folder or URI of the jobs: where the table is.")
     ] = "s3://bucket/lake",
 ) -> None:
-    """Print what the scores table is (--dialect), or what a job file can be (--job)."""
+    """Print the DDL of the scores table (--dialect), or the JSON schema of job files (--job)."""
     from jobs.schema import print_ddl, print_job_schema
 
     if (dialect is None) is not job:
-        exits.refuse("schema wants either --dialect or --job")
+        exits.refuse("schema needs either --dialect or --job")
     exits.run(print_job_schema if dialect is None else lambda: print_ddl(dialect, output))
 
 
 def main() -> None:
-    """Entry point of `alfa`."""
-    # A cluster stops a job with SIGTERM; it ends as Ctrl-C does.
+    """Runs `alfa`."""
+    # A cluster stops a job with SIGTERM; treat it like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(prog_name="alfa")
     except Exception:
-        logger.critical("a fault in alfa itself; please report it with what follows", exc_info=True)
+        logger.critical("a fault in alfa itself; please report it with this traceback", exc_info=True)
         sys.exit(exits.ERRORS)
 
 

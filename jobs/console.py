@@ -1,4 +1,4 @@
-"""What commands print to stdout: tables and lines for people, one JSON document for machines."""
+"""Prints the results of commands to stdout: tables and lines for people, or one JSON document for machines."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 _UNLIMITED = 100_000
-"""Columns of a file or a pipe, which cuts and wraps nothing."""
+"""Width for files and pipes, in characters: large enough that nothing is cut or wrapped."""
 
 
 def open_console(*, quiet: bool = False) -> Console:
-    """Opens stdout for tables and lines. Colours and widths are for terminals; NO_COLOR takes the colours there too.
+    """Opens stdout for tables and lines. Only a terminal gets colours and wrapping; NO_COLOR turns its colours off.
 
     quiet: print nothing.
     """
@@ -26,9 +26,9 @@ def open_console(*, quiet: bool = False) -> Console:
 def make_table(
     columns: Sequence[str], *, left: Collection[str] = (), whole: Collection[str] = (), title: str | None = None
 ) -> Table:
-    """Makes an empty table, whose columns are set right unless they are named in `left`.
+    """Makes an empty table. Columns are right-aligned, except those named in `left`.
 
-    On a narrow terminal cells are folded, save those of the columns in `whole`; nothing is cut off.
+    On a narrow terminal, cells are folded except in the columns named in `whole`. Nothing is cut off.
     """
     table = Table(title=None if title is None else Text(title), title_justify="left")
     for column in columns:
@@ -39,10 +39,10 @@ def make_table(
 
 
 def print_line(console: Console, text: str) -> None:
-    """Prints a line as it is: brackets are no markup, numbers get no colours, and long ones are not wrapped."""
+    """Prints a line unchanged: without markup, highlighting or wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
-    """Prints a JSON document to stdout, which then holds nothing else."""
+    """Prints a JSON document to stdout. The command must print nothing else there."""
     sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

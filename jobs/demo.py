@@ -1,4 +1,4 @@
-"""`alfa demo`: runs the whole pipeline, offline, on real images that lie in the repository."""
+"""`alfa demo`: runs the whole pipeline offline, on real images from the repository."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ class DemoError(RuntimeError):
 
 
 def run_demo(output: str, console: Console) -> int:
-    """Scores the demo's images into a folder and shows the most anomalous of them. Returns the exit code."""
+    """Scores the demo's images into a folder and prints the most anomalous ones. Returns the exit code.
+
+    Raises DemoError outside a checkout, and what run_score raises.
+    """
     if not DEMO.is_dir():
-        raise DemoError(f"{DEMO} is missing; the demo's images are in a checkout of the repository, at infra/demo")
+        raise DemoError(f"{DEMO} is missing; run the demo in a checkout of the repository, which has its images")
     job = parse_job(
         read_job_yaml((DEMO / "job.yaml").read_text()),
         flags={"dataset.images": str(DEMO / "images"), "output.uri": output},

@@ -39,11 +39,11 @@ def run_diff(
     fail_on_drift: bool = False,
     json_file: Path | None = None,
 ) -> int:
-    """Compares two published nights, by default the last one with the one before it. Returns the exit code.
+    """Compares two published nights, by default the last two, and prints the differences. Returns the exit code.
 
-    That is 1 where a class drifts and fail_on_drift is set, else 0. psi: the population stability index from which a
-    class counts as drifting. json_file: also write all of it there, as JSON. Raises NightError where a night is not
-    published.
+    The code is 1 if a class drifts and fail_on_drift is set, else 0. psi: the population stability index from which a
+    class counts as drifting. json_file: also write the whole comparison there, as JSON. Raises NightError where a night
+    is not published.
     """
     published = published_nights(output)
     pair = _choose(published, before, after, output)
@@ -78,7 +78,8 @@ def _choose(published: Sequence[str], before: str | None, after: str | None, out
     for night in (before, after):
         if night is not None and night not in published:
             raise NightError(
-                f"night {night} is not published at {output.uri('')}; there are: {', '.join(published[-10:]) or 'none'}"
+                f"night {night} is not published at {output.uri('')}; the last published nights: "
+                f"{', '.join(published[-10:]) or 'none'}"
             )
     if not published:
         raise NightError(f"no night is published at {output.uri('')}")
@@ -103,8 +104,8 @@ def _print_classes(classes: Sequence[ClassDrift], pair: tuple[str, str], psi: fl
     console.print(table)
     print_line(
         console,
-        f"A class drifts where PSI, how far its scores have moved, is {psi:g} or more (below 0.1 is calm), and p, how "
-        f"likely chance alone moves them so (Kolmogorov-Smirnov), is below {drift.P_VALUE:g}.",
+        f"A class drifts if its PSI is {psi:g} or more and its p below {drift.P_VALUE:g}. PSI measures how far its "
+        f"scores have moved (below 0.1: hardly), p how likely chance alone moves them so far (Kolmogorov-Smirnov).",
     )
 
 
@@ -113,7 +114,7 @@ def _number(value: float | None) -> str:
 
 
 def _read_changes(output: Store, changes: Mapping[str, drift.Changes], most: int | None = None) -> list[dict[str, Any]]:
-    """Changed photos of all classes, the highest score first; most: of each class."""
+    """Reads the changed photos of all classes, the highest score first. most: at most so many of each class."""
     rows = [
         row
         for name, found in changes.items()
@@ -138,8 +139,8 @@ def _print_changes(
     others = [item.class_name for item in classes if item.is_of_other_photos and item.images[0]]
     if others:
         console.print(
-            f"mostly other photos than the night before, so verdicts of single photos are not compared; see the rates "
-            f"above: {escape(', '.join(others))}",
+            f"not compared photo by photo, because most photos are new since the night before (see the rates above): "
+            f"{escape(', '.join(others))}",
             highlight=False,
             soft_wrap=True,
         )

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jobs.compare import BASE, describe_base, expand
 from jobs.console import make_table, print_line
-from jobs.planning import References, find_references, name_run, obtain_ensembles
+from jobs.planning import RowsByClass, find_references, name_run, obtain_ensembles
 from pipeline.alfa import locate_weights
 from pipeline.evaluation import (
     HEADERS,
@@ -70,18 +70,18 @@ PRESETS: dict[Benchmark, dict[str, Any]] = {
     }
     for benchmark in PUBLISHED
 }
-"""By benchmark, the setting of the papers: with --preset, a job needs dataset.images and nothing else."""
+"""The papers' settings by benchmark: with --preset, a job needs nothing but dataset.images."""
 
 _THREADS = max(4, 2 * (os.cpu_count() or 1))
-_SAY_EVERY_S = 30.0
+_LOG_EVERY_S = 30.0
 
 
 @dataclass(frozen=True)
 class Comparisons:
-    """What a job is compared with, see jobs.compare.expand.
+    """The variants that a job is compared with, see jobs.compare.expand.
 
-    anomaly_rate: peers are drawn from nights that hold so large a share of anomalous images, `draws` times; None: they
-    are drawn from all labelled images, as a night would.
+    anomaly_rate: draw the peers `draws` times, each time from a simulated night with this share of anomalous images.
+    None: choose them once from all labelled images, as a night would.
     """
 
     keys: Sequence[str] = ()
@@ -94,9 +94,9 @@ class Comparisons:
 def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | None, console: Console) -> int:
     """Scores the labelled images of a job in every configuration; prints and stores the metrics. Returns the exit code.
 
-    That is 0, or 1 past the error budget. All is done in this process, without Ray. benchmark: whose published results
-    are shown beside the measured ones; None: where there are comparisons, that of the layout. Raises JobError and the
-    pipeline's errors.
+    The code is 0, or 1 if too many images have no score (engine.max_error_rate). Everything runs in this process,
+    without Ray. benchmark: shows its published results beside the measured ones; None: with comparisons, the benchmark
+    whose layout the images have. Raises JobError and the pipeline's errors.
     """
     jobs = expand(job, compared.keys, compared.shots, compared.peers)
     output = open_store(job.output.uri, job.storage)
@@ -122,8 +122,8 @@ def run_evaluate(job: JobConfig, compared: Comparisons, benchmark: Benchmark | N
     return _finish(run_id, jobs, base, benchmark, scored, output, console, draws)
 
 
-def _draw(variant: Variant, nights: Sequence[References]) -> list[Variant]:
-    """The variant once for each night, with peers from there; itself where it has none."""
+def _draw(variant: Variant, nights: Sequence[RowsByClass]) -> list[Variant]:
+    """Returns one copy of the variant per night, with peers from that night; a variant without peers as it is."""
     if variant.job.peers is None:
         return [variant]
     return [
@@ -137,7 +137,7 @@ def _draw(variant: Variant, nights: Sequence[References]) -> list[Variant]:
 
 
 def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source: Store, console: Console) -> Scored:
-    """Scores the variants, with a bar on a terminal and a line now and then in a log."""
+    """Scores the variants, and shows the progress as a bar on a terminal or as lines in a log."""
     total = len(images) * len(group_variants(variants))
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -149,7 +149,7 @@ def _score(images: Sequence[LabelledImage], variants: Sequence[Variant], source:
             nonlocal said, done
             done += count
             progress.advance(task, count)
-            if not console.is_terminal and time.monotonic() - said >= _SAY_EVERY_S:
+            if not console.is_terminal and time.monotonic() - said >= _LOG_EVERY_S:
                 said = time.monotonic()
                 logger.info("%d of %d images scored, %.1f images/s", done, total, done / (said - started))
 
@@ -161,7 +161,8 @@ def run_evaluate_run(
 ) -> int:
     """Measures a finished run in an output against the labels of its manifest. Returns the exit code.
 
-    overrides: of the run's job, as key=value. endpoint: of the S3 that holds the output. Raises as run_evaluate does.
+    overrides: key=value for keys of the run's job. endpoint: URL of the S3 that holds the output. Raises what
+    run_evaluate raises.
     """
     job = _read_run_job(output_uri, run_id, overrides, endpoint)
     output = open_store(job.output.uri, job.storage)
@@ -185,12 +186,14 @@ def _read_run_job(output_uri: str, run_id: str, overrides: Sequence[str], endpoi
 def _plan(
     jobs: Mapping[str, JobConfig],
     images: Sequence[LabelledImage],
-    peers: References,
+    peers: RowsByClass,
     source: ImageSource,
     output: Store,
 ) -> tuple[str, list[Variant]]:
-    """Plans what to score with. Returns a run's id and the variants; several together are a run of their own. peers: by
-    class, the rows of the images that may serve as peers."""
+    """Prepares the variants: weights, prompts, references and peers. Returns the id of the run, and the variants.
+
+    Several variants together get a run id of their own. peers: by class, the rows of images that may serve as peers.
+    """
     classes = sorted({image.class_name for image in images})
     weights = {job.model: locate_weights(job.model) for job in jobs.values()}
     prompts: dict[tuple[Prompts, str], RunPrompts] = {}
@@ -223,9 +226,9 @@ def _finish(
     console: Console,
     draws: Mapping[str, Sequence[str]] | None = None,
 ) -> int:
-    """Measures, stores and prints. Returns the exit code. draws: see average_draws."""
+    """Measures the scores, stores and prints the metrics. Returns the exit code. draws: see average_draws."""
     job = jobs[BASE]
-    # Masks and photos are read by their addresses, which need not be below dataset.images.
+    # Masks and photos are read by address, because they need not lie below dataset.images.
     read = open_store(job.dataset.images, job.storage).read_uri
     cut = job.threshold.value if job.threshold.policy == "fixed" else None
     measured = measure(scored.images, scored.configurations, lambda uri: decode_mask(read(uri)), _THREADS, cut)
@@ -247,7 +250,7 @@ def _finish(
 
 
 def _store(evaluation: Evaluation, jobs: Mapping[str, JobConfig], output: Store, blocks: Sequence[Block]) -> None:
-    """Writes the results into the output: pictures and tables first, the document that names them last."""
+    """Writes the results into the output: pictures and tables first, the documents that name them last."""
 
     def write(name: str, data: bytes) -> None:
         output.write(paths.evaluation_key(evaluation.run_id, name), data)
@@ -295,7 +298,7 @@ def _parquet(rows: list[dict[str, Any]], schema: pa.Schema) -> bytes:
 
 
 def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
-    """Prints classes and their mean, or of several configurations the means; below, what was published for the data."""
+    """Prints the metrics of each class, or the means of several configurations, and published results below."""
     several = len(evaluation.scored.configurations) > 1
     first = "configuration" if several else "class"
     columns = (first, "good", "anomalous", *HEADERS)
@@ -315,7 +318,7 @@ def _print(evaluation: Evaluation, output: Store, console: Console) -> None:
     if several:
         print_line(console, f"{BASE}: {evaluation.base}")
     if evaluation.benchmark is not None:
-        print_line(console, f"published: means over {TITLES[evaluation.benchmark]}, zero-shot unless it says otherwise")
+        print_line(console, f"published: means over {TITLES[evaluation.benchmark]}, zero-shot unless noted otherwise")
     for line in facts(evaluation):
         print_line(console, line)
     for name in ("metrics.md", "evaluation.html", "metrics.parquet"):

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and an error as one clear line."""
+"""Ends a command: with its exit code, and an error as one clear line."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def run(job: Callable[[], int]) -> NoReturn:
 def attempt(job: Callable[[], int]) -> int:
     """Runs a job and returns its exit code.
 
-    What the pipeline raises becomes one clear line. The exit code is then 2 where the job has to change, 1 where the
-    same command can succeed later, 130 where it was interrupted. Other exceptions are faults in alfa, and pass.
+    The pipeline's errors are printed as one clear line. The exit code is then 2 if the job has to change, 1 if the same
+    command can succeed later, and 130 if it was interrupted. Other exceptions are faults in alfa and are raised.
     """
     logs.adopt_libraries()
     try:
@@ -51,7 +51,7 @@ def attempt(job: Callable[[], int]) -> int:
 
 
 def refuse(fault: str) -> NoReturn:
-    """Exits with the code for bad usage. fault: one line for each thing that is wrong."""
+    """Exits with the code for bad usage. fault: what is wrong, one line per fault."""
     raise typer.Exit(_complain_of(fault)) from None
 
 
@@ -62,9 +62,9 @@ def _complain_of(fault: str) -> int:
 
 
 def _errors_of_the_pipeline() -> tuple[tuple[type[Exception], ...], tuple[type[Exception], ...]]:
-    """Errors after which the job has to change, and those after which the same command can succeed.
+    """Returns the errors after which the job has to change, and those after which the same command can succeed.
 
-    They are imported when one is met: torch and Ray, which come with them, take seconds that `alfa status` has not.
+    They are imported only when an error is met, because they bring torch and Ray, whose import takes seconds.
     """
     from jobs.demo import DemoError
     from jobs.diff import NightError
@@ -84,7 +84,7 @@ def _errors_of_the_pipeline() -> tuple[tuple[type[Exception], ...], tuple[type[E
 
 def _give_up(error: Exception) -> int:
     _complain(f"{error}")
-    _complain("what was finished is kept; run the same command again to resume")
+    _complain("finished work is kept; run the same command again to resume")
     return ERRORS
 
 

@@ -14,10 +14,11 @@ from schemas.job import Storage, parse_job, read_job_yaml
 
 
 def run_export(output: Store, run: str, kind: str, target: str | None, storage: Storage, console: Console) -> int:
-    """Writes the files of a format, and prints how many images and regions they hold. Returns the exit code.
+    """Exports a night in a format, and prints how many images and regions were written. Returns the exit code.
 
     run: a night (YYYY-MM-DD) or a run's id. kind: coco, fiftyone or labelstudio. target: folder or URI for the files;
-    None: exports/<run_id>/<format> in the output. Raises ExportError where the run is not published.
+    None: exports/<run_id>/<format> in the output. Raises ExportError where the run is not published, or its masks were
+    removed and the format needs them.
     """
     commit = find_night(output, run)
     if kind == "coco" and commit.cleared_at:

@@ -1,4 +1,4 @@
-"""The flags of a job, declared once for all commands that take a job, and the job that they and its file make."""
+"""The flags of all commands that take a job, declared once, and how a job is read from them and its file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def _check_endpoint(value: str | None) -> str | None:
 
 Endpoint = Annotated[
     str | None,
-    typer.Option(help="URL of an S3 that is not AWS's; default: AWS_ENDPOINT_URL.", callback=_check_endpoint),
+    typer.Option(help="URL of an S3 other than AWS; default: AWS_ENDPOINT_URL.", callback=_check_endpoint),
 ]
-"""The flag --endpoint, of every command that opens a store."""
+"""The flag --endpoint of every command that opens a store."""
 
 
 @dataclass(frozen=True)
 class JobFlags:
-    """What was given on the command line; None where a flag was not."""
+    """The flags from the command line; None for those that were not given."""
 
     file: Annotated[str | None, typer.Argument(metavar="JOB", help="Job file (YAML): a path or a URI.")] = None
     images: Annotated[str | None, typer.Option(help="Folder, table or URI of the images.")] = None
@@ -50,13 +50,13 @@ class JobFlags:
     def read_job(self, defaults: Mapping[str, Any] | None = None) -> JobConfig:
         """Reads the job from its file, --set and the flags; the later ones win.
 
-        defaults: sections that the job has where its file has none. Raises JobError where the file cannot be read or
-        the job is not valid.
+        defaults: sections to use where the file has none. Raises JobError where the file cannot be read or the job is
+        invalid.
         """
         return parse_job({**(defaults or {}), **self._read_document()}, self.overrides or (), self._keys())
 
     def read_nights(self, first: str, last: str) -> list[JobConfig]:
-        """Reads the job once, and makes it of each night from `first` to `last`, which are as run_date may be.
+        """Reads the file once, and returns a job for each night from `first` to `last` (a date, today or yesterday).
 
         Raises JobError as read_job does, and where the last night comes before the first.
         """
@@ -74,11 +74,11 @@ class JobFlags:
         return read_job_yaml(_read_text(self.file, self.storage())) if self.file else {}
 
     def storage(self) -> Storage:
-        """How stores are reached before there is a job: to read its file."""
+        """Returns how to reach the store of the job file, before there is a job."""
         return Storage(endpoint_url=self.endpoint)
 
     def _keys(self) -> dict[str, Any]:
-        """The keys of a job that flags set."""
+        """Returns the job's keys that have flags, with the flags' values."""
         name, _, pretrained = (self.model or "").partition("/")
         return {
             "dataset.images": self.images,
@@ -94,7 +94,7 @@ class JobFlags:
 
 @dataclass(frozen=True)
 class NightFlags(JobFlags):
-    """The flags of a job, and which night it is of."""
+    """The flags of a job and its night."""
 
     run_date: Annotated[str | None, typer.Option(help="The night: YYYY-MM-DD, today or yesterday.")] = None
 
@@ -103,7 +103,7 @@ class NightFlags(JobFlags):
 
 
 def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Makes each flag of JobFlags or NightFlags, the first parameter of a command, a parameter that typer sees."""
+    """Decorates a command whose first parameter is a JobFlags or NightFlags, so that typer sees each flag of it."""
     first, *others = inspect.signature(command, eval_str=True).parameters.values()
     kind = first.annotation
     flags = inspect.signature(kind, eval_str=True).parameters
@@ -112,7 +112,7 @@ def spread_flags(command: Callable[..., None]) -> Callable[..., None]:
     def spread(**values: Any) -> None:
         command(kind(**{name: values.pop(name) for name in flags}), **values)
 
-    # By name alone, as typer calls it: parameters without a default may then follow those with one.
+    # Keyword-only, because parameters without a default may then follow those with one; typer passes all by name.
     named = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*flags.values(), *others)]
     spread.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
     return spread

@@ -1,4 +1,4 @@
-"""`alfa gc`: removes files that no published night needs any more, and what is kept no longer of old nights."""
+"""`alfa gc`: removes files that no published night needs, and masks, maps, shards or rows of old nights."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ def run_gc(
     table: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Counts, or with `delete` removes, files that no commit refers to. Returns the exit code.
+    """Counts the files that no commit refers to, or removes them with `delete`. Returns the exit code.
 
-    Prints files and bytes of each kind.
+    Prints the number of files and bytes of each kind.
 
     Args:
-        older_than_h: hours for which a file must have lain untouched.
-        keep_nights, keep_days: also masks, maps and shards of nights before the last so many, or so many days.
-        table: of those nights their rows, commits and records, too.
+        older_than_h: only files that were not written for so many hours.
+        keep_nights: also remove masks, maps and shards of all but the last so many nights.
+        keep_days: also remove masks, maps and shards of nights before the last so many days.
+        table: of those nights, also remove rows, commits and records.
     """
     files: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -50,7 +51,7 @@ def run_gc(
         print_json({"output": output.uri(""), "deleted": delete, "old_before": old_before, "kinds": kinds, **total})
         return 0
     if not is_published:
-        print_line(console, f"no night is published at {output.uri('')}, so nothing is known to be superseded")
+        print_line(console, f"no night is published at {output.uri('')}, so there is nothing to remove")
         return 0
     counted = make_table(("kind", "files", "size"), left=("kind",))
     for kind, count in sorted(files.items()):
@@ -59,8 +60,8 @@ def run_gc(
     counted.add_row("all", str(files.total()), decimal(sizes.total()))
     console.print(counted)
     if retention is not None:
-        what = "all of them, their rows too" if table else "their masks, maps and shards; their rows stay"
-        print_line(console, f"with what goes of nights before {oldest}: {what}")
+        what = "everything, rows too" if table else "masks, maps and shards, but not rows"
+        print_line(console, f"includes {what} of the nights before {oldest}")
     if not delete and files:
         print_line(console, "nothing was removed; --delete removes these files")
     return 0

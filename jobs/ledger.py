@@ -1,4 +1,4 @@
-"""`alfa ledger`: which photos the nights of an output hold, for jobs with dataset.select new."""
+"""`alfa ledger`: checks and rebuilds the lists of the photos that each night holds, for `dataset.select: new`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipeline.storage import Store, leases, paths
 
 
 def run_ledger(output: Store, console: Console, *, rebuild: bool = False, as_json: bool = False) -> int:
-    """Prints the ledger of each published night, and what is wrong with it. Returns the exit code.
+    """Prints the state of the ledger of each published night. Returns the exit code.
 
-    rebuild: makes each ledger from the rows that its night's commit names, compares it with the one that is there, and
-    writes it where it is missing or different; removes nothing.
+    rebuild: make each ledger anew from the rows that its night's commit names, and write it where the stored one is
+    missing or different. Nothing is removed.
     """
     owner = leases.new_owner()
     there = {info.key for info in output.list(paths.LEDGER)}
@@ -33,7 +33,7 @@ def run_ledger(output: Store, console: Console, *, rebuild: bool = False, as_jso
     for ledger, state in found:
         table.add_row(ledger.night, str(ledger.rows), str(_errors(ledger)), state.value)
     console.print(table)
-    for line in _conclude(len(found), wrong, stray, rebuild):
+    for line in _summarise(len(found), wrong, stray, rebuild):
         print_line(console, line)
     return 0
 
@@ -48,12 +48,12 @@ def _errors(ledger: Ledger) -> int:
     return sum(entry.failed for entry in ledger.entries)
 
 
-def _conclude(nights: int, wrong: int, stray: int, rebuild: bool) -> Iterator[str]:
+def _summarise(nights: int, wrong: int, stray: int, rebuild: bool) -> Iterator[str]:
     if rebuild:
-        yield f"{nights} nights were made from their rows anew: " + (
-            f"{wrong} were missing or different and are written" if wrong else "no difference"
+        yield f"the ledgers of {nights} nights were made anew from their rows: " + (
+            f"{wrong} were missing or different and have been written" if wrong else "no difference"
         )
     elif wrong:
-        yield f"{wrong} of {nights} are missing; the next night makes them from its rows, or --rebuild does so now"
+        yield f"{wrong} of {nights} ledgers are missing; the next night makes them from the rows, --rebuild does so now"
     if stray:
-        yield f"{stray} files belong to no commit and say nothing; alfa gc removes them"
+        yield f"{stray} files belong to no commit and are not read; alfa gc removes them"

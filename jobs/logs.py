@@ -1,4 +1,4 @@
-"""How a job logs: lines for people, or a JSON object a line for machines; secrets are blanked in both."""
+"""Sets up logging: lines for people, or one JSON object per line for machines; secrets are blanked in both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _format = LogFormat.TEXT
 
 
 class RedactingFilter(logging.Filter):
-    """Blanks secrets in every record and its traceback, and lets it pass."""
+    """Blanks secrets in every record and its traceback; keeps all records."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = redact_lines(record.getMessage()), None
@@ -38,8 +38,10 @@ class RedactingFilter(logging.Filter):
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats a record as a JSON object on one line: time (UTC), level, logger, message, the facts of bind(), and the
-    exception if there is one."""
+    """Formats a record as a JSON object on one line.
+
+    Keys: time (UTC), level, logger, message, the facts given to bind(), and exception if there is one.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, Any] = {
@@ -60,12 +62,12 @@ def redact_lines(text: str) -> str:
 
 
 def bind(**facts: Any) -> None:
-    """Adds facts to every JSON line from now on, such as run_id=..."""
+    """Adds facts, such as run_id=..., to every JSON line from now on."""
     _facts.update(facts)
 
 
 def configure(log_format: LogFormat) -> None:
-    """Sets up logging of this process to stderr, in place of what was set up before."""
+    """Makes this process log to stderr; replaces an earlier configuration."""
     global _format
     _format = log_format
     handler = _handler(log_format)
@@ -76,10 +78,10 @@ def configure(log_format: LogFormat) -> None:
 
 
 def adopt_libraries() -> None:
-    """Sends what libraries print as their own log through alfa's, and drops what is no warning to the job.
+    """Sends the logs of Ray and huggingface_hub through alfa's handlers, and drops all but warnings and errors.
 
-    To be called when they are imported: that is when they set up their handlers. Of the hub that weights come from,
-    only errors are kept: it announces every retry, and where all fail, alfa's error says so once.
+    Call it after they are imported, because they set up their own handlers then. Of huggingface_hub only errors are
+    kept: it warns of every retry, and if all fail, alfa's own error says so.
     """
     for name, level in (("ray", logging.WARNING), ("huggingface_hub", logging.ERROR)):
         library = logging.getLogger(name)

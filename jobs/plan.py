@@ -1,4 +1,4 @@
-"""`alfa plan`: what a night would do and cost. Writes nothing, asks no LLM, starts no Ray."""
+"""`alfa plan`: shows what a night would do and cost. Writes nothing, asks no LLM, starts no Ray."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from pipeline.alfa import locate_weights, text_fits
 from pipeline.images import describe_left_out
 from pipeline.lake import Selection, published_nights, read_commit, read_stats
 from pipeline.prompts import compose_ensemble, find_or_make, record_prompts
-from pipeline.scoring import HASHED, Manifest, identify_shards
+from pipeline.scoring import SHARD_ID_COLUMNS, Manifest, identify_shards
 from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
 from schemas.records import Commit, RunStats
 
-_SHOWN = 5
-"""Files that are named of each kind."""
-_FAR = 10
-"""A file is odd that is so many times larger or smaller than the median."""
-_NIGHTS, _RUNS = 20, 5
-"""Last nights of the output that are looked at, and runs among them with the job's model that rates are taken from."""
-_LEAST_HOURS = 0.01
-"""Fewer hours of cores or GPUs are not worth a word."""
-_SAMPLE = 500
-"""Objects of the last night whose sizes are looked at."""
+_FILES_SHOWN = 5
+"""How many files are named as largest, odd or empty."""
+_ODD_FACTOR = 10
+"""A file counts as odd if it is this many times larger or smaller than the median."""
+_NIGHTS_READ, _RUNS_READ = 20, 5
+"""How many of the last nights are read, and from how many runs among them, with the job's model, rates are taken."""
+_LEAST_HOURS_SHOWN = 0.01
+"""Fewer hours of cores or GPUs are not shown."""
+_OBJECTS_SAMPLED = 500
+"""How many masks, or stored prompt sets, are read to estimate sizes and costs."""
 
 
 class File(NamedTuple):
-    """A file and its size."""
+    """A file and its size in bytes."""
 
     uri: str
     bytes: int
@@ -52,7 +52,7 @@ class File(NamedTuple):
 
 @dataclass(frozen=True)
 class Files:
-    """The sizes of the images that are to be scored. largest, odd, empty: some of them."""
+    """The file sizes, in bytes, of the images to score. largest, odd, empty: examples of such files."""
 
     images: int
     bytes: int
@@ -67,8 +67,12 @@ class Files:
 
 @dataclass(frozen=True)
 class ClassPlan:
-    """A class of the night. prompts: llm, bundled or base where they are there or need no LLM, else `to be asked`.
-    shots, peers: known-good images and photos of the night that its photos are compared with, if all can be read."""
+    """A class of the night.
+
+    prompts: where its prompts come from: llm, bundled, base, or `to be asked` if the LLM has not described it yet.
+    shots, peers: number of known-good images and of photos of the night that each photo is compared with, provided
+    that all of them can be read.
+    """
 
     class_name: str
     images: int
@@ -79,7 +83,7 @@ class ClassPlan:
 
 @dataclass(frozen=True, eq=False)
 class LastNight:
-    """A published night: its commit, and what its run's stats.json says; None where that is missing."""
+    """A published night: its commit, and the stats of its run; None where stats.json is missing."""
 
     commit: Commit
     stats: RunStats | None
@@ -87,8 +91,7 @@ class LastNight:
 
 @dataclass(frozen=True)
 class Pace:
-    """How the last runs with this model went. Cores and GPUs are those that their actors held; None where they did not
-    say."""
+    """The pace of the last runs with this model. cores, gpus: those that their actors held; None where unknown."""
 
     runs: int
     images_per_second: float
@@ -96,7 +99,7 @@ class Pace:
     gpus: float | None
 
     def hours(self, images: int) -> dict[str, float | None]:
-        """Hours of scoring, and of the cores and GPUs that it takes."""
+        """Estimates, for so many images, the hours of scoring, and the hours of cores and GPUs."""
         hours = images / self.images_per_second / 3600
         return {
             "hours": hours,
@@ -107,10 +110,11 @@ class Pace:
 
 @dataclass(frozen=True)
 class NightPlan:
-    """What a night would do. run_id, finished_shards, is_published: None where prompts are missing, which name the run.
+    """What a night would do.
 
-    left_out: objects that are no images, by suffix. usage_a_class: what describing a class has cost before, where the
-    LLM is to be asked.
+    left_out: number of objects that are no images, by suffix. run_id, finished_shards, is_published: None while prompts
+    are missing, because the run's id depends on them. usage_a_class: average cost of describing a class so far; None if
+    the LLM need not be asked, or has described none.
     """
 
     run_date: str
@@ -131,8 +135,10 @@ class NightPlan:
 
 
 def run_plan(job: JobConfig, console: Console, *, as_json: bool = False) -> int:
-    """Prints what a night would do and cost. Returns the exit code. Raises what scoring would raise before its first
-    image, except for what only an LLM or a cluster can say."""
+    """Prints what a night would do and cost. Returns the exit code.
+
+    Raises what scoring would raise before its first image, except errors of the LLM and the cluster.
+    """
     plan = plan_night(job)
     if as_json:
         print_json(_document(plan))
@@ -144,7 +150,7 @@ def run_plan(job: JobConfig, console: Console, *, as_json: bool = False) -> int:
 
 
 def plan_night(job: JobConfig) -> NightPlan:
-    """Looks at the images, the output and its last runs."""
+    """Plans a night from the images, the output and its last runs."""
     output = open_store(job.output.uri, job.storage)
     source = open_source(job, output)
     weights = locate_weights(job.model)
@@ -156,8 +162,8 @@ def plan_night(job: JobConfig) -> NightPlan:
         table, _ = read_thresholds(job, weights, classes)
         references = select_references(job, chosen, classes)
         sets = {name: find_or_make(output, name, job.prompts) for name in classes}
-        shard_ids = list(identify_shards(manifest.batches(HASHED), job.engine.shard_size))
-        files = _look_at_files(manifest)
+        shard_ids = list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), job.engine.shard_size))
+        files = _summarise_files(manifest)
     run_id = finished = is_published = None
     known = [prompt_set for prompt_set in sets.values() if prompt_set is not None]
     if len(known) == len(classes):
@@ -196,9 +202,9 @@ def _describe_prompts(prompt_set: PromptSet | None) -> str:
     return "to be asked" if prompt_set is None else prompt_set.source
 
 
-def _look_at_files(manifest: Manifest) -> Files:
-    """Reads the sizes twice: for the median, and then for what is far from it."""
-    sizes = np.concatenate([np.empty(0), *(_to_numbers(batch) for batch in manifest.batches(["size"]))])
+def _summarise_files(manifest: Manifest) -> Files:
+    """Summarises the sizes in two passes: one for the median, one for the files far from it."""
+    sizes = np.concatenate([np.empty(0), *(_sizes_of(batch) for batch in manifest.batches(["size"]))])
     known = sizes[~np.isnan(sizes)]
     median = int(np.median(known)) if len(known) else None
     largest: list[File] = []
@@ -206,15 +212,15 @@ def _look_at_files(manifest: Manifest) -> Files:
     empty: list[str] = []
     odd_count = 0
     for batch in manifest.batches(["uri", "size"]):
-        uris, some = batch.column("uri"), _to_numbers(batch)
-        top = np.argsort(np.nan_to_num(some, nan=-1.0))[-_SHOWN:]
+        uris, some = batch.column("uri"), _sizes_of(batch)
+        top = np.argsort(np.nan_to_num(some, nan=-1.0))[-_FILES_SHOWN:]
         largest += [_file_at(batch, place) for place in top.tolist() if some[place] > 0]
-        largest = heapq.nlargest(_SHOWN, largest, key=lambda file: file.bytes)
-        empty += [uris[place].as_py() for place in np.flatnonzero(some == 0)[: _SHOWN - len(empty)].tolist()]
+        largest = heapq.nlargest(_FILES_SHOWN, largest, key=lambda file: file.bytes)
+        empty += [uris[place].as_py() for place in np.flatnonzero(some == 0)[: _FILES_SHOWN - len(empty)].tolist()]
         if median:
-            far = np.flatnonzero((some > _FAR * median) | ((some > 0) & (some < median / _FAR)))
+            far = np.flatnonzero((some > _ODD_FACTOR * median) | ((some > 0) & (some < median / _ODD_FACTOR)))
             odd_count += len(far)
-            odd += [_file_at(batch, place) for place in far[: _SHOWN - len(odd)].tolist()]
+            odd += [_file_at(batch, place) for place in far[: _FILES_SHOWN - len(odd)].tolist()]
     return Files(
         images=manifest.images,
         bytes=int(known.sum()),
@@ -228,8 +234,8 @@ def _look_at_files(manifest: Manifest) -> Files:
     )
 
 
-def _to_numbers(batch: pa.RecordBatch) -> NDArray[np.float64]:
-    """Sizes of manifest rows; NaN where they are unknown."""
+def _sizes_of(batch: pa.RecordBatch) -> NDArray[np.float64]:
+    """Returns the sizes of manifest rows in bytes; NaN where they are unknown."""
     return np.asarray(batch.column("size").to_numpy(zero_copy_only=False), np.float64)
 
 
@@ -238,9 +244,9 @@ def _file_at(batch: pa.RecordBatch, place: int) -> File:
 
 
 def _usual_usage(output: Store, model: str | None) -> Usage | None:
-    """What a class has cost that this LLM described for this output, on average; None where it has described none."""
+    """Averages the usage per class of this LLM in this output; None if it has described no class yet."""
     found = []
-    for info in islice(output.list("prompts"), _SAMPLE):
+    for info in islice(output.list("prompts"), _OBJECTS_SAMPLED):
         if info.key.endswith(".json") and ".claim-" not in info.key:
             prompt_set = json.loads(output.read(info.key))
             if prompt_set.get("source") == "llm" and prompt_set.get("model") == model:
@@ -257,9 +263,9 @@ def _usual_usage(output: Store, model: str | None) -> Usage | None:
 
 
 def _find_pace(nights: Sequence[LastNight], model: str) -> Pace | None:
-    """The pace of the last runs that have scored with this model; None where there is none."""
+    """Returns the median pace of the last runs that scored with this model; None if there are none."""
     stats = [night.stats for night in nights if night.stats is not None and night.stats.model == model]
-    found = [each for each in stats if each.scoring_images_per_second][:_RUNS]
+    found = [each for each in stats if each.scoring_images_per_second][:_RUNS_READ]
     if not found:
         return None
     rate = float(np.median([each.rate for each in found]))
@@ -270,24 +276,26 @@ def _find_pace(nights: Sequence[LastNight], model: str) -> Pace | None:
 
 
 def _read_last_nights(output: Store) -> list[LastNight]:
-    """The last nights that have rows, the latest first."""
+    """Reads the last nights that have rows, the latest first."""
     found: list[LastNight] = []
     for night in reversed(published_nights(output)):
         commit = read_commit(output, night)
         if commit and commit.rows:
             found.append(LastNight(commit, read_stats(output, commit.run_id)))
-        if len(found) == _NIGHTS:
+        if len(found) == _NIGHTS_READ:
             break
     return found
 
 
 def _result_bytes(output: Store, night: LastNight) -> float:
-    """Bytes that an image has left in the lake: in the table and its version that the commit names, in the shards, and
-    as a mask."""
+    """Estimates the bytes per image that a night has left in the lake.
+
+    Counted are the table and its immutable copy, the shards, and the average size of some masks.
+    """
     commit = night.commit
     rows = 2 * sum(entry.bytes for entry in commit.files)
     shards = sum(info.size or 0 for info in output.list(commit.shards)) if commit.shards else 0
-    masks = [info.size or 0 for info in islice(output.list(f"masks/run_date={commit.run_date}"), _SAMPLE)]
+    masks = [info.size or 0 for info in islice(output.list(f"masks/run_date={commit.run_date}"), _OBJECTS_SAMPLED)]
     return float((rows + shards) / commit.rows + (sum(masks) / len(masks) if masks else 0))
 
 
@@ -333,7 +341,7 @@ def _describe(plan: NightPlan) -> Iterator[tuple[str, str]]:
     for file in files.largest:
         yield "largest", f"{decimal(file.bytes)}  {file.uri}"
     if files.odd_count:
-        yield "odd", f"{files.odd_count} more than {_FAR} times larger or smaller than the median, such as"
+        yield "odd", f"{files.odd_count} more than {_ODD_FACTOR} times larger or smaller than the median, such as"
         for file in files.odd:
             yield "", f"{decimal(file.bytes)}  {file.uri}"
     if files.empty_count:
@@ -359,10 +367,10 @@ def _describe_llm(asked: Sequence[str], usage: Usage | None) -> str:
         return "is not asked"
     said = f"is asked for {len(asked)} classes: {', '.join(asked[:8])}{' and others' if len(asked) > 8 else ''}"
     if usage is None:
-        return f"{said}; cost unknown: it has described no class for this output yet"
+        return f"{said}; cost unknown, because it has described no class for this output yet"
     tokens = len(asked) * (usage.prompt_tokens + usage.completion_tokens)
     cost = "cost unknown" if usage.cost_usd is None else f"about {len(asked) * usage.cost_usd:.4f} USD"
-    return f"{said}; about {tokens} tokens, {cost}, as for the classes before"
+    return f"{said}; about {tokens} tokens, {cost}, going by earlier classes"
 
 
 def _describe_time(plan: NightPlan) -> str:
@@ -374,7 +382,7 @@ def _describe_time(plan: NightPlan) -> str:
     gpus, cores = hours["gpu_hours"], hours["core_hours"]
     held = ""
     for hours_held, unit in ((gpus, "GPU hours"), (cores, "core hours")):
-        if not held and hours_held and hours_held >= _LEAST_HOURS:
+        if not held and hours_held and hours_held >= _LEAST_HOURS_SHOWN:
             held = f", {hours_held:.2f} {unit}"
     runs = f"the last {plan.pace.runs} runs" if plan.pace.runs > 1 else "the last run"
     seconds = plan.files.images / plan.pace.images_per_second

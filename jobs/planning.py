@@ -1,4 +1,4 @@
-"""A night before its first image is scored: which images, which prompts, which run."""
+"""Plans a night before its first image is scored: its images, prompts, references, thresholds and run id."""
 
 from __future__ import annotations
 
@@ -43,14 +43,16 @@ from schemas.prompts import PromptEnsemble, PromptSet, RunPrompts, Usage
 logger = logging.getLogger(__name__)
 
 
-References = Mapping[str, Sequence[Mapping[str, Any]]]
+RowsByClass = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Rows of a manifest, by class name."""
 
 _READERS = 16
+"""Stored prompt sets that are read at once."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a night before its first image is scored."""
+    """Everything that is decided about a night before its first image is scored."""
 
     run: Run
     weights: Weights
@@ -59,34 +61,39 @@ class Plan:
     prompts: RunPrompts
     usage: Usage
     """What this job has spent on prompts; sets that were stored already cost nothing."""
-    references: References
-    """By class, the manifest rows of the known-good images that it is compared with (few-shot)."""
-    peers: References
-    """By class, the rows of the photos of the night that may serve as peers, the first ones first."""
-    earlier: References
-    """The same of earlier nights, where the night has too few."""
+    references: RowsByClass
+    """Known-good images to compare with (few-shot)."""
+    peers: RowsByClass
+    """Photos of the night that may serve as peers, in the order in which they are tried."""
+    earlier: RowsByClass
+    """Photos of earlier nights that may serve as peers, for classes that have too few tonight."""
     thresholds: Mapping[str, Thresholds]
-    """By class, from the calibrated table; empty unless threshold.policy is labels."""
+    """Thresholds by class from the calibrated table; empty unless threshold.policy is labels."""
     table: bytes
-    """The calibrated table, as its file holds it."""
+    """Content of the file of the calibrated table; empty unless threshold.policy is labels."""
     fingerprints: Mapping[str, str]
-    """By class, what it is scored as: see JobConfig.class_fingerprint."""
+    """JobConfig.class_fingerprint of each class."""
     selection: Selection | None
-    """What was left out, where dataset.select is new."""
+    """Counts of the images left out; None unless dataset.select is new."""
     left_out: Mapping[str, int]
-    """Objects that are no images, by suffix."""
+    """Number of objects that are no images, by suffix."""
 
 
 def open_source(job: JobConfig, output: Store) -> ImageSource:
-    """Opens the images of a job. A night of an output that has others may find no images at all, if it takes the new
-    ones alone: on a Sunday, a folder of that day may be missing."""
+    """Opens the images of a job. Raises DatasetError where there are none.
+
+    With `dataset.select: new` there may be none if the output has published nights: on a Sunday, the folder of the day
+    may be missing.
+    """
     may_be_empty = job.dataset.select == "new" and bool(published_nights(output))
     return open_dataset(job.dataset, job.storage, output, may_be_empty=may_be_empty)
 
 
 def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) -> Plan:
-    """Lists the images, leaves out what another night has scored if the job says so, obtains the prompts, and works
-    out which run this is."""
+    """Plans a night: lists and selects the images, obtains prompts, references and thresholds, and names the run.
+
+    scratch: local folder for the manifest. Raises the pipeline's errors.
+    """
     logger.info("layout %s at %s", source.layout, source.store.uri(""))
     weights = locate_weights(job.model)
     if weights.is_embedded:
@@ -104,7 +111,9 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     peers = choice.rows if choice is not None else {}
     earlier = find_earlier_peers(job, manifest.classes, peers, output)
     if job.peers is not None:
-        _tell_peers(job.peers, {name: count + len(earlier.get(name, ())) for name, count in manifest.classes.items()})
+        _log_few_images(
+            job.peers, {name: count + len(earlier.get(name, ())) for name, count in manifest.classes.items()}
+        )
     return Plan(
         run,
         weights,
@@ -127,31 +136,34 @@ def list_night(
     job: JobConfig,
     weights: Weights,
     source: ImageSource,
-    references: References,
+    references: RowsByClass,
     scratch: Path,
     output: Store,
     left_out: Counter[str],
     choice: LowestIds | None = None,
 ) -> tuple[Manifest, Selection | None]:
-    """Lists the images that the night is to score, and counts what dataset.select new leaves out, and what is no image
-    (left_out, by suffix). Writes nothing to the output. choice: sees the images that are to be scored."""
+    """Lists the images to score. Returns their manifest, and the counts of what `dataset.select: new` left out.
+
+    Writes nothing to the output. left_out: counts objects that are no images, by suffix. choice: watches the images
+    to score.
+    """
     listed, selection = list_images(source, left_out), None
     if job.dataset.select == "new":
         selection = Selection()
         listed = read_known_photos(job, weights, references, scratch, output).leave_out(listed, selection)
     manifest = write_manifest(listed if choice is None else choice.watch(listed), scratch)
     if selection is not None:
-        _tell_selection(selection, manifest.images, job.dataset.error_nights)
+        _log_selection(selection, manifest.images, job.dataset.error_nights)
     if left_out:
-        logger.info("left out by suffix: %s; dataset.suffixes decides", describe_left_out(left_out))
+        logger.info("left out by suffix: %s; dataset.suffixes changes that", describe_left_out(left_out))
     logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
     return manifest, selection
 
 
 def read_known_photos(
-    job: JobConfig, weights: Weights, references: References, scratch: Path, output: Store
+    job: JobConfig, weights: Weights, references: RowsByClass, scratch: Path, output: Store
 ) -> KnownPhotos:
-    """Reads which photos other nights hold, scored as this job would score them. Writes nothing to the output."""
+    """Reads which photos other nights have scored with the same options as this job. Writes nothing to the output."""
     ledgers = find_ledgers(output, but_for=job.run_date)
     classes = sorted({name for ledger in ledgers for name in ledger.fingerprints})
     fits = text_fits(job.model)
@@ -163,9 +175,9 @@ def read_known_photos(
 
 
 def class_fingerprints(
-    job: JobConfig, weights: Weights, ensembles: Iterable[PromptEnsemble], references: References
+    job: JobConfig, weights: Weights, ensembles: Iterable[PromptEnsemble], references: RowsByClass
 ) -> dict[str, str]:
-    """What each class that has prompts is scored as, see JobConfig.class_fingerprint."""
+    """Returns JobConfig.class_fingerprint of each class that has prompts."""
     return {
         ensemble.class_name: job.class_fingerprint(
             ensemble.class_name,
@@ -197,7 +209,10 @@ def choose_all_references(job: JobConfig, source: ImageSource) -> dict[str, list
 def select_references(
     job: JobConfig, chosen: Mapping[str, list[dict[str, Any]]], classes: Sequence[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Those of tonight's classes, with a warning for each class that has too few."""
+    """Selects the references of tonight's classes, and warns of each class that has too few.
+
+    Raises ThresholdError where threshold.policy reference needs more of them.
+    """
     if job.references is None:
         return {}
     for line in describe_choice(chosen, classes, job.references.shots):
@@ -208,7 +223,7 @@ def select_references(
     return {name: chosen[name] for name in classes if name in chosen}
 
 
-def find_earlier_peers(job: JobConfig, classes: Mapping[str, int], peers: References, output: Store) -> References:
+def find_earlier_peers(job: JobConfig, classes: Mapping[str, int], peers: RowsByClass, output: Store) -> RowsByClass:
     """Finds photos of earlier nights for the classes that have fewer photos tonight than peers.images."""
     if job.peers is None:
         return {}
@@ -218,16 +233,16 @@ def find_earlier_peers(job: JobConfig, classes: Mapping[str, int], peers: Refere
     return {name: [row for row in rows if row["image_id"] not in known] for name, rows in found.items()}
 
 
-def _tell_peers(options: Peers, classes: Mapping[str, int]) -> None:
+def _log_few_images(options: Peers, classes: Mapping[str, int]) -> None:
     few = [name for name, count in classes.items() if count < options.min_images]
     if few:
         shown = _shorten({name: classes[name] for name in few})
-        logger.info("too few images to compare them with each other, language alone (peers.min_images): %s", shown)
+        logger.info("classes with too few images for peers (peers.min_images), scored by language alone: %s", shown)
 
 
-def _tell_selection(selection: Selection, images: int, error_nights: int) -> None:
+def _log_selection(selection: Selection, images: int, error_nights: int) -> None:
     logger.info(
-        "%d images listed: %d have a score from another night, %d failed in %d nights and are given up, %d are left",
+        "%d images listed: %d were scored in another night, %d failed in %d nights and are given up, %d are left",
         selection.listed,
         selection.scored,
         selection.given_up,
@@ -237,9 +252,10 @@ def _tell_selection(selection: Selection, images: int, error_nights: int) -> Non
 
 
 def read_thresholds(job: JobConfig, weights: Weights, classes: Sequence[str]) -> tuple[bytes, Mapping[str, Thresholds]]:
-    """Reads the file of calibrated thresholds that the job names, and those of the classes in it; else nothing.
+    """Reads the calibrated thresholds that the job names: the content of the file, and the thresholds by class.
 
-    Raises ThresholdError where the file is missing, is of another model, weights or method, or lacks a class.
+    Both are empty unless threshold.policy is labels. Raises ThresholdError where the file is missing, was made with
+    another model, weights or method, or lacks a class.
     """
     table, place = _read_table(job), str(job.threshold.table)
     calibrated = parse_table(table, place) if table else None
@@ -247,7 +263,7 @@ def read_thresholds(job: JobConfig, weights: Weights, classes: Sequence[str]) ->
 
 
 def _read_table(job: JobConfig) -> bytes:
-    """Reads the file of calibrated thresholds that the job names; empty where it names none."""
+    """Reads the file of calibrated thresholds; empty unless threshold.policy is labels."""
     if job.threshold.policy != "labels" or job.threshold.table is None:
         return b""
     folder, _, name = job.threshold.table.rpartition("/")
@@ -255,12 +271,12 @@ def _read_table(job: JobConfig) -> bytes:
         return open_store(folder or ".", job.storage).read(name)
     except FileNotFoundError:
         raise ThresholdError(
-            f"threshold.table {job.threshold.table} is missing; write it with alfa calibrate, or take another policy"
+            f"threshold.table {job.threshold.table} is missing; write it with alfa calibrate, or use another policy"
         ) from None
 
 
 def obtain_ensembles(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[RunPrompts, Usage]:
-    """Obtains the prompts of the classes. Returns them, and what was spent now on an LLM that describes classes."""
+    """Obtains the prompts of the classes. Returns them, and what this call has spent on the LLM."""
     sets, usage = _prompt_sets(job, classes, output)
     for prompt_set in sets:
         logger.info("prompts of %s: %s", prompt_set.class_name, _origin(prompt_set))
@@ -272,12 +288,12 @@ def name_run(
     job: JobConfig,
     weights: Weights,
     prompts: RunPrompts,
-    references: References,
+    references: RowsByClass,
     table: bytes = b"",
 ) -> Run:
-    """Names the run of a job; its id hashes all that determines its rows.
+    """Names the run of a job: its id is the night and a hash of everything that determines the rows.
 
-    references: manifest rows of the reference images, by class. table: the file of calibrated thresholds.
+    table: content of the file of calibrated thresholds.
     """
     prompts_fingerprint = "\n".join(f"{item.class_name}\0{item.fingerprint}" for item in prompts.ensembles)
     image_ids = [image["image_id"] for _, images in sorted(references.items()) for image in images]
@@ -287,7 +303,7 @@ def name_run(
 
 
 def _prompt_sets(job: JobConfig, classes: Sequence[str], output: Store) -> tuple[list[PromptSet], Usage]:
-    """Reads stored and bundled sets here; Ray and its prompt actor are needed only where an LLM is to be asked."""
+    """Returns the prompt set of each class, and what was spent. Starts Ray only if an LLM has to be asked."""
     stored = {name: find(output, name, job.prompts) for name in classes}
     missing = [name for name, prompt_set in stored.items() if prompt_set is None]
     made: dict[str, PromptSet] = {}

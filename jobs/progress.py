@@ -1,4 +1,4 @@
-"""How far a run is: stats.json and metrics.prom in the lake, a bar on a terminal, lines in a log."""
+"""Shows the progress of a run: stats.json and metrics.prom in the lake, a bar on a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STATS_EVERY_S = 15.0
 
 
 class RunProgress:
-    """Counts what finished shards report, and tells the lake and the console. A context manager around the loop."""
+    """Counts finished shards, and shows the counts in the lake and on the console. A context manager."""
 
     def __init__(self, facts: RunStats, output: Store, console: Console, images: int, job_started: float) -> None:
-        """facts: what stats.json says of the run besides what is counted here.
+        """facts: the parts of stats.json that are not counted here.
 
-        images: how many are left to score. job_started: when the whole job began, by time.monotonic.
+        images: number of images left to score. job_started: time.monotonic() at the start of the whole job.
         """
         self.facts = facts.model_copy(update={"started_at": _now()})
         self.scored = 0
@@ -67,11 +67,11 @@ class RunProgress:
             self.write("failed", error=redact(f"{error}" or type(error).__name__))
 
     def start_scoring(self) -> None:
-        """Starts the clock of the scoring rate: the actors have their models and prompts."""
+        """Starts the clock of the scoring rate. Call it when the actors have loaded the model and the prompts."""
         self._scoring_from = time.monotonic()
 
     def count_actors(self, actors: ActorCounts) -> None:
-        """Notes what scoring holds of the cluster."""
+        """Records the number of actors, and what each holds of the cluster."""
         self.facts = self.facts.model_copy(update={"actors": actors})
         self._bar.update(self._task, actors=f"{actors.count} actor{'s' * (actors.count != 1)}")
 
@@ -82,11 +82,11 @@ class RunProgress:
 
     @property
     def rate(self) -> float:
-        """Images a second while scoring."""
+        """Images per second while scoring."""
         return self.scored / self.scoring_s if self.scored and self.scoring_s else 0.0
 
     def add(self, stats: ShardStats) -> None:
-        """Counts a finished shard, and now and then tells the lake."""
+        """Counts a finished shard, and writes the stats if the last time was long enough ago."""
         self._scored_until = time.monotonic()
         self.scored += stats.images
         self.errors.update(stats.errors)
@@ -99,14 +99,14 @@ class RunProgress:
                 logger.info("%d images scored, %.1f images/s, %s", self.scored, self.rate, self._findings())
 
     def _findings(self) -> str:
-        """Errors and anomalies so far; thresholds that follow from the scores find none before the end."""
+        """Describes errors and anomalies so far. With thresholds that follow from the scores, none are known yet."""
         anomalies = f", {self.anomalies.total()} anomalous" if self.anomalies.total() else ""
         return f"{self.errors.total()} errors{anomalies}"
 
     def write(self, state: RunState, error: str | None = None, commit: Commit | None = None) -> RunStats:
         """Writes stats.json, and the same facts as metrics.prom. Returns the content of stats.json.
 
-        commit: of the published night, whose totals then count, also of what other jobs of the run have scored.
+        commit: the published night; its totals include what other jobs of the run have scored.
         """
         now = self._written = time.monotonic()
         counted = {

@@ -52,7 +52,7 @@ def _show(prompt_set: PromptSet, ensemble: PromptEnsemble, console: Console) -> 
     facts = f"  source {source}, recipe {prompt_set.recipe}, {counts}"
     console.print(Text.assemble("\n", (prompt_set.class_name, "bold"), facts), soft_wrap=True)
     if prompt_set.description is None:
-        print_line(console, "  only the base ensemble: no LLM is configured, and no bundled prompts are for this class")
+        print_line(console, "  only the base ensemble: no LLM is configured, and this class has no bundled prompts")
         return
     for phrase in prompt_set.description.normal:
         print_line(console, f"  normal   {phrase}")

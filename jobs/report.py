@@ -16,16 +16,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_report(output: Store, run_id: str | None, run_date: str | None, console: Console) -> int:
-    """Writes the report of a published night, and prints where it is. Returns the exit code.
+    """Writes the report of a published night, and prints its address. Returns the exit code.
 
-    run_id, run_date: which night; neither: the last. Raises ReportError where that night is not published.
+    run_id, run_date: either names the night; default: the last one. Raises ReportError where it is not published.
     """
     night = run_date or (run_id[:10] if run_id else _last_night(output))
     commit = read_commit(output, night)
     if commit is None:
-        raise ReportError(f"night {night} is not published at {output.uri('')}; alfa status shows its runs")
+        raise ReportError(f"night {night} is not published at {output.uri('')}; alfa status shows the runs there")
     if run_id is not None and commit.run_id != run_id:
-        raise ReportError(f"night {night} is published by run {commit.run_id}, not by {run_id}")
+        raise ReportError(f"night {night} was published by run {commit.run_id}, not by {run_id}")
     print_line(console, write_report(output, commit))
     return 0
 
@@ -33,7 +33,7 @@ def run_report(output: Store, run_id: str | None, run_date: str | None, console:
 def report_night(output: Store, commit: Commit, *, anew: bool) -> str | None:
     """Writes the report at the end of a night. Returns its address, or None where it could not be written.
 
-    anew: also where there is one already. The night is published by then, so a report that fails is a warning only.
+    A failure is only logged as a warning, because the night is published already. anew: replace an existing report.
     """
     key = paths.report_key(commit.run_id)
     try:

@@ -1,4 +1,4 @@
-"""`alfa schema`: what the scores table is, and what a job file can be."""
+"""`alfa schema`: prints the DDL of the scores table, or the JSON schema of job files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from schemas.job import JobConfig
 
 
 def print_ddl(dialect: str, output_uri: str) -> int:
-    """Prints the statements that make the scores table of an output known to an engine. Returns the exit code."""
+    """Prints the statements that create the scores table of an output in a query engine. Returns the exit code."""
     sys.stdout.write(render_ddl(dialect, output_uri))
     return 0
 

@@ -1,4 +1,4 @@
-"""`alfa score`: one night from listing to commit."""
+"""`alfa score`: runs one night from listing to commit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from pipeline.lake import (
     read_commit,
 )
 from pipeline.scoring import (
-    HASHED,
-    SAMPLED,
+    SAMPLE_COLUMNS,
+    SHARD_ID_COLUMNS,
     Neighbours,
     Thresholds,
     choose_samples,
@@ -53,16 +53,16 @@ logger = logging.getLogger(__name__)
 
 
 def run_score(job: JobConfig, console: Console) -> int:
-    """Scores and publishes a night. Returns the exit code: 0, or 1 past the error budget.
+    """Scores and publishes a night. Returns the exit code: 0, or 1 if too many rows are errors (max_error_rate).
 
-    Run again, it resumes, or finds the night published. Raises the pipeline's errors. Where it is interrupted or fails,
-    the shards that were finished are kept.
+    Finished shards are kept if it fails or is interrupted. Run again, it resumes, or finds the night published. Raises
+    the pipeline's errors.
     """
     started = time.monotonic()
     output = open_store(job.output.uri, job.storage)
     source = open_source(job, output)
     if job.lake.format == "iceberg":
-        open_catalog(job)  # what cannot be published need not be scored
+        open_catalog(job)  # fail before the night, not after it
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
         plan = plan_run(job, source, Path(scratch), output)
         logs.bind(run_id=plan.run.run_id)
@@ -83,10 +83,10 @@ def run_score(job: JobConfig, console: Console) -> int:
 
 
 def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) -> tuple[Commit, RunStats | None]:
-    """Executes the run. Returns its commit and its stats; None for them where nothing was left to do.
+    """Executes the run. Returns its commit, and its stats; None instead of stats if the run was published already.
 
-    Where another driver works on the run, this one waits until that has published it, or has died, and then goes on
-    from there.
+    If another driver works on the run, this one waits until the other has published it. If the other dies, this one
+    goes on with its run.
     """
     run, lease_s, owner = plan.run, plan.run.job.engine.lease_s, leases.new_owner()
     published: list[Commit] = []
@@ -99,7 +99,10 @@ def _run_or_wait(plan: Plan, output: Store, console: Console, started: float) ->
 
     def say(holder: str) -> None:
         logger.warning(
-            "%s works on run %s; waiting until it is done, or has been silent for %g s", holder, run.run_id, lease_s
+            "%s works on run %s; waiting until it has finished, or has been silent for %g s",
+            holder,
+            run.run_id,
+            lease_s,
         )
 
     lease = leases.acquire(output, paths.driver_lease(run.run_id), owner, lease_s, is_published, say)
@@ -120,9 +123,9 @@ def _execute(
         output.write(paths.run_key(run.run_id, "thresholds.json"), plan.table)
     output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path)
     if job.dataset.bit_depth is None:
-        write_samples(run.run_id, choose_samples(manifest.batches(SAMPLED)), output)
+        write_samples(run.run_id, choose_samples(manifest.batches(SAMPLE_COLUMNS)), output)
     size = job.engine.shard_size
-    shard_ids = list(identify_shards(manifest.batches(HASHED), size))
+    shard_ids = list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), size))
     finished = paths.finished_shards(output, run.shards) & set(shard_ids)
     if finished:
         logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
@@ -171,7 +174,7 @@ def _execute(
 
 
 def _neighbours(plan: Plan) -> dict[str, Neighbours]:
-    """By class, the photos that its images are compared with."""
+    """Returns, by class, the photos that its images are compared with."""
     return {
         name: Neighbours(plan.references.get(name, ()), plan.peers.get(name, ()), plan.earlier.get(name, ()))
         for name in plan.manifest.classes
@@ -182,8 +185,8 @@ def _warn_of_fences(commit: Commit) -> None:
     for entry in commit.files:
         if entry.is_beyond_fence:
             logger.warning(
-                "%d of %d images of %s lie beyond the fence of the class, which supposes that fewer than a third are "
-                "anomalous; look at its photos before you trust its verdicts",
+                "%d of %d images of %s lie beyond the fence of the class, which is only valid if fewer than a third "
+                "are anomalous; look at the photos before you trust the verdicts of this class",
                 entry.beyond,
                 entry.compared,
                 one_line(entry.class_name),
@@ -191,17 +194,17 @@ def _warn_of_fences(commit: Commit) -> None:
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that this driver runs with."""
+    """Returns the versions of Python and of the main packages of this driver."""
     found = {"python": platform.python_version()}
     for name in ("alfa-pipeline", "open_clip_torch", "ray", "torch"):
-        # Code that was uploaded to a cluster is not installed there.
+        # alfa submit uploads code without installing it.
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
 
 def _mask_all(plan: Plan, pool: ScoringPool, shard_ids: Sequence[str], output: Store, lease: leases.Lease) -> str:
-    """Returns the folder of the shards to publish. Where thresholds follow from the scores, masks are made now."""
+    """Makes the masks now if the thresholds follow from the scores. Returns the folder of the shards to publish."""
     run = plan.run
     if fixed_thresholds(run.job) is not None:
         return run.shards
@@ -232,7 +235,10 @@ def _digest(thresholds: Mapping[str, Thresholds]) -> str:
 def _exit_code(commit: Commit, max_error_rate: float) -> int:
     if commit.rows and commit.failed / commit.rows > max_error_rate:
         logger.error(
-            "%d of %d images are errors, more than max_error_rate %g", commit.failed, commit.rows, max_error_rate
+            "%d of %d images are errors, more than engine.max_error_rate (%g) allows",
+            commit.failed,
+            commit.rows,
+            max_error_rate,
         )
         return 1
     return 0
@@ -246,7 +252,7 @@ def print_summary(
     output: Store,
     console: Console,
 ) -> None:
-    """Prints what a person wants to know at the end: how many images, what failed, what it cost, where it all is."""
+    """Prints the summary of a night: counts by class, errors, cost, speed, and where the results are."""
     run = plan.run
     columns = ("class", "images", "anomalous", "errors", "prompts")
     table = make_table(columns, left=("class", "prompts"), title=f"run {run.run_id}")
@@ -289,5 +295,5 @@ def _describe_speed(stats: RunStats | None) -> list[tuple[str, str]]:
         return [("rate", "nothing was left to score")]
     return [
         ("rate", f"{stats.rate:g} images/s, over {stats.scoring_seconds:g} s of scoring"),
-        ("time", f"{stats.total_seconds:g} s in total, with listing, start of Ray and models, and publishing"),
+        ("time", f"{stats.total_seconds:g} s in total, including listing, the start of Ray and models, and publishing"),
     ]

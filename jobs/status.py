@@ -1,4 +1,4 @@
-"""`alfa status`: the runs of an output, their progress and errors, read from any storage."""
+"""`alfa status`: shows the runs of an output with their progress and errors, from any storage."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pipeline.storage import Store, paths
 from schemas.records import RunStats
 
 _SILENT_AFTER_S = 300
-"""A driver writes its stats four times a minute; one that has not for so long is taken for dead."""
+"""A driver writes its stats four times a minute. One that has written none for so long is taken for dead."""
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run as its stats.json and its finished shards tell of it.
+    """The state of a run, from its stats.json and its finished shards.
 
-    state: running, done, failed or interrupted, as its driver last wrote. silent_s: for how many seconds a running one
-    has written nothing; None where that is normal. cleared: whether alfa gc has removed its masks and shards.
-    images_per_second: while it scored.
+    state: running, done, failed or interrupted, as its driver last wrote. silent_s: seconds since a running driver
+    last wrote, if it is taken for dead; else None. cleared: whether alfa gc has removed its masks and shards.
+    images_per_second: average while scoring.
     """
 
     run_id: str
@@ -77,7 +77,7 @@ def read_status(output: Store) -> list[RunStatus]:
 
 
 def _read_run(output: Store, stats: RunStats, published: Mapping[str, bool]) -> RunStatus:
-    """published: runs that are, and whether alfa gc has removed their shards since."""
+    """Reads the status of a run. published: for each published run, whether alfa gc has removed its shards."""
     age = datetime.now(timezone.utc) - stats.updated_at
     is_silent = stats.state == "running" and age.total_seconds() > _SILENT_AFTER_S
     return RunStatus(

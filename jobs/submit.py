@@ -1,4 +1,4 @@
-"""`alfa submit`: runs a night as a job of a Ray cluster; submitted again, the same job is joined.
+"""`alfa submit`: runs a night as a job of a Ray cluster, or joins the job if it is submitted already.
 
 The job is read on this machine and travels as `--set` options of `alfa score`. So the cluster needs no job file, and
 the command that Ray's dashboard shows is the whole job. The night is fixed here too: a job that waits in the cluster
@@ -44,13 +44,13 @@ _HEAD_SILENT_S = 120.0
 """How long the head may stay silent before alfa stops following the job."""
 
 
-def _passes(error: BaseException) -> bool:
-    """Whether an error can pass: the head is away, or has come up so lately that its agent has not yet."""
+def _is_transient(error: BaseException) -> bool:
+    """Whether a request is worth another try: the head does not answer, or its agent has not started yet."""
     return isinstance(error, OSError) or "No available agent" in str(error)
 
 
 _patiently = retry(
-    retry=retry_if_exception(_passes),
+    retry=retry_if_exception(_is_transient),
     wait=wait_exponential(multiplier=0.5, max=10.0),
     stop=stop_after_delay(_HEAD_SILENT_S),
     reraise=True,
@@ -58,7 +58,7 @@ _patiently = retry(
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, which by itself waits forever for a head that takes a request and does not answer."""
+    """Ray's client with a time-out: by itself it waits forever for a head that accepts a request without answering."""
 
     def _do_request(self, *arguments: Any, **options: Any) -> Any:
         return super()._do_request(*arguments, **{"timeout": _ANSWER_S, **options})
@@ -74,12 +74,18 @@ def run_submit(
     wait: bool,
     again: bool = False,
 ) -> int:
-    """Submits the night, or joins its job where that is running, and follows its log. Returns the job's exit code.
+    """Submits the night, or joins its running job, and follows its log. Returns the job's exit code.
 
-    address: of the head's job server, such as http://head:8265; None: RAY_API_SERVER_ADDRESS or RAY_ADDRESS names it.
-    log_format: of the job. upload: send the code of this machine along; without it, the nodes need `alfa` installed.
-    wait: follow the log; without it, 0 is returned as soon as the job is accepted. again: also submit a night that has
-    succeeded already. Raises EngineError where the cluster refuses, OSError where it does not answer.
+    Args:
+        job: the night.
+        address: address of the head's job server, such as http://head:8265; None: RAY_API_SERVER_ADDRESS or
+            RAY_ADDRESS.
+        log_format: log format of the job.
+        upload: upload the code of this machine; without it, the nodes need `alfa` installed.
+        wait: follow the log; without it, return 0 as soon as the job is accepted.
+        again: also submit a night that has succeeded already.
+
+    Raises EngineError where the cluster refuses the job, OSError where it does not answer.
     """
     job = _with_absolute_paths(job)
     client = _connect(address)
@@ -87,7 +93,7 @@ def run_submit(
     submission_id, status = find_or_submit(client, submission_id_of(job), entrypoint, upload=upload, again=again)
     console.print(submission_id, markup=False, highlight=False)
     if status is JobStatus.SUCCEEDED:
-        logger.info("this night's job has succeeded already; --again scores photos and prompts that changed since")
+        logger.info("this night's job has succeeded already; use --again if photos or prompts have changed since")
         return 0
     if not wait:
         return 0
@@ -105,17 +111,17 @@ def run_submit(
 def submission_id_of(job: JobConfig) -> str:
     """Names the night's job: alfa-<run_date>-<12 hex digits>.
 
-    The digits hash what determines the run, as far as it is known before the night: for weights that is their name, for
-    prompts the settings that they come from. Where the results go counts too; how fast the job runs (engine) does not.
+    The digits hash what determines the run, as far as it is known before the night: the name of the weights, the
+    settings of the prompts, and the output. Options of the engine do not count.
     """
     settings = [part.model_dump_json() for part in (job.output, job.storage, job.prompts)]
     return f"alfa-{job.run_date}-{job.result_fingerprint(job.model.pretrained or '', ''.join(settings))}"
 
 
 def entrypoint_of(job: JobConfig, log_format: LogFormat = LogFormat.TEXT, *, upload: bool) -> str:
-    """Writes the shell command that scores the job on the cluster. Keys that have their default are left out.
+    """Returns the shell command that scores the job on the cluster. Keys with default values are left out.
 
-    upload: whether the code travels along. A job holds no credentials (schemas.job refuses them), so none reach Ray's
+    upload: whether the code is uploaded. A job holds no credentials (schemas.job refuses them), so none reach Ray's
     metadata.
     """
     keys = job.model_dump(mode="json", exclude_defaults=True, exclude={"run_date": True, "engine": {"address"}})
@@ -127,7 +133,7 @@ def entrypoint_of(job: JobConfig, log_format: LogFormat = LogFormat.TEXT, *, upl
 
 
 def copy_code(folder: Path) -> None:
-    """Copies what a submission uploads into a folder: alfa's packages with the embedded model, and nothing else."""
+    """Copies the code that a submission uploads into a folder: alfa's packages with the embedded model."""
     for name in _CODE:
         shutil.copytree(_ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -141,7 +147,7 @@ def _flatten(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def _as_yaml(value: Any) -> str:
-    """Writes a value so that YAML reads it back: bare where that does, else as JSON, which is YAML too."""
+    """Writes a value so that YAML reads it back: as a bare string if that works, else as JSON, which is valid YAML."""
     if isinstance(value, str):
         try:
             if yaml.safe_load(value) == value:
@@ -152,7 +158,7 @@ def _as_yaml(value: Any) -> str:
 
 
 def _with_absolute_paths(job: JobConfig) -> JobConfig:
-    """Makes the job's local paths absolute: on the cluster, relative ones would start in another folder."""
+    """Makes the job's local paths absolute, because the cluster runs the job in another folder."""
     pretrained = job.model.pretrained
     weights = str(Path(pretrained).resolve()) if pretrained and Path(pretrained).exists() else pretrained
     return job.model_copy(
@@ -170,7 +176,7 @@ def _absolute(uri: str) -> str:
 
 def _connect(address: str | None) -> JobSubmissionClient:
     if address is not None:
-        # Ray's environment variables win over an argument, and this one over the others.
+        # Ray prefers its environment variables to an argument, and this variable to the others.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.ERROR)
@@ -185,18 +191,18 @@ def _connect(address: str | None) -> JobSubmissionClient:
         where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "the default"
         reason = one_line(str(error)).rstrip(".")
         raise EngineError(
-            f"the Ray head at {where} cannot be used: {reason}; see whether it runs, and whether --address and "
-            f"RAY_ADDRESS name its job server, such as http://head:8265"
+            f"the Ray head at {where} cannot be used: {reason}; check that it runs, and that --address or RAY_ADDRESS "
+            f"names its job server, such as http://head:8265"
         ) from None
 
 
 def find_or_submit(
     client: JobSubmissionClient, first_id: str, entrypoint: str, *, upload: bool, again: bool
 ) -> tuple[str, JobStatus | None]:
-    """Finds the night's job, or submits it. Returns its id, and its status or None where this call submitted it.
+    """Finds the night's job, or submits it. Returns its id and its status; None if this call submitted it.
 
-    Attempts are numbered: a job that has failed or was stopped gets a successor, with -2, -3 and so on behind its id.
-    upload, again: see run_submit. Raises EngineError where the cluster does not accept the job.
+    A job that has failed or was stopped gets a successor, whose id ends in -2, -3 and so on. upload, again: see
+    run_submit. Raises EngineError where the cluster does not accept the job.
     """
     attempt = 1
     while True:
@@ -208,7 +214,7 @@ def find_or_submit(
             except RuntimeError as error:
                 if _status_of(client, submission_id) is None:
                     raise EngineError(f"the cluster did not accept the job: {error}") from None
-                continue  # somebody else has submitted it in the meantime
+                continue  # another client has submitted it in the meantime
             logger.info("submitted as %s", submission_id)
             return submission_id, None
         if not status.is_terminal():
@@ -235,16 +241,17 @@ def _submit(client: JobSubmissionClient, entrypoint: str, submission_id: str, *,
 
 
 def follow(client: JobSubmissionClient, submission_id: str) -> JobDetails:
-    """Prints the job's log as it grows, until the job has ended; a head may be away for a while. Returns the details.
+    """Prints the job's log as it grows, until the job has ended. Returns the details of the job.
 
-    Raises EngineError where the head has lost the job, OSError where it stays away.
+    The head may be unreachable for a while. Raises EngineError where the head has lost the job, OSError where the head
+    stays unreachable.
     """
     log = _Log(client, submission_id)
     while True:
         try:
             asyncio.run(log.print_rest())
         except (OSError, RuntimeError, aiohttp.ClientError) as error:
-            logger.debug("the log broke off and is taken up again: %s", error)
+            logger.debug("the log broke off and is resumed: %s", error)
         info = _info(client, submission_id)
         if info.status.is_terminal():
             return info
@@ -258,10 +265,10 @@ class _Log:
     client: JobSubmissionClient
     submission_id: str
     printed: int = 0
-    """Characters."""
+    """Characters printed so far."""
 
     async def print_rest(self) -> None:
-        """Prints what is new, until the job or the connection ends."""
+        """Prints the new part of the log until the job or the connection ends."""
         sent = 0
         async for chunk in self.client.tail_job_logs(self.submission_id):
             new = chunk[max(0, self.printed - sent) :]

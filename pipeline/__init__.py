@@ -13,7 +13,7 @@ __all__ = ["Prediction", "ZeroShotDetector"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is offered here when it is first asked for: torch takes seconds, and rooms below need none of it."""
+    """Imports the names in __all__ when they are first used: they need torch, which takes seconds to import."""
     if name in __all__:
         from pipeline import scoring
 

@@ -1,5 +1,5 @@
-"""Where the tiles of a large photo lie. Tiles sit on one grid of patches, so that what is found in them can be added
-patch by patch, without resampling."""
+"""Plans the tiles of a large photo. All tiles lie on one grid of patches, so that their maps can be added patch by
+patch, without resampling."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles over a photo, in patches.
+    """The tiles of a photo, measured in patches.
 
-    grid: rows and columns of patches of the whole photo; tile: those of a tile; places: top and left patch of each
-    tile, row by row.
+    grid: rows and columns of the whole photo. tile: rows and columns of each tile. places: top row and left column of
+    each tile, row by row.
     """
 
     grid: tuple[int, int]
@@ -19,7 +19,7 @@ class Tiling:
     places: tuple[tuple[int, int], ...]
 
     def boxes(self, width: int, height: int) -> list[tuple[float, float, float, float]]:
-        """Left, top, right and bottom of each tile, in pixels of a photo of this size, which need not be whole."""
+        """Returns left, top, right and bottom of each tile in pixels of a photo of this size; they may be fractions."""
         y, x = height / self.grid[0], width / self.grid[1]
         rows, columns = self.tile
         return [
@@ -29,9 +29,10 @@ class Tiling:
 
 
 def plan_tiling(width: int, height: int, tile: tuple[int, int], size: int, overlap: int) -> Tiling:
-    """Tiles of about `size` pixels a side that overlap by at least `overlap`, evenly spread over a photo.
+    """Spreads tiles evenly over a photo. Each side has about `size` pixels; neighbours share at least `overlap`.
 
-    tile: rows and columns of patches that the model sees in one. A side that is shorter than a tile is covered by one.
+    tile: rows and columns of patches in the model's input. A side of the photo that is shorter than `size` gets one
+    tile.
     """
     (rows, tops), (columns, lefts) = (
         _plan_axis(length, patches, size, overlap) for length, patches in zip((height, width), tile, strict=True)
@@ -40,7 +41,7 @@ def plan_tiling(width: int, height: int, tile: tuple[int, int], size: int, overl
 
 
 def _plan_axis(length: int, patches: int, size: int, overlap: int) -> tuple[int, list[int]]:
-    """Patches along an axis, and where tiles begin."""
+    """Returns the number of patches along an axis, and the first patch of each tile."""
     total = max(patches, round(length * patches / size))
     shared = min(patches - 1, -(-overlap * patches // size))
     count = 1 if total == patches else -(-(total - shared) // (patches - shared))

@@ -1,4 +1,4 @@
-"""ALFA as one call on one batch: image score and anomaly map by one model, in one forward pass."""
+"""ALFA on one batch: image scores and anomaly maps by one model, in one forward pass."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ from schemas.job import Method, Peers, References
 from schemas.prompts import PromptEnsemble
 
 _MOST_DEFECT_PATCHES = 64
-"""A side of the defect grid: that of tiles could be large, and has as many layers as the class has defects."""
+"""Largest side of the defect grid. Tiles would make it large, and it has a layer for each defect of the class."""
 _UNFENCED = Calibration(1.0, 0.0, 0.0)
 
 
 Pending = Callable[[], list[Detection]]
-"""Detections that the device still works on: the call waits for them."""
+"""Detections that the device is still computing. Calling it waits for them."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Leaning:
-    """similarities, weights: [B, P]; sides: prototypes [B, 2, D]; kept: prompts a side [B, 2]; score_global: [B]."""
+class _Adapted:
+    """The prompts adapted to each image.
+
+    similarities, weights: [B, P]. sides: prototypes [B, 2, D]. kept: prompts per side [B, 2]. score_global: [B].
+    """
 
     similarities: Tensor
     weights: Tensor
@@ -93,13 +96,16 @@ class Detector:
 
     @property
     def features_key(self) -> tuple[Hashable, ...]:
-        """Detectors of one encoder whose keys are equal see the same features."""
+        """Two detectors with the same encoder and equal keys compute the same features."""
         ridge_lambda = self._method.ridge_lambda if self._aligner == "ridge" else None
         return self._aligner, self._levels, self._value_depth, ridge_lambda, self._compared_levels
 
     def remember(self, images: Sequence[Tensor], at_once: int = 32) -> ReferenceMemory:
-        """The memory of known-good images, each as its views [V, 3, H, W], uint8, of the encoder's size: its tiles, or
-        the whole alone; `at_once` of them in a forward pass."""
+        """Encodes known-good images into a memory.
+
+        images: the views [V, 3, H, W] of each, uint8, of the encoder's size: its tiles, or only the whole image.
+        at_once: views per forward pass.
+        """
         return remember([torch.cat(list(self._reference_tokens(views, at_once)), dim=1) for views in images])
 
     def _reference_tokens(self, views: Tensor, at_once: int) -> Iterator[Tensor]:
@@ -115,10 +121,10 @@ class Detector:
         earlier: int = 0,
         at_once: int = 32,
     ) -> PeerMemory:
-        """The memory of peers, without a calibration; each as its views, as remember() takes them.
+        """Encodes peers into a memory, which is not calibrated yet. images, at_once: as remember() takes them.
 
         fingerprints: of the whole photos, as the model sees them, see fingerprint_pixels. uris: where they were read.
-        earlier: how many of them are of earlier nights.
+        earlier: how many of them are from earlier nights.
         """
         tokens = [torch.cat(list(self._peer_tokens(views, at_once)), dim=1) for views in images]
         return remember_peers(tokens, fingerprints, uris, earlier)
@@ -133,53 +139,56 @@ class Detector:
         return average_neighbours(tokens, self.encoder.grid, self._peers.neighbourhood)
 
     def detect(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
-        """Detections of pixels [B, 3, H, W], uint8, of the encoder's size; prompts: one an image, any mix of classes.
+        """Scores pixels [B, 3, H, W], uint8, of the encoder's size. prompts: those of each image; classes may differ.
 
         Raises ValueError where pixels have another size, or prompts another number.
         """
         return self.start(pixels, prompts)()
 
     def start(self, pixels: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
-        """As detect, but returns as soon as the device knows what to do, so that the next batch can follow at once."""
+        """Starts scoring as detect does, and returns at once, so that the next batch can be started meanwhile."""
         if len(prompts) != len(pixels):
-            raise ValueError(f"{len(pixels)} images came with {len(prompts)} sets of prompts; one an image is needed")
-        return self._start_judging(self.features(pixels), prompts)
+            raise ValueError(f"{len(pixels)} images came with {len(prompts)} sets of prompts; each image needs one")
+        return self._start_scoring(self.features(pixels), prompts)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> Features:
-        """All of the model's work on pixels [B, 3, H, W], uint8. Raises ValueError where they have another size."""
+        """Computes the features of pixels [B, 3, H, W], uint8: all of the model's work on images.
+
+        Raises ValueError where pixels have another size.
+        """
         pixels = to_device(pixels, self.encoder.device)
         image = self.encoder.encode_images(pixels, self._levels, self._value_depth, self._compared_levels)
         local = align(image, self.encoder, self._aligner, self._method.ridge_lambda)
         return Features(image, local, fingerprint_pixels(pixels))
 
-    def judge(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
-        """Features against prompts, one set an image: cheap, so that many options can be tried on the same features.
+    def score_features(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> list[Detection]:
+        """Scores features with the prompts of each image. This is cheap, so many options can be tried on them.
 
-        The anomaly map averages the levels, then goes through a 3x3 mean filter; score = (1 - w) global + w local,
-        local the mean of the highest patches. Where a class has references: map + R, (score + max R) / 2. Where it has
-        peers, both are combined with what follows from them, and calibrated.
+        The anomaly map is the mean of the levels' maps after a 3x3 mean filter. score = (1 - w) global + w local, where
+        local is the mean of the highest patches. With references, R is added to the map, and the score becomes
+        (score + max R) / 2. With peers, map and score are combined with the distances to the peers, and calibrated.
         Formulas: pipeline/alfa/README.md, "Image score", "Fine-grained aligner", "Few-shot" and "Peers".
         """
-        return self._start_judging(features, prompts)()
+        return self._start_scoring(features, prompts)()
 
     @torch.inference_mode()
-    def _start_judging(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> Pending:
-        leaning = self._lean(features.image.embedding, prompts)
-        patches = self._look(features, leaning.sides, prompts, features.fingerprints)
-        return self._conclude(leaning, patches.unflatten(2, self.encoder.grid), prompts)
+    def _start_scoring(self, features: Features, prompts: Sequence[PromptEmbeddings]) -> Pending:
+        adapted = self._adapt_prompts(features.image.embedding, prompts)
+        patches = self._score_patches(features, adapted.sides, prompts, features.fingerprints)
+        return self._assemble(adapted, patches.unflatten(2, self.encoder.grid), prompts)
 
     @torch.inference_mode()
     def start_tiled(
         self, whole: Tensor, tiles: Tensor, tiling: Tiling, prompts: PromptEmbeddings, at_once: int
     ) -> Pending:
-        """Detection of one large photo, as start gives it: the whole [3, H, W] gives the class embedding, so prompts
-        and global score; overlapping tiles [T, 3, H, W] give one map at their resolution, `at_once` of them in a
-        forward pass.
+        """Starts scoring one large photo in tiles, as start does for a batch.
 
-        Tiles are averaged where they overlap, with weights that fall towards their edges, so that no seam shows.
+        The whole photo [3, H, W] is used for adaptation and the global score; the overlapping tiles [T, 3, H, W] give
+        one map at their resolution. Where tiles overlap they are averaged, with weights that fall towards their edges,
+        so that no seam shows. at_once: tiles per forward pass.
         """
-        leaning = self._lean(self.encoder.encode_images(whole[None]).embedding, [prompts])
+        adapted = self._adapt_prompts(self.encoder.encode_images(whole[None]).embedding, [prompts])
         window = to_device(_window(tiling.tile), self.encoder.device)
         fingerprint = fingerprint_pixels(to_device(whole[None], self.encoder.device))
         layers = 3 + len(prompts.defects) + (prompts.peers.count if prompts.peers else 0)
@@ -187,29 +196,34 @@ class Detector:
         weight = torch.zeros(tiling.grid, device=window.device)
         places = iter(tiling.places)
         for some in tiles.split(at_once):
-            sides = leaning.sides.expand(len(some), -1, -1)
-            found = self._look(self.features(some), sides, [prompts] * len(some), fingerprint.expand(len(some)))
+            sides = adapted.sides.expand(len(some), -1, -1)
+            found = self._score_patches(
+                self.features(some), sides, [prompts] * len(some), fingerprint.expand(len(some))
+            )
             patches = found.unflatten(2, tiling.tile)
             for part, (top, left) in zip(patches, places, strict=False):
                 here = (slice(top, top + tiling.tile[0]), slice(left, left + tiling.tile[1]))
                 blended[(slice(None), *here)] += part * window
                 weight[here] += window
-        return self._conclude(leaning, (blended / weight)[None], [prompts])
+        return self._assemble(adapted, (blended / weight)[None], [prompts])
 
-    def _lean(self, embedding: Tensor, prompts: Sequence[PromptEmbeddings]) -> _Leaning:
-        """What follows from the class embeddings [B, D]."""
+    def _adapt_prompts(self, embedding: Tensor, prompts: Sequence[PromptEmbeddings]) -> _Adapted:
+        """Adapts the prompts to the class embeddings [B, D]."""
         batch = _gather(prompts, self.encoder.device)
         similarities = (batch.embeddings @ embedding[:, :, None])[..., 0]
         weights = adapt(similarities, batch, self._method)
         sides = prototypes(weights, batch)
         kept = torch.stack([((weights > 0) & side).sum(1) for side in batch.sides], dim=1)
-        return _Leaning(similarities, weights, sides, kept, self._anomalous_share(embedding[:, None], sides)[:, 0])
+        return _Adapted(similarities, weights, sides, kept, self._anomalous_share(embedding[:, None], sides)[:, 0])
 
-    def _look(
+    def _score_patches(
         self, features: Features, sides: Tensor, prompts: Sequence[PromptEmbeddings], fingerprints: Tensor
     ) -> Tensor:
-        """Each patch's anomalous share m, its distances R to the references and D to the peers, its cosines with the
-        defects, and its distances to the single peers: [B, 3 + K + M, P]."""
+        """Computes the layers of each patch, [B, 3 + K + M, P].
+
+        They are the anomalous share m, the distances R to the references and D to the peers, the cosines with the K
+        defects, and the distances to the M single peers.
+        """
         local = features.local
         shares = torch.stack([self._anomalous_share(level, sides) for level in local]).mean(0)
         compared = features.image.compared_tokens
@@ -220,7 +234,7 @@ class Detector:
         return torch.cat([shares[:, None], distances[:, None], to_peers[:, None], cosines, to_each], dim=1)
 
     def _tokens_of(self, levels: tuple[int, ...], compared: Tensor) -> Tensor:
-        """Those of the compared tokens [C, B, P, W] that are of the given levels."""
+        """Selects the given levels of the compared tokens [C, B, P, W]."""
         if levels == self._compared_levels:
             return compared
         chosen = [compared[self._compared_levels.index(level)] for level in levels]
@@ -229,8 +243,10 @@ class Detector:
     def _peer_distances(
         self, compared: Tensor, prompts: Sequence[PromptEmbeddings], fingerprints: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """D of each image to its class's peers, [B, P], and its distances to each, [B, M, P]; 0 and infinite where it
-        has none. compared: [C, B, P, W]."""
+        """Returns D of each image to its class's peers, [B, P], and its distances to each peer, [B, M, P].
+
+        They are 0 and infinite for an image without peers. compared: [C, B, P, W].
+        """
         memories = dict.fromkeys(item.peers for item in prompts if item.peers is not None)
         most = max((memory.count for memory in memories), default=0)
         distances = torch.zeros(compared.shape[1:3], device=compared.device)
@@ -247,9 +263,9 @@ class Detector:
             each[images, : memory.count] = to_each.transpose(1, 2)
         return distances, each
 
-    def _conclude(self, leaning: _Leaning, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
-        """Detections of patches [B, 3 + K + M, gh, gw], in the order of _look."""
-        w, score_global = self._method.local_weight, leaning.score_global
+    def _assemble(self, adapted: _Adapted, patches: Tensor, prompts: Sequence[PromptEmbeddings]) -> Pending:
+        """Combines patches [B, 3 + K + M, gh, gw], with layers as in _score_patches, into detections."""
+        w, score_global = self._method.local_weight, adapted.score_global
         grid = _mean_filter(patches[:, :1])[:, 0]
         top = min(self._method.local_top_k, grid[0].numel())
         score_local = grid.flatten(1).topk(top).values.mean(1)
@@ -266,7 +282,7 @@ class Detector:
             defect_grid = F.adaptive_avg_pool2d(defect_grid, (rows, columns))
         nearest = to_each.argmin(1).short() if to_each.shape[1] else torch.zeros_like(grid, dtype=torch.int16)
         scores = torch.stack([score, score_global, score_local, score_reference, score_peers], dim=1)
-        of_prompts = [leaning.kept, leaning.weights, leaning.similarities]
+        of_prompts = [adapted.kept, adapted.weights, adapted.similarities]
         found = to_host([scores, *of_prompts, maps, defect_grid, patches[:, 2].contiguous(), nearest])
         return partial(_read_detections, found, prompts)
 
@@ -279,10 +295,10 @@ class Detector:
         referenced: Tensor,
         prompts: Sequence[PromptEmbeddings],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Score and map of images as Detection describes them, and the part of the peers in the score.
+        """Joins scores and maps with those of the peers. Returns final score, the part of the peers in it, and map.
 
-        score: [B], with references; grid: language's map [B, gh, gw]; references, distances: R and D, of the same
-        shape; referenced: [B], which images have references.
+        score: [B], references included. grid: the map of language [B, gh, gw]. references, distances: R and D, of the
+        same shape. referenced: [B], which images have references.
         """
         if self._peers is None or not any(item.peers for item in prompts):
             return score, torch.zeros_like(score), grid + references
@@ -308,8 +324,11 @@ class Detector:
 def _read_detections(
     found: Callable[[], Sequence[NDArray[Any]]], prompts: Sequence[PromptEmbeddings]
 ) -> list[Detection]:
-    """found: scores [B, 5], prompts kept a side [B, 2], weights and similarities [B, P], grids [B, gh, gw] and, of the
-    defects, [B, K, gh, gw], then distances to the peers and the nearest peer [B, gh, gw]."""
+    """Builds the detections of a batch.
+
+    found: scores [B, 5], kept prompts per side [B, 2], weights and similarities [B, P], maps [B, gh, gw], cosines with
+    the defects [B, K, gh, gw], distances to the peers and the nearest peer [B, gh, gw].
+    """
     scores, kept, weights, similarities, grids, defect_grids, distances, nearest = found()
     numbers, counts = scores.tolist(), kept.tolist()
     return [
@@ -353,8 +372,11 @@ def _resolve_levels(blocks: int, levels: Sequence[int], value_depth: int | None)
 
 
 def _compared_levels(blocks: int, section: str, options: References | Peers | None) -> tuple[int, ...]:
-    """The blocks whose patches are compared: those that a section of the job names, else the middle one for references,
-    and those at one and two thirds of the depth for peers; none without the section."""
+    """Returns the blocks whose patches are compared: those that a section of the job names, else the defaults.
+
+    Defaults: the middle block for references, and those at one and two thirds of the depth for peers. Without the
+    section there are none.
+    """
     if options is None:
         return ()
     levels: Sequence[int] | None = options.levels
@@ -367,7 +389,7 @@ def _compared_levels(blocks: int, section: str, options: References | Peers | No
 
 
 def _reference_distances(tokens: Tensor, prompts: Sequence[PromptEmbeddings]) -> Tensor:
-    """R of each image to its class's memory: [B, P]; 0 where it has none. tokens: [L, B, P, W]."""
+    """Returns R of each image to its class's memory, [B, P]; 0 where it has none. tokens: [L, B, P, W]."""
     distances = torch.zeros(tokens.shape[1:3], device=tokens.device)
     for memory in dict.fromkeys(item.memory for item in prompts if item.memory is not None):
         images = _images_of([item.memory is memory for item in prompts], tokens.device)
@@ -376,12 +398,12 @@ def _reference_distances(tokens: Tensor, prompts: Sequence[PromptEmbeddings]) ->
 
 
 def _images_of(chosen: Sequence[bool], device: torch.device) -> Tensor:
-    """The numbers of the images that were chosen, on the device."""
+    """Returns the numbers of the chosen images, on the device."""
     return to_device(torch.tensor([number for number, one in enumerate(chosen) if one]), device)
 
 
 def _gather(prompts: Sequence[PromptEmbeddings], device: torch.device) -> PromptBatch:
-    """Pads each distinct class once, then picks a row an image."""
+    """Pads the prompts of each distinct class once, then picks one row per image."""
     distinct = {id(item): item for item in prompts}
     places = {key: place for place, key in enumerate(distinct)}
     rows = torch.tensor([places[id(item)] for item in prompts])
@@ -397,11 +419,11 @@ def _pad(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _mean_filter(grid: Tensor) -> Tensor:
-    """3x3 mean on [B, 1, gh, gw]; at the edges over the patches that exist."""
+    """Filters [B, 1, gh, gw] by a 3x3 mean; at the edges over the patches that exist."""
     return F.avg_pool2d(grid, 3, stride=1, padding=1, count_include_pad=False)
 
 
 def _window(tile: tuple[int, int]) -> Tensor:
-    """Weight of each patch of a tile: falls linearly from its middle to its edges, and is nowhere 0."""
+    """Returns the weight of each patch of a tile: it falls linearly from the middle to the edges, and is never 0."""
     rows, columns = (torch.arange(1.0, side + 1).minimum(torch.arange(float(side), 0.0, -1.0)) for side in tile)
     return rows[:, None] * columns

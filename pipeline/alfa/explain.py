@@ -1,4 +1,4 @@
-"""Why an image has its score: the prompts that decided are the explanation."""
+"""Explains the score of an image by the prompts that decided."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from schemas.prompts import Prompt
 
-_MOST = 5
+_PROMPTS_KEPT = 5
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Evidence:
 def explain(
     prompts: Sequence[Prompt], weights: NDArray[np.float32], similarities: NDArray[np.float32]
 ) -> tuple[Evidence, ...]:
-    """The five kept anomalous prompts of one image with the highest weight x similarity, best first.
+    """Returns the five kept anomalous prompts of an image with the highest weight x similarity, best first.
 
     weights, similarities: [P], in the order of the prompts; weights need not sum to one.
     """
     anomalous = [number for number, prompt in enumerate(prompts) if prompt.side == "anomalous" and weights[number] > 0]
     total = float(sum(weights[number] for number in anomalous))
-    best = sorted(anomalous, key=lambda number: -float(weights[number] * similarities[number]))[:_MOST]
+    best = sorted(anomalous, key=lambda number: -float(weights[number] * similarities[number]))[:_PROMPTS_KEPT]
     return tuple(
         Evidence(
             prompts[number].text, prompts[number].defect, float(weights[number]) / total, float(similarities[number])

@@ -1,6 +1,6 @@
-"""Ray: which cluster a job uses, the actors that it starts there, and the bounded loop over shards.
+"""Runs a job on Ray: joins or starts a cluster, starts actors there, and feeds them with shards in a bounded loop.
 
-In: job, run, prompts, shards. Out: prompt sets, embeddings and finished shards, in the order in which they finish.
+In: job, run, prompts, shards. Out: prompt sets, embeddings, and stats of shards in the order in which they finish.
 May import: scoring, alfa, prompts, images, storage, schemas.
 """
 

@@ -1,4 +1,4 @@
-"""The actors: one obtains prompts, the others each hold a model and score shards."""
+"""The actors: one obtains prompts; each of the others holds a model and scores shards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class PromptActor:
-    """Obtains prompt sets, in one call for each class of a job; between jobs, the leases of the library see to that."""
+    """Obtains the prompt sets of a job, with one LLM call per class. Between jobs, the library's leases ensure that."""
 
     def __init__(self, job: JobConfig, owner: str) -> None:
         self._job = job
@@ -52,11 +52,11 @@ class PromptActor:
         self._warnings = WarningKeeper()
 
     async def ask(self, class_name: str) -> Reply:
-        """Calls obtain(); the reply brings this actor's warnings along."""
+        """Calls obtain(). The reply also carries this actor's warnings."""
         return self._warnings.reply(await self.obtain(class_name))
 
     async def obtain(self, class_name: str) -> PromptSet:
-        """Obtains the prompt set of a class. Callers who ask for the same class share one call to the LLM.
+        """Obtains the prompt set of a class. Callers that ask for the same class share one call of the LLM.
 
         Raises LLMError and PromptLibraryError, as pipeline.prompts.obtain does.
         """
@@ -73,14 +73,14 @@ class PromptActor:
 
 
 def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[PromptSet]:
-    """Obtains the prompt sets of the classes, in their order, through a prompt actor of the job.
+    """Obtains the prompt sets of the classes, in their order, through a prompt actor.
 
-    An actor that dies has a successor, which finds in the library what is stored there already. Raises LLMError and
-    PromptLibraryError as pipeline.prompts.obtain does, EngineError past engine.max_restarts.
+    An actor that dies is replaced; the new one finds in the library what is stored there already. Raises LLMError and
+    PromptLibraryError as pipeline.prompts.obtain does, EngineError after more deaths than engine.max_restarts.
     """
     deaths = 0
     while True:
-        # Ray could restart it too, but would then announce a retry of each call that is under way when it is stopped.
+        # Ray could restart the actor, but would then print a retry of each running call when the actor is stopped.
         actor: Any = ray.remote(PromptActor).options(num_cpus=0).remote(job, owner)
         try:
             return [unpack(reply) for reply in ray.get([actor.ask.remote(class_name) for class_name in classes])]
@@ -101,14 +101,14 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
 
 @dataclass(frozen=True, eq=False)
 class ClassSetup:
-    """What actors need to know of a class; it lies in Ray's object store."""
+    """What actors need to know about a class. It is stored in Ray's object store."""
 
     embeddings: PromptEmbeddings
     neighbours: Neighbours
 
 
 class ScoringActor:
-    """Holds a model, on a GPU or on CPU cores. Shards use it in turns, and threads do the I/O around it."""
+    """Holds a model on a GPU or on CPU cores. Shards take turns in using it, and threads do the I/O."""
 
     def __init__(self, job: JobConfig, weights_sha256: str, source_uri: str, cpus: int) -> None:
         self._job = job
@@ -122,16 +122,16 @@ class ScoringActor:
         self._turn = threading.Lock()
         self._guard = HangGuard()
         self._warnings = WarningKeeper()
-        # Ray's own Prometheus endpoint serves these, from each node, as ray_alfa_...
+        # Ray's Prometheus endpoint on each node serves these as ray_alfa_...
         self._images = Counter("alfa_images", "Images done, by outcome: ok, or the type of error.", ("outcome",))
         self._seconds = Histogram("alfa_shard_seconds", "Time for a shard.", [1, 3, 10, 30, 100, 300, 1000])
 
     def call(self, method: str, *arguments: Any) -> Reply:
-        """Calls a method of this actor; the reply brings this actor's warnings along."""
+        """Calls a method of this actor. The reply also carries this actor's warnings."""
         return self._warnings.reply(getattr(self, method)(*arguments))
 
     def settle(self, plan: ActorPlan) -> str:
-        """Takes its part of the cores of the node that Ray has put it on; returns the node's id."""
+        """Sets the number of threads to this actor's share of its node's cores. Returns the id of the node."""
         node_id: str = ray.get_runtime_context().get_node_id()
         for node in list_nodes():
             if node.node_id == node_id:
@@ -140,9 +140,9 @@ class ScoringActor:
         return node_id
 
     def load(self) -> None:
-        """Loads the model; to be called before the methods below. Raises EngineError and ModelError.
+        """Loads the model. Call it before the methods below. Raises EngineError and ModelError.
 
-        It is not part of __init__, because Ray reports what that raises as the death of the actor.
+        It is not part of __init__, because Ray reports an exception there as the death of the actor.
         """
         weights = locate_weights(self._job.model)
         if weights.sha256 != self._weights_sha256:
@@ -157,17 +157,18 @@ class ScoringActor:
         self._classes: PreparedClasses | None = None
 
     def embed(self, ensemble: PromptEnsemble) -> PromptEmbeddings:
-        """Embeds the prompts of a class, once a run for all actors."""
+        """Embeds the prompts of a class. One actor does so for all actors of a run."""
         with self._turn:
             return self._detector.embed(ensemble)
 
     def score(
         self, shard: Shard, run: Run, setups: Mapping[str, ray.ObjectRef[ClassSetup]], isolate: bool
     ) -> ShardStats:
-        """Scores a shard (see pipeline.scoring.score_shard), and counts its images for Ray's metrics.
+        """Scores a shard (see pipeline.scoring.score_shard), and counts its images in Ray's metrics.
 
-        setups: by class, where its setup is in Ray's object store. It is fetched, and the class's memory made or read,
-        when the first image of the class is due. isolate: decode each image in a process of its own.
+        setups: references to the setups in Ray's object store, by class. A setup is fetched, and the memory of its
+        class made or read, before the first image of the class is scored. isolate: decode each image in a process of
+        its own.
         """
         self._setups.update(setups)
         if self._classes is None:

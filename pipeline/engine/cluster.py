@@ -1,4 +1,4 @@
-"""Connects a job to its Ray cluster, and says what that has."""
+"""Connects a job to its Ray cluster, and lists the nodes of the cluster."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from schemas.job import JobConfig
 from schemas.text import one_line
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-"""What Ray tells the driver: its own warnings. Those of actors come with their replies (relay.py)."""
+"""Ray logs only its own warnings in the driver. Warnings of actors come with their replies (relay.py)."""
 
 
 @contextlib.contextmanager
 def connect(job: JobConfig, timeout_s: float = 60.0) -> Iterator[None]:
-    """Joins the cluster that engine.address or RAY_ADDRESS names; where neither does, starts a Ray for its own use.
+    """Joins the cluster that engine.address or RAY_ADDRESS names, or starts a Ray of its own if neither is set.
 
-    A Ray that happens to run on this machine is left alone. Inside another connect(), the connection is shared.
-    Raises EngineError where the cluster does not answer within timeout_s, or where no local Ray can be started.
+    A Ray that already runs on this machine is never joined by chance. Inside another connect(), the connection is
+    shared. Raises EngineError if the cluster does not answer within timeout_s seconds, or no local Ray can be started.
     """
     if ray.is_initialized():
         yield
         return
-    # Ray would report its usage over the internet, which factories are not connected to.
+    # Ray would report its usage over the internet, but factories are often not connected to it.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Older versions of Ray warn, at the start of each actor without a GPU, that this setting will change.
+    # Without it, older versions of Ray print a warning at the start of each actor without a GPU.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = job.engine.address or os.environ.get("RAY_ADDRESS", "")
     with internals.without_prints():
@@ -53,14 +53,14 @@ def connect(job: JobConfig, timeout_s: float = 60.0) -> Iterator[None]:
 def _start_local() -> None:
     try:
         with internals.loopback_only(), internals.without_token_hint():
-            # Without an address, Ray joins whatever cluster was started last on this machine, alive or not.
+            # Without an address, Ray would join the cluster that was last started on this machine, even a dead one.
             ray.init(address="local", include_dashboard=False, **_QUIET)
     except Exception as error:
         raise EngineError(f"no local Ray can be started: {one_line(str(error))}") from error
 
 
 def _join(address: str, timeout_s: float) -> None:
-    if "://" not in address:  # Ray's client has a deadline of its own, of 30 s
+    if "://" not in address:  # Ray's client has its own time-out of 30 s
         _ask_head(address, timeout_s)
     try:
         ray.init(address=address, **_QUIET)
@@ -69,9 +69,9 @@ def _join(address: str, timeout_s: float) -> None:
 
 
 def _ask_head(address: str, timeout_s: float) -> None:
-    """Raises EngineError where the head of a cluster does not answer in time.
+    """Raises EngineError if the head of a cluster does not answer in time.
 
-    A process of its own asks: where nobody answers, `ray.init` tries for more than ten minutes, deaf to signals.
+    Another process asks it, because `ray.init` would try for more than ten minutes and ignore signals.
     """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     try:
@@ -79,7 +79,7 @@ def _ask_head(address: str, timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         raise _refusal(address, f"no answer for {timeout_s:g} s") from None
     if done.returncode:
-        # A traceback, at the end of which is the error: all lines that are not indented.
+        # The error stands at the end of a traceback, in the last lines that are not indented.
         raised = takewhile(lambda line: not line.startswith(" "), reversed(done.stderr.rstrip().splitlines()))
         raise _refusal(address, " ".join(reversed(list(raised))))
 
@@ -87,13 +87,13 @@ def _ask_head(address: str, timeout_s: float) -> None:
 def _refusal(address: str, reason: str) -> EngineError:
     said = one_line(reason).rstrip(".")
     return EngineError(
-        f"the Ray cluster at {address} cannot be joined: {said}; see whether its head runs, and whether engine.address "
-        f"and RAY_ADDRESS are right"
+        f"the Ray cluster at {address} cannot be joined: {said}; check that its head runs, and that engine.address or "
+        f"RAY_ADDRESS is right"
     )
 
 
 def is_local(job: JobConfig) -> bool:
-    """Whether the job starts a Ray for its own use, because neither it nor RAY_ADDRESS names a cluster."""
+    """Whether the job starts a Ray of its own, because neither engine.address nor RAY_ADDRESS names a cluster."""
     return (job.engine.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 

@@ -1,4 +1,4 @@
-"""The error of the engine, and how errors of remote calls become ours again."""
+"""The error of the engine, and the unwrapping of errors from remote calls."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import ray.exceptions
 
 
 class EngineError(RuntimeError):
-    """The cluster cannot do the job; the message says what to do."""
+    """The cluster cannot run the job; the message says what to do."""
 
 
 def cause_of(error: ray.exceptions.RayTaskError) -> Exception:
-    """The exception that a remote call raised, without Ray's wrapping and its remote traceback."""
+    """Returns the exception that a remote call has raised, without Ray's wrapper and the remote traceback."""
     return error.cause if isinstance(error.cause, Exception) else EngineError(str(error))

@@ -1,4 +1,4 @@
-"""Private parts of Ray that alfa touches, each with its reason and when it can go. Nothing else touches any."""
+"""All uses of private parts of Ray, each with the reason and the condition under which it can be removed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ray.experimental import internal_kv
 
 @contextlib.contextmanager
 def loopback_only() -> Iterator[None]:
-    """Keeps the servers of a Ray that is started inside on 127.0.0.1; else they listen on all interfaces.
+    """Makes the servers of a Ray that is started inside listen on 127.0.0.1 only, instead of on all interfaces.
 
-    Ray has one switch for it, made for macOS and Windows and read when ray is imported: the constant is for this
-    process, the variable for those that it starts. It can go when `ray.init` takes an address to listen on.
+    Ray has one switch for this, meant for macOS and Windows and read when ray is imported. The constant works for this
+    process, the variable for the processes that it starts. It can go when `ray.init` takes an address to listen on.
     """
     variable = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
     before, constants = os.environ.get(variable), ray._private.ray_constants
@@ -38,10 +38,10 @@ def loopback_only() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_token_hint() -> Iterator[None]:
-    """Drops the hint that a local Ray asks for a token: alfa, which alone uses it, has that token.
+    """Suppresses Ray's hint that a local cluster needs a token, because only alfa uses that cluster, and has the token.
 
-    RAY_AUTH_MODE=token would do it too, but Ray reads that when it is imported, and it would hold for clusters that
-    are joined. It can go when Ray gives the hint at level INFO.
+    RAY_AUTH_MODE=token would do so too, but Ray reads it at import, and it would also apply to clusters that are
+    joined. It can go when Ray logs the hint at level INFO.
     """
     logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
     before = logger.level
@@ -54,10 +54,10 @@ def without_token_hint() -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_sigterm() -> Iterator[None]:
-    """Keeps this process's handler of SIGTERM, which `ray.init` replaces by one that prints a stack and exits.
+    """Keeps this process's SIGTERM handler, which `ray.init` replaces by one that prints a stack trace and exits.
 
-    With Ray's, a job that is stopped cannot say that it was interrupted. It can go when `ray.init` leaves handlers
-    alone.
+    With Ray's handler, a job that is stopped could not record that it was interrupted. It can go when `ray.init` leaves
+    handlers alone.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -66,16 +66,16 @@ def own_sigterm() -> Iterator[None]:
     try:
         yield
     finally:
-        if before is not None:  # None: it was not set from Python
+        if before is not None:  # None: the handler was not set from Python
             signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
 def without_prints() -> Iterator[None]:
-    """Keeps Ray from printing to stdout, in colours and past every log: that a worker died, that a task is retried.
+    """Keeps Ray from printing to stdout, past all logging, that a worker has died or a task is retried.
 
-    What matters of it is said by ScoringPool and obtain_prompts; all of it is in Ray's own log files. `log_to_driver`
-    does not cover it. It can go when Ray logs these lines.
+    ScoringPool and obtain_prompts log what matters, and Ray's own log files have all of it. `log_to_driver` does not
+    cover these lines. It can go when Ray logs them.
     """
     worker = ray._private.worker
     before = worker._worker_logs_enabled
@@ -89,13 +89,14 @@ def without_prints() -> Iterator[None]:
 def has_autoscaler() -> bool:
     """Whether an autoscaler may add nodes to the connected cluster.
 
-    What reports on a cluster without one calls each node a type of its own. The second version of the autoscaler
-    reports to the head alone, which counts its reports. It can go when Ray tells whether a cluster autoscales.
+    The first version of the autoscaler writes a status. Clusters without an autoscaler write one too, but with a node
+    type for each single node. The second version reports to the head, which counts its reports. It can go when Ray says
+    whether a cluster autoscales.
     """
     status = internal_kv._internal_kv_get("__autoscaling_status")
     if status:
         types = json.loads(status).get("autoscaler_report", {}).get("node_type_mapping") or {}
         return any(kind != f"node_{node}" for node, kind in types.items())
     if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
-        return False  # the head's own port may be out of reach
+        return False  # the port of the head may be unreachable for a client
     return get_cluster_status(ray.get_runtime_context().gcs_address).stats.autoscaler_version != "0"

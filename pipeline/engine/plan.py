@@ -1,4 +1,4 @@
-"""How many scoring actors of what size a job wants on a cluster: the policy, without Ray."""
+"""Decides the number and size of a job's scoring actors on a cluster. It does not use Ray."""
 
 from __future__ import annotations
 
@@ -8,52 +8,52 @@ from dataclasses import dataclass, field
 from pipeline.engine.errors import EngineError
 from schemas.job import Engine, JobConfig
 
-_FIRST_ASKED = 8
-"""Actors that an autoscaler is asked for where none works yet; later, as many again as work. So a cluster without an
-upper limit grows by doubling."""
+_FIRST_REQUEST = 8
+"""Actors that are requested from an autoscaler while none has a node. Later, as many as have a node are requested in
+addition, so that a cluster without an upper limit grows by doubling."""
 
-_USED = 0.75
-"""Share of the cores that actors on CPU should use: as few and as large actors as do it."""
+_SHARE_OF_CORES = 0.75
+"""Share of all cores that actors on CPU should use at least. Among the sizes that do, the largest is taken."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster that is alive. resources: CPU, GPU and custom ones."""
+    """A live node of the cluster. resources: amounts of CPU, GPU and custom resources, by name."""
 
     node_id: str
     resources: Mapping[str, float]
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def amount(self, resource: str) -> float:
-        """How much of a resource the node has, whether in use or not."""
+        """Returns the total amount of a resource on the node, whether in use or not."""
         return self.resources.get(resource, 0)
 
 
 @dataclass(frozen=True)
 class ActorPlan:
-    """How many scoring actors have room, and the CPU cores and GPUs that each reserves; a shared GPU is a fraction."""
+    """The number of scoring actors that fit, and the CPU cores and GPUs of each; a share of a GPU is a fraction."""
 
     count: int
     cpus: int
     gpus: float
 
     def slots(self, node: Node, engine: Engine) -> int:
-        """How many of these actors fit on a node."""
+        """Returns how many of these actors fit on a node."""
         asked = {"CPU": self.cpus, "GPU": self.gpus, **engine.resources}
         if any(node.labels.get(name) != value for name, value in engine.labels.items()):
             return 0
         return min(int(node.amount(name) / amount + 1e-9) for name, amount in asked.items() if amount)
 
     def cores(self, node: Node, engine: Engine) -> int:
-        """CPU cores that each of these actors may use on a node: what it reserves, and its part of what is left."""
+        """Returns the CPU cores that each actor may use on a node: an equal share, at least what it reserves."""
         return max(self.cpus, int(node.amount("CPU")) // max(self.slots(node, engine), 1))
 
 
 def plan_actors(job: JobConfig, nodes: Sequence[Node], on_gpus: bool) -> ActorPlan:
-    """Plans the scoring actors on a cluster; none where no node fits, see require_room.
+    """Plans the scoring actors on a cluster. The count is 0 if no node can run one, see require_room.
 
-    With engine.actors auto, each GPU gets engine.actors_per_gpu of them; without GPUs, all cores are used by actors
-    that are as large as the nodes allow.
+    With engine.actors auto, each GPU gets engine.actors_per_gpu actors. Without GPUs, actors are as large as the nodes
+    allow, and use all cores.
     """
     engine = job.engine
     gpus = 1 / engine.actors_per_gpu if on_gpus else 0.0
@@ -68,39 +68,43 @@ def plan_actors(job: JobConfig, nodes: Sequence[Node], on_gpus: bool) -> ActorPl
         cpus = max(1, min(int(node.amount("CPU") * gpus / node.amount("GPU")) for node in hosts))
     else:
         fixed = engine.actors if isinstance(engine.actors, int) else len(hosts)
-        cpus = _fit([max(1, int(node.amount("CPU")) // -(-fixed // len(hosts))) for node in hosts])
+        cpus = _choose_cores([max(1, int(node.amount("CPU")) // -(-fixed // len(hosts))) for node in hosts])
     plan = ActorPlan(0, cpus, gpus)
     room = sum(plan.slots(node, engine) for node in nodes)
     return ActorPlan(room if most is None else min(room, most), cpus, gpus)
 
 
 def uses_gpus(job: JobConfig, nodes: Sequence[Node], grows: bool) -> bool:
-    """Whether the job is scored on GPUs: with device auto where a node has one, or an autoscaler may bring one."""
+    """Whether the job is scored on GPUs. With device auto it is if a node has one, or an autoscaler may add one."""
     if job.model.device == "auto":
         return grows or any(node.amount("GPU") >= 1 for node in nodes)
     return job.model.device == "cuda"
 
 
-def _fit(cores: Sequence[int]) -> int:
-    """Cores for an actor, of which each node takes as many as fit: the largest of these sizes that uses most of the
-    cores, or that which uses the most."""
-    enough = _USED * sum(cores)
+def _choose_cores(cores: Sequence[int]) -> int:
+    """Chooses the cores of an actor, given the cores of each node.
+
+    The candidates are these numbers. Returns the largest one with which the actors that fit use 75 % of all cores; if
+    none does, the one that uses the most cores.
+    """
+    enough = _SHARE_OF_CORES * sum(cores)
     return max(cores, key=lambda size: (min(sum(node // size * size for node in cores), enough), size))
 
 
 def wanted_actors(engine: Engine, plan: ActorPlan, placed: int, useful: int, grows: bool) -> int:
-    """How many actors there should be now, those included that have no node yet.
+    """Returns how many actors there should be now, including those that have no node yet.
 
-    placed: actors that have one. useful: actors that would have something to do: more would start nodes for nothing.
+    placed: number of actors that have a node. useful: number of actors for which there is work; more would make an
+    autoscaler start nodes in vain. grows: whether an autoscaler may add nodes.
     """
     least, most = engine.actor_range
-    room = plan.count + (max(_FIRST_ASKED, placed) if grows else 0)
+    room = plan.count + (max(_FIRST_REQUEST, placed) if grows else 0)
     wanted = min(max(least, room), useful)
     return wanted if most is None else min(wanted, most)
 
 
 def require_room(job: JobConfig, plan: ActorPlan, nodes: Sequence[Node]) -> None:
-    """Raises EngineError where no node has room for a scoring actor; it says what is missing."""
+    """Raises EngineError if no node can run a scoring actor; the message says what is missing."""
     if plan.count:
         return
     if plan.gpus and not any(node.amount("GPU") >= 1 for node in nodes):

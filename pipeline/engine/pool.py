@@ -1,7 +1,7 @@
-"""The scoring pool: a bounded loop that feeds actors with shards, and as many actors as the cluster and the work allow.
+"""The scoring pool: starts as many actors as the cluster and the work allow, and feeds them with shards.
 
-Actors that have no node yet are what asks an autoscaler for nodes. They belong to the driver, so that Ray forgets them
-however it ends; Ray's other way (`request_resources`) would outlive a driver that is killed.
+Actors that have no node yet make an autoscaler add nodes. They belong to the driver, so Ray drops the request when the
+driver ends in any way. A request by Ray's `request_resources` would outlive a driver that is killed.
 """
 
 from __future__ import annotations
@@ -39,26 +39,28 @@ from schemas.prompts import PromptEnsemble
 logger = logging.getLogger(__name__)
 
 _CALLS_AT_ONCE = 2
-"""Calls that an actor works on at the same time: while one shard uses the model, another reads its images or writes its
-last masks."""
+"""Concurrent calls per actor: while one shard uses the model, another reads its images or writes its last masks."""
 
-_LOOK_EVERY_S = 5.0
-"""How often the driver looks which nodes there are."""
+_REFRESH_EVERY_S = 5.0
+"""Seconds between two looks at the nodes of the cluster."""
 
-_SAY_EVERY_S = 60.0
-"""How often the driver says that it waits for nodes."""
+_LOG_EVERY_S = 60.0
+"""Seconds between two log lines that say that the driver waits for nodes."""
 
-_NOTICED_WITHIN_S = 30.0
-"""For so long Ray may not have noticed that a node is gone whose workers are."""
+_LOSS_NOTICED_WITHIN_S = 30.0
+"""Seconds within which Ray notices that a node is lost. Until then, the deaths of its workers look unexplained."""
 
-_STRAGGLES = 1.5
-"""A call that takes so many times the usual time is tried a second time, on an actor that has nothing else to do."""
+_STRAGGLER_FACTOR = 1.5
+"""A call that takes this many times the median time is tried a second time, on an idle actor."""
 
 
 @dataclass(eq=False)
 class _Worker:
-    """A scoring actor, as the driver knows it. node_id: None until Ray has found a node for it. ready: it has its
-    model. load: how many of its calls are under way. stopped: by the driver, which needs it no longer."""
+    """A scoring actor, as the driver knows it.
+
+    node_id: None until Ray has found a node for it. ready: whether it has loaded its model. load: number of its running
+    calls. stopped: whether the driver has stopped it, because it is not needed any more.
+    """
 
     actor: Any
     plan: ActorPlan
@@ -70,7 +72,7 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Task:
-    """An item of work. deaths: on which nodes workers died over it. tries: how many calls of it are under way."""
+    """An item of work. deaths: the nodes on which workers died over it. tries: number of its running calls."""
 
     item: Any
     deaths: list[str | None] = field(default_factory=list)
@@ -80,7 +82,7 @@ class _Task:
 
 @dataclass(frozen=True)
 class _Call:
-    """A try at a task. started: by time.monotonic."""
+    """A running call of a task. started: time.monotonic() at its start."""
 
     worker: _Worker
     task: _Task
@@ -90,11 +92,11 @@ class _Call:
 class ScoringPool:
     """The scoring actors of a run, and the bounded loop that feeds them.
 
-    There are as many actors as nodes have room for, of those too that come later, and no more than there is work for.
-    An actor that dies is replaced, and another one scores its shards again. A node on which none can load its model,
-    or whose disk is full, is left out while others work.
+    There are as many actors as the nodes have room for, including nodes that join later, but no more than there is work
+    for. An actor that dies is replaced, and another one scores its shards again. A node on which the model cannot be
+    loaded, or whose disk is full, is excluded while others work.
 
-    plan: what there is room for now. placed: what has been there at most at the same time.
+    plan: the actors that fit now. placed: the largest number of actors that have had a node at the same time.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class ScoringPool:
         shards: int,
         actor_class: type[ScoringActor] = ScoringActor,
     ) -> None:
-        """shards: how many are left to score. Raises EngineError where a local Ray has no room for an actor."""
+        """shards: number of shards left to score. Raises EngineError where a local Ray cannot run an actor."""
         self.plan = self.placed = ActorPlan(0, 1, 0)
         self._run = run
         self._shards = shards
@@ -114,25 +116,24 @@ class ScoringPool:
         self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
-        self._deaths: list[str | None] = []  # since a call has ended well
-        self._left_out: set[str] = set()
+        self._deaths: list[str | None] = []  # nodes of the workers that died since the last successful call
+        self._excluded: set[str] = set()
         self._nodes: list[Node] = []
-        self._on_gpus: bool | None = None  # not to be said before a node is there
+        self._on_gpus: bool | None = None  # unknown until there is a node
         self._grows = False
-        self._looked = self._said = self._homeless_from = time.monotonic()
-        self._look()
+        self._refreshed = self._logged = self._without_node_since = time.monotonic()
+        self._refresh_nodes()
         self._resize(shards)
 
     def close(self) -> None:
-        """Stops the actors. Shards that are not finished are left to the next job that works on the run."""
+        """Stops the actors. Unfinished shards are left to the next job that works on the run."""
         for worker in list(self._workers):
             self._stop(worker)
 
     def embed(self, ensembles: Sequence[PromptEnsemble], neighbours: Mapping[str, Neighbours]) -> None:
-        """Encodes the prompts of all classes, once, and puts the embeddings where every actor can fetch them (Ray's
-        object store). To be called before score().
+        """Encodes the prompts of all classes and puts them into Ray's object store. Call it before score().
 
-        neighbours: by class, the photos that its images are compared with. They are read when its first shard is due.
+        neighbours: by class, the photos that its images are compared with; actors read them when they first need them.
         """
 
         def submit(actor: Any, ensemble: PromptEnsemble, _: int) -> Any:
@@ -145,7 +146,7 @@ class ScoringPool:
     def score(self, shards: Iterator[Shard]) -> Iterator[ShardStats]:
         """Scores shards, and yields their stats in the order in which they finish.
 
-        A shard over which a worker died is decoded image by image, each in a process of its own.
+        If a worker died over a shard, each of its images is decoded in a process of its own on the next try.
         """
 
         def submit(actor: Any, shard: Shard, deaths: int) -> Any:
@@ -157,7 +158,7 @@ class ScoringPool:
         return self._each(shards, self._shards, submit, self._shards if masks_follow else 0)
 
     def mask(self, shard_ids: Sequence[str], digest: str, thresholds: Mapping[str, Thresholds]) -> Iterator[ShardStats]:
-        """Makes the masks of shards that are scored, once their thresholds are known; yields stats as they finish."""
+        """Makes the masks of scored shards, and yields their stats as they finish. digest: of the thresholds."""
         shared = ray.put(thresholds)
 
         def submit(actor: Any, shard_id: str, _: int) -> Any:
@@ -168,10 +169,10 @@ class ScoringPool:
     def _each(
         self, items: Iterator[Any], count: int, submit: Callable[[Any, Any, int], Any], afterwards: int
     ) -> Iterator[Any]:
-        """Yields the results of submit(actor, item, deaths) for all items, as they come.
+        """Yields the results of submit(actor, item, deaths) for all items, in the order in which they finish.
 
-        count: how many items there are. deaths: how many workers have died over the item, but for those whose nodes
-        are gone. afterwards: how many items come after these, in other calls of this method.
+        count: number of items. deaths: number of workers that died over the item, except those whose nodes were lost.
+        afterwards: number of items that other calls of this method will bring later.
         """
         waiting: deque[_Task] = deque()
         calls: dict[Any, _Call] = {}
@@ -187,7 +188,7 @@ class ScoringPool:
             if worker and task:
                 worker.load += 1
                 task.tries += 1
-                reference = submit(worker.actor, task.item, len(self._counted(task.deaths)))
+                reference = submit(worker.actor, task.item, len(self._unexplained(task.deaths)))
                 calls[reference] = _Call(worker, task, time.monotonic())
                 continue
             if not waiting and all(call.task.done for call in calls.values()):
@@ -204,9 +205,9 @@ class ScoringPool:
                 try:
                     result = unpack(ray.get(reference))
                 except ray.exceptions.RayTaskError as error:
-                    self._leave_out(call.worker, cause_of(error))
+                    self._exclude_node(call.worker, cause_of(error))
                 except ray.exceptions.RayError as error:
-                    self._bury(call.worker, error, call.task)
+                    self._replace_dead(call.worker, error, call.task)
                 else:
                     self._deaths.clear()
                     taken.append(time.monotonic() - call.started)
@@ -216,11 +217,11 @@ class ScoringPool:
                     continue
                 if not call.task.done and not call.task.tries:
                     waiting.appendleft(call.task)
-        for call in calls.values():  # second tries that nobody waits for
+        for call in calls.values():  # second tries whose results are not needed
             self._stop(call.worker)
 
     def _find_worker(self, waiting: int) -> _Worker | None:
-        """Finds the worker that takes a task; None where all that wait have to go on waiting."""
+        """Finds the worker that takes the next task; None if all are busy. waiting: number of waiting tasks."""
         ready = [worker for worker in self._workers if worker.ready]
         worker = min(ready, key=lambda one: one.load, default=None)
         return worker if worker and _takes_another(worker.load, waiting, len(self._workers)) else None
@@ -228,25 +229,28 @@ class ScoringPool:
     def _find_task(
         self, waiting: deque[_Task], once: Sequence[_Call], worker: _Worker | None, taken: Sequence[float]
     ) -> _Task | None:
-        """The next task for a worker; where none waits, the one that is under way for the longest, if it straggles."""
+        """Takes the next waiting task for a worker. If none waits, returns the longest running one if it straggles.
+
+        once: calls that could be tried a second time. taken: seconds that the last successful calls have taken.
+        """
         if worker is None:
             return None
         if waiting:
             return waiting.popleft()
         slowest = min((call for call in once if call.worker is not worker), key=lambda call: call.started, default=None)
-        if slowest and taken and time.monotonic() - slowest.started > _STRAGGLES * statistics.median(taken):
+        if slowest and taken and time.monotonic() - slowest.started > _STRAGGLER_FACTOR * statistics.median(taken):
             return slowest.task
         return None
 
-    def _look(self) -> None:
-        """Looks which nodes there are, and what actors they have room for."""
+    def _refresh_nodes(self) -> None:
+        """Lists the nodes, and plans the actors that fit on them."""
         job = self._run.job
-        self._looked = time.monotonic()
+        self._refreshed = time.monotonic()
         self._grows = can_grow(job)
-        self._nodes = [node for node in list_nodes() if node.node_id not in self._left_out]
+        self._nodes = [node for node in list_nodes() if node.node_id not in self._excluded]
         if self._on_gpus is None:
             on_gpus = uses_gpus(job, self._nodes, self._grows)
-            # Where no node is there yet, the first one says whether it is CPU or GPU; never both in one night.
+            # A night is scored either on CPUs or on GPUs. If there is no node yet, the first one decides.
             if on_gpus or is_local(job) or plan_actors(job, self._nodes, on_gpus).count:
                 self._on_gpus = on_gpus
         self.plan = plan_actors(job, self._nodes, bool(self._on_gpus))
@@ -257,12 +261,12 @@ class ScoringPool:
                 self._stop(worker)
 
     def _resize(self, left: int, spare: int = 0) -> None:
-        """Starts or stops actors. left: items that no worker has. spare: workers that may be needed for second tries.
+        """Starts actors, or stops idle ones, which would keep an autoscaler from removing their nodes.
 
-        Idle ones are stopped, because they would keep their nodes from going.
+        left: number of items that no worker has. spare: number of workers that second tries may need.
         """
-        if time.monotonic() - self._looked >= _LOOK_EVERY_S:
-            self._look()
+        if time.monotonic() - self._refreshed >= _REFRESH_EVERY_S:
+            self._refresh_nodes()
         if self._on_gpus is None:
             return
         busy = sum(worker.load > 0 for worker in self._workers)
@@ -282,8 +286,8 @@ class ScoringPool:
         engine, plan = self._run.job.engine, self.plan
         options: dict[str, Any] = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "resources": engine.resources}
         labels = dict(engine.labels)
-        if self._left_out:
-            labels["ray.io/node-id"] = f"!in({','.join(sorted(self._left_out))})"
+        if self._excluded:
+            labels["ray.io/node-id"] = f"!in({','.join(sorted(self._excluded))})"
         if labels:
             options["label_selector"] = labels
         remote = ray.remote(self._actor_class).options(**options, max_restarts=0, max_concurrency=_CALLS_AT_ONCE)
@@ -299,14 +303,14 @@ class ScoringPool:
         ray.kill(worker.actor)
 
     def _receive(self, reference: Any) -> None:
-        """Goes on with a worker that has found its node, or has loaded its model."""
+        """Handles a worker that has got its node (then it loads its model), or has loaded its model."""
         worker = self._starting.pop(reference)
         try:
             result = unpack(ray.get(reference))
         except ray.exceptions.RayTaskError as error:
-            self._leave_out(worker, cause_of(error), of_node=True)
+            self._exclude_node(worker, cause_of(error), of_node=True)
         except ray.exceptions.RayError as error:
-            self._bury(worker, error)
+            self._replace_dead(worker, error)
         else:
             if worker.node_id is None:
                 worker.node_id = result
@@ -314,11 +318,11 @@ class ScoringPool:
             else:
                 worker.ready = True
 
-    def _leave_out(self, worker: _Worker, cause: Exception, of_node: bool = False) -> None:
-        """Goes on without a node that is not fit for work; raises the cause where that is not the node's, or where no
-        other node can do the work.
+    def _exclude_node(self, worker: _Worker, cause: Exception, of_node: bool = False) -> None:
+        """Excludes the node of a worker whose call failed. Raises the cause if the node is not to blame, or if no other
+        node can do the work.
 
-        of_node: what failed does not depend on the item of work.
+        of_node: whether the failed call did not depend on an item of work.
         """
         if worker.stopped:
             return
@@ -327,56 +331,59 @@ class ScoringPool:
         others = [node for node in self._nodes if node.node_id != worker.node_id]
         if worker.node_id is None or not any(self.plan.slots(node, self._run.job.engine) for node in others):
             raise cause from None
-        logger.warning("node %s is left out; the others do its work: %s", worker.node_id[:12], cause)
-        self._left_out.add(worker.node_id)
+        logger.warning("node %s is excluded, and others do its work: %s", worker.node_id[:12], cause)
+        self._excluded.add(worker.node_id)
         for one in [one for one in self._workers if one.node_id == worker.node_id]:
             self._stop(one)
-        self._look()
+        self._refresh_nodes()
 
-    def _bury(self, worker: _Worker, error: ray.exceptions.RayError, task: _Task | None = None) -> None:
-        """Lets another worker take the place of one that died. Raises EngineError where that happens too often: on
-        nodes that live, for nodes that go, as spot nodes do, take healthy workers with them."""
+    def _replace_dead(self, worker: _Worker, error: ray.exceptions.RayError, task: _Task | None = None) -> None:
+        """Replaces a worker that died. Raises EngineError if workers die too often.
+
+        Deaths on lost nodes do not count: when a spot node is taken away, its healthy workers die with it.
+        """
         if worker.stopped:
             return
         if task:
             task.deaths.append(worker.node_id)
         if worker in self._workers:
-            # It may only be cut off from here, and would then go on working unseen.
+            # The actor may only be unreachable, and would then go on working.
             self._stop(worker)
             worker.stopped = False
             self._deaths.append(worker.node_id)
-            self._look()
+            self._refresh_nodes()
             reason = " ".join(str(error).split())[:400]
-            where = "" if self._counted([worker.node_id]) else " with its node"
+            where = "" if self._unexplained([worker.node_id]) else " with its node"
             logger.warning("a scoring worker died%s and is replaced; its shards are scored again: %s", where, reason)
-        patience = time.monotonic() + (0 if is_local(self._run.job) else _NOTICED_WITHIN_S)
+        patience = time.monotonic() + (0 if is_local(self._run.job) else _LOSS_NOTICED_WITHIN_S)
         while self._too_many(task):
             if time.monotonic() >= patience:
                 most, reason = self._run.job.engine.max_restarts, " ".join(str(error).split())[:400]
+                count = len(self._unexplained(self._deaths))
                 raise EngineError(
-                    f"{len(self._counted(self._deaths))} scoring workers died, more than engine.max_restarts ({most}) "
-                    f"allows; look at the memory of their nodes and at Ray's logs. The last: {reason}"
+                    f"{count} scoring workers died, more than engine.max_restarts ({most}) allows; check the memory of "
+                    f"their nodes, and Ray's logs. The last: {reason}"
                 )
             time.sleep(1)
-            self._look()
+            self._refresh_nodes()
 
     def _too_many(self, task: _Task | None) -> bool:
-        """Whether more workers have died, or died over a task, than engine.max_restarts allows."""
+        """Whether more workers have died, in all or over this task, than engine.max_restarts allows."""
         most = self._run.job.engine.max_restarts
-        over_task = self._counted(task.deaths) if task else []
-        return len(over_task) > most or len(self._counted(self._deaths)) > most * max(self.plan.count, 1)
+        over_task = self._unexplained(task.deaths) if task else []
+        return len(over_task) > most or len(self._unexplained(self._deaths)) > most * max(self.plan.count, 1)
 
-    def _counted(self, deaths: Sequence[str | None]) -> list[str | None]:
-        """Those of the deaths that are not explained by the loss of a node."""
+    def _unexplained(self, deaths: Sequence[str | None]) -> list[str | None]:
+        """Returns the deaths that the loss of a node does not explain."""
         if not deaths:
             return []
         alive = {node.node_id for node in self._nodes}
         return [node_id for node_id in deaths if node_id is None or node_id in alive]
 
     def _wait(self, references: list[Any], soon: bool) -> list[Any]:
-        """Those of the references that are done; none after a while, which is shorter where `soon`."""
+        """Waits until a call is done. Returns the finished calls; none after 5 s, or 0.2 s if `soon`."""
         self._await_nodes()
-        timeout = 0.2 if soon else _LOOK_EVERY_S
+        timeout = 0.2 if soon else _REFRESH_EVERY_S
         if not references:
             time.sleep(timeout)
             return []
@@ -384,38 +391,38 @@ class ScoringPool:
         return list(done)
 
     def _await_nodes(self) -> None:
-        """Says now and then that no actor has a node; raises EngineError where no fitting one has come in time."""
+        """Logs from time to time that no actor has a node. Raises EngineError if no suitable node has come in time."""
         now, job = time.monotonic(), self._run.job
         if any(worker.node_id is not None for worker in self._workers):
-            self._homeless_from = now
+            self._without_node_since = now
             return
         need, has = describe_need(job, self.plan), describe_nodes(self._nodes)
-        left = job.engine.wait_for_nodes_s - (now - self._homeless_from)
+        left = job.engine.wait_for_nodes_s - (now - self._without_node_since)
         if left <= 0 and not self.plan.count:
             raise EngineError(
                 f"no node with {need} has come within {job.engine.wait_for_nodes_s:g} s (engine.wait_for_nodes_s); the "
-                f"cluster has {has}. Look at its autoscaler, or score on CPU with model.device=cpu"
+                f"cluster has {has}. Check its autoscaler, or score on CPU with model.device=cpu"
             )
-        # Where a node fits, an actor takes some time to start; where none does, it is worth a word at once.
-        soon = not self.plan.count and self._said <= self._homeless_from
-        if now - self._said < (_LOOK_EVERY_S if soon else _SAY_EVERY_S):
+        # If a node fits, the actor is only starting; if none does, say so at once.
+        soon = not self.plan.count and self._logged <= self._without_node_since
+        if now - self._logged < (_REFRESH_EVERY_S if soon else _LOG_EVERY_S):
             return
-        self._said = now
+        self._logged = now
         if self.plan.count:
-            logger.warning("no scoring actor has started; waiting until a node has %s that nobody uses", need)
+            logger.warning("no scoring actor has started; waiting until a node has %s free", need)
         else:
-            logger.warning("waiting for a node with %s, for %.0f s more; the cluster has %s", need, left, has)
+            logger.warning("waiting up to %.0f s more for a node with %s; the cluster has %s", left, need, has)
 
 
 def _call(actor: Any, method: str, *arguments: Any) -> Any:
-    """Starts a call of an actor's method, under whose name Ray's dashboard shows it; what comes of it is a Reply."""
+    """Starts a call of an actor's method, and returns the reference of its Reply. Ray's dashboard shows the method."""
     return actor.call.options(name=f"ScoringActor.{method}").remote(method, *arguments)
 
 
 def _takes_another(load: int, waiting: int, actors: int) -> bool:
-    """Whether a worker with `load` calls takes one of the waiting items. actors: how many there are.
+    """Whether a worker with `load` running calls takes one of the `waiting` items. actors: number of all actors.
 
-    It takes a second one only while there is an item for every other actor, including those that are still starting. So
-    the last items wait for whoever is free first, and not behind a busy model while another one is idle.
+    A worker takes a second item only if there is one for every other actor, including those that are still starting.
+    So the last items go to the actor that is free first, and do not wait for a busy one while another is idle.
     """
     return load == 0 or (load < _CALLS_AT_ONCE and waiting >= actors)

@@ -1,8 +1,8 @@
 """Brings the warnings of actors into the driver's log.
 
-Ray would do it by printing all that workers write to their stdout and stderr, stack traces and colours included, to
-the driver's stdout, past its log format. So that is switched off (it stays in Ray's own log files), and warnings travel
-with the results of calls.
+Ray's own way is to print all output of the workers, with stack traces and colours, to the driver's stdout, which
+ignores the log format. So that is switched off (the output stays in Ray's log files), and warnings travel with the
+results of calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _MOST_KEPT = 100
-"""Warnings between two calls of an actor; of more, the latest."""
+"""Warnings that an actor keeps between two replies; if there are more, the latest."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,14 @@ class Warned:
 
 @dataclass(frozen=True)
 class Reply:
-    """The result of a call, and what the actor has warned of since its last reply."""
+    """The result of a call, and the warnings of the actor since its last reply."""
 
     result: Any
     warnings: tuple[Warned, ...] = ()
 
 
 class WarningKeeper(logging.Handler):
-    """Keeps an actor's warnings until a reply takes them along; prints them too, into Ray's log file of the worker."""
+    """Keeps an actor's warnings for its next reply, and prints them to Ray's log file of the worker."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -52,12 +52,12 @@ class WarningKeeper(logging.Handler):
         self._kept.append(Warned(record.levelno, record.name, record.getMessage(), self._node))
 
     def reply(self, result: Any) -> Reply:
-        """The result together with the warnings kept, which are forgotten."""
+        """Returns the result together with the warnings kept so far, and forgets them."""
         return Reply(result, tuple(self._kept.popleft() for _ in range(len(self._kept))))
 
 
 def unpack(reply: Reply) -> Any:
-    """The result of a reply; its warnings are logged here, under the names of the loggers that they came from."""
+    """Returns the result of a reply, and logs its warnings here, under their original loggers."""
     for warned in reply.warnings:
         logging.getLogger(warned.logger).log(warned.level, "worker on %s: %s", warned.node, warned.message)
     return reply.result

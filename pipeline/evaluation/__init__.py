@@ -1,4 +1,4 @@
-"""Scores and maps against ground truth: metrics, their documents, and calibrated thresholds.
+"""Measures scores and maps against ground truth: metrics, their documents, and calibrated thresholds.
 
 In: labelled images or finished runs. Out: AUROC, AUPR, F1-max, PRO, curves, threshold tables.
 May import: scoring, alfa, images, storage, schemas.

@@ -1,4 +1,4 @@
-"""The scores of finished runs -> thresholds by class."""
+"""Calibrates the thresholds of each class from the scores of finished runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from schemas.thresholds import ClassThresholds
 
 @dataclass(frozen=True)
 class ClassScores:
-    """What runs gave to the labelled images of a class: pairs of score and highest map value."""
+    """The scores of a class's labelled images, as pairs of score and highest map value."""
 
     good: list[tuple[float, float]] = field(default_factory=list)
     anomalous: list[tuple[float, float]] = field(default_factory=list)
@@ -26,7 +26,7 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class RunScores:
-    """Of one run; model and weights_sha256 as its rows name them."""
+    """The scores of a run by class. model, weights_sha256: as in its rows."""
 
     model: str
     weights_sha256: str
@@ -34,9 +34,9 @@ class RunScores:
 
 
 def read_scores(output: Store, run_id: str, *, all_good: bool) -> RunScores:
-    """The scores of a run's labelled images; all_good: every image counts as good, whatever its label.
+    """Reads the scores of a run's labelled images. all_good: count every image as good, whatever its label.
 
-    Raises ThresholdError where the run is not there or has no labelled image.
+    Raises ThresholdError if the run does not exist, or has no labelled image.
     """
     labels: dict[str, str | None] = {}
     for info in output.list(f"runs/{run_id}"):
@@ -46,7 +46,7 @@ def read_scores(output: Store, run_id: str, *, all_good: bool) -> RunScores:
             labels |= dict(zip(columns["image_id"], columns["label"], strict=True))
     classes: dict[str, ClassScores] = {}
     model, weights = "", ""
-    seen: set[str] = set()  # a run whose images have changed since has some in two shards
+    seen: set[str] = set()  # if images were added to a run, some may be in two shards
     folder = paths.run_key(run_id, "shards")
     columns_read = ["image_id", "class_name", "score", "map_peak", "model", "weights_sha256"]
     for shard_id in sorted(paths.finished_shards(output, folder)):
@@ -60,33 +60,33 @@ def read_scores(output: Store, run_id: str, *, all_good: bool) -> RunScores:
             (scores.good if label == GOOD else scores.anomalous).append((row["score"], row["map_peak"]))
     where = output.uri(f"runs/{run_id}")
     if not model:
-        raise ThresholdError(f"{where} holds no finished shard; `alfa status` shows which runs there are")
+        raise ThresholdError(f"{where} has no finished shard; `alfa status` lists the runs")
     if not classes:
         raise ThresholdError(
             f"no scored image of {where} has a label; score a labelled dataset (layouts mvtec, visa, or a table with "
-            f"label), or known-good images and say --all-good"
+            f"label), or score known-good images and use --all-good"
         )
     return RunScores(model, weights, classes)
 
 
 def calibrate_class(class_name: str, scores: ClassScores, policy: str) -> ClassThresholds:
-    """Thresholds of a class by policy `f1_max` or `fpr=RATE`; that of masks is set alike, by the maps' peaks, so that
-    it is the share of images with a marked pixel that is set.
+    """Sets the thresholds of a class by policy `f1_max` or `fpr=RATE`.
 
-    Raises ThresholdError where the images do not suffice for the policy.
+    The mask threshold is set in the same way from the maps' peaks, so that the policy holds for the images with a
+    marked pixel. Raises ThresholdError if there are too few images for the policy.
     """
     good, anomalous = np.array(scores.good).reshape(-1, 2), np.array(scores.anomalous).reshape(-1, 2)
     if policy == "f1_max":
         if not (len(good) and len(anomalous)):
             raise ThresholdError(
                 f"class {class_name!r} has {len(good)} good and {len(anomalous)} anomalous images; f1_max needs both. "
-                f"With good ones alone use --by fpr=0.01"
+                f"With good images only, use --by fpr=0.01"
             )
         score, mask = (best_f1(good[:, part], anomalous[:, part]) for part in (0, 1))
     else:
         rate = float(policy.removeprefix("fpr="))
         if not len(good):
-            raise ThresholdError(f"class {class_name!r} has no good images to set a false-positive rate by")
+            raise ThresholdError(f"class {class_name!r} has no good images, which a false-positive rate needs")
         score, mask = (false_positive_threshold(good[:, part], rate) for part in (0, 1))
     false, found = int((good[:, 0] >= score).sum()), int((anomalous[:, 0] >= score).sum())
     return ClassThresholds(
@@ -101,9 +101,9 @@ def calibrate_class(class_name: str, scores: ClassScores, policy: str) -> ClassT
 
 
 def best_f1(good: NDArray[np.float64], anomalous: NDArray[np.float64]) -> float:
-    """The score t with the highest F1 of `score >= t`; of equal ones the highest t, which calls the fewest anomalous.
+    """Returns the threshold t at which `score >= t` has the highest F1; among equal ones, the highest t.
 
-    F1 = 2 TP / (TP + FP + P). good, anomalous: [n], not empty.
+    F1 = 2 TP / (TP + FP + P). good, anomalous: scores [n], not empty.
     """
     cuts = np.unique(np.concatenate([good, anomalous]))[::-1]
     found = len(anomalous) - np.searchsorted(np.sort(anomalous), cuts, side="left")
@@ -112,7 +112,10 @@ def best_f1(good: NDArray[np.float64], anomalous: NDArray[np.float64]) -> float:
 
 
 def false_positive_threshold(good: NDArray[np.float64], rate: float) -> float:
-    """The lowest float32 t for which at most `rate` of the good images have `score >= t`. good: [n], not empty."""
+    """Returns the lowest float32 t at which at most a share `rate` of the good images has `score >= t`.
+
+    good: scores [n], not empty.
+    """
     allowed = int(np.floor(rate * len(good) + 1e-9))
     if allowed >= len(good):
         return float(good.min())
@@ -121,7 +124,7 @@ def false_positive_threshold(good: NDArray[np.float64], rate: float) -> float:
 
 
 def check_policy(policy: str) -> str:
-    """The policy, as it was given. Raises ThresholdError where there is none of that name."""
+    """Returns the policy unchanged. Raises ThresholdError if it is neither f1_max nor fpr=RATE."""
     name, _, rate = policy.partition("=")
     try:
         known = policy == "f1_max" or (name == "fpr" and 0 <= float(rate) <= 1)
@@ -133,7 +136,7 @@ def check_policy(policy: str) -> str:
 
 
 def merge_scores(runs: Sequence[RunScores]) -> dict[str, ClassScores]:
-    """The scores of several runs together, by class in alphabetical order."""
+    """Merges the scores of several runs, by class in alphabetical order."""
     merged: dict[str, ClassScores] = {}
     for run in runs:
         for name, scores in run.classes.items():

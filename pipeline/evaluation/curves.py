@@ -1,7 +1,7 @@
-"""ROC, precision-recall and PRO from counts, one count a threshold: exact for distinct values, bounded for bins.
+"""Computes ROC, precision-recall and PRO from counts per threshold: exactly for distinct values, with bounds for bins.
 
-A curve is known exactly at the edges of bins, and between them it rises monotonically. So the exact area lies between
-the two staircases through the known points; `Measure.error` is the half-width of that certainty around the value.
+A curve is known exactly at the edges of bins, and rises monotonically between them. So the exact area lies between the
+two staircases through the known points. `Measure.error` is the largest distance of the value from these two bounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Points: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric, 0 to 1. The exact one lies within value - error and value + error; counted by values, value is it."""
+    """A metric, 0 to 1. Its exact value lies between value - error and value + error, and error is 0 without bins."""
 
     value: float
     error: float
@@ -26,37 +26,37 @@ class Measure:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """How many normal and anomalous items have each value (or fall into each bin), by rising value: [N], int64."""
+    """Number of normal and anomalous items with each value (or in each bin), by rising value: [N], int64."""
 
     normal: NDArray[np.int64]
     anomalous: NDArray[np.int64]
 
     @property
     def has_both(self) -> bool:
-        """Whether there is anything to tell apart; without it no metric exists."""
+        """Whether there are normal and anomalous items; otherwise no metric exists."""
         return bool(self.normal.any() and self.anomalous.any())
 
 
 def count_values(scores: NDArray[np.floating], anomalous: NDArray[np.bool_]) -> Counts:
-    """Counts of distinct scores [n], whose curves are exact."""
+    """Counts the items with each distinct score. scores: [n]; anomalous: [n]. Curves from such counts are exact."""
     values, places = np.unique(scores, return_inverse=True)
     size = len(values)
     return Counts(np.bincount(places[~anomalous], minlength=size), np.bincount(places[anomalous], minlength=size))
 
 
 def rates(counts: NDArray[np.number]) -> Points:
-    """Share of the items at or above each value, from none to all: [N + 1], rising from 0 to 1."""
+    """Returns the share of items at or above each value, from the highest value down: [N + 1], rising from 0 to 1."""
     above: Points = np.concatenate([[0.0], np.cumsum(counts[::-1], dtype=np.float64)])
     return above / float(above[-1])
 
 
 def auroc(counts: Counts) -> Measure | None:
-    """Area under true against false positive rate; None where a side is empty."""
+    """Returns the area under the ROC curve; None if either side is empty."""
     return area(rates(counts.normal), rates(counts.anomalous)) if counts.has_both else None
 
 
 def area(x: Points, y: Points, limit: float = 1.0) -> Measure:
-    """Area under a rising curve [K] up to x = limit, as a share of the limit, by trapezoids."""
+    """Returns the area under a rising curve up to x = limit, divided by the limit, by trapezoids. x, y: [K]."""
     width, rise = np.diff(x), np.diff(y)
     inside = np.clip((limit - x[:-1]) / np.where(width > 0, width, 1.0), 0.0, 1.0)
     width = np.where(width > 0, width * inside, 0.0)
@@ -66,10 +66,10 @@ def area(x: Points, y: Points, limit: float = 1.0) -> Measure:
 
 
 def average_precision(counts: Counts) -> Measure | None:
-    """Sum over thresholds of recall gained x precision (scikit-learn's definition); None where a side is empty.
+    """Returns the sum over thresholds of recall gained x precision, as scikit-learn does; None if either side is empty.
 
-    Bounds inside a bin: its j-th anomalous item has at best the bin's other anomalous items with it and none of its
-    normal ones before it; at worst all normal ones before it, and the anomalous ones one by one.
+    Bounds within a bin: at best, all anomalous items of the bin rank above its normal ones and share one score. At
+    worst, all normal items rank above the anomalous ones, whose scores differ.
     """
     if not counts.has_both:
         return None
@@ -87,7 +87,7 @@ def average_precision(counts: Counts) -> Measure | None:
 
 
 def f1_max(counts: Counts) -> Measure | None:
-    """The highest F1 over all thresholds; None where a side is empty."""
+    """Returns the highest F1 over all thresholds; None if either side is empty."""
     if not counts.has_both:
         return None
     tp, fp = np.cumsum(counts.anomalous[::-1]), np.cumsum(counts.normal[::-1])

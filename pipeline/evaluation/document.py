@@ -1,4 +1,4 @@
-"""An evaluation as a document of headings, texts, tables and pictures, written as Markdown or as one HTML page."""
+"""Writes documents of headings, texts, tables and pictures, as Markdown or as one HTML page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUMBERS = frozenset((*HEADERS, "good", "anomalous"))
 
 @dataclass(frozen=True)
 class Heading:
-    """A title, or below the first, a section."""
+    """A heading. The first one is the title of the document, the others are sections."""
 
     text: str
 
@@ -33,7 +33,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table; all cells are text. Columns of numbers are aligned to the right."""
+    """A table of text cells. Columns of numbers are right-aligned."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -41,7 +41,7 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG below the document's folder."""
+    """A PNG. name: its path relative to the document."""
 
     name: str
     data: bytes
@@ -52,12 +52,12 @@ Block = Heading | Text | Sheet | Picture
 
 
 def percent(value: float | None) -> str:
-    """A share as a table shows it: `93.2`, or a dash where there is none."""
+    """Formats a share as a percentage with one decimal, such as `93.2`; a dash for None."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def metric_cells(row: Mapping[str, Any]) -> list[str]:
-    """The seven metrics of a row of schema EVALUATION, in percent; over several draws with their standard deviation."""
+    """Formats the seven metrics of a row of schema EVALUATION in percent, with the standard deviation over draws."""
 
     def cell(name: str) -> str:
         spread = row.get(f"{name}_spread")
@@ -67,12 +67,12 @@ def metric_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def published_cells(row: Published) -> list[str]:
-    """The seven metrics of a result that others have published, in percent."""
+    """Formats the seven metrics of a published result in percent."""
     return ["-" if (value := getattr(row, name)) is None else f"{value:.1f}" for name in METRICS]
 
 
 def to_markdown(blocks: Sequence[Block]) -> bytes:
-    """GitHub's Markdown; pictures are named relative to the document."""
+    """Writes the document as GitHub's Markdown; pictures are linked relative to it."""
     parts = []
     for number, block in enumerate(blocks):
         if isinstance(block, Heading):
@@ -91,7 +91,7 @@ def to_markdown(blocks: Sequence[Block]) -> bytes:
 
 
 def to_html(blocks: Sequence[Block]) -> bytes:
-    """One self-contained page; nothing is fetched."""
+    """Writes the document as one self-contained HTML page, which loads nothing."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "evaluation")
     body = []
     for number, block in enumerate(blocks):
@@ -137,5 +137,5 @@ def _html(text: str) -> str:
 
 
 def _md(text: str) -> str:
-    """Text from outside as Markdown that shows it and does nothing else."""
+    """Escapes text from outside, so that Markdown shows it unchanged."""
     return re.sub(r"([\\`*_\[\]|~$])", r"\\\1", html.escape(one_line(text), quote=False))

@@ -1,4 +1,4 @@
-"""Nights as they are: peers drawn from mostly good images, several times, and what the draws give on average."""
+"""Simulates realistic nights: draws the peers from mostly good images, several times, and averages the results."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 def draw_night(images: Sequence[LabelledImage], anomaly_rate: float, seed: int) -> dict[str, list[Row]]:
-    """Draws, for each class, the night that its peers come from, as rows in the order in which they are taken.
+    """Draws a night from which the peers of each class are taken. Returns its rows by class, in random order.
 
-    It holds all good images of the class and so many of the anomalous ones, at least one, that they are `anomaly_rate`
-    of it.
+    The night of a class holds all of its good images, and a random choice of its anomalous ones. Their share is
+    `anomaly_rate`, but at least one is chosen unless the rate is 0.
     """
     chance = np.random.default_rng(seed)
     found: dict[str, list[Row]] = {}
@@ -30,11 +30,10 @@ def draw_night(images: Sequence[LabelledImage], anomaly_rate: float, seed: int) 
 
 
 def average_draws(measured: Measured, draws: Mapping[str, Sequence[str]]) -> Measured:
-    """Averages the rows of configurations that differ by their draw alone.
+    """Averages the rows of configurations that differ only in their draw.
 
-    draws: for each configuration, the names under which its draws were measured. A row then has the mean of each
-    metric, how many draws there were, and their standard deviation in columns that end in _spread. Curves are those of
-    the first draw.
+    draws: for each configuration, the names under which its draws were measured. The rows get the mean of each metric,
+    the number of draws, and the standard deviations in columns that end in _spread. Curves are those of the first draw.
     """
     by_name: dict[str, list[Row]] = {}
     for row in measured.rows:
@@ -53,7 +52,7 @@ def average_draws(measured: Measured, draws: Mapping[str, Sequence[str]]) -> Mea
 
 
 def first_draws(scored: Scored, draws: Mapping[str, Sequence[str]]) -> Scored:
-    """The scores of each configuration's first draw: what is shown and stored of single images."""
+    """Selects the scores of each configuration's first draw, which are shown and stored for single images."""
     by_name = {configuration.name: configuration for configuration in scored.configurations}
     chosen = [Configuration(name, by_name[names[0]].scores) for name, names in draws.items()]
     return Scored(scored.images, chosen)

@@ -1,7 +1,7 @@
-"""Scores against ground truth: metrics per class, per kind of defect, and the mean over classes.
+"""Measures scores against ground truth: metrics per class, per kind of defect, and their means over classes.
 
-Image metrics are exact. Pixels are counted in histograms, one class at a time, so memory does not grow with the number
-or the size of images; what is kept of each image is its anomaly map on the patch grid.
+Image metrics are exact. Pixels are counted in histograms, one class at a time, so that memory does not depend on the
+size of the images. Only the anomaly map of each image on the patch grid is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IMAGE_METRICS = ("image_auroc", "image_aupr", "image_f1_max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_aupr", "pixel_f1_max", "pixel_pro")
 METRICS = (*IMAGE_METRICS, *PIXEL_METRICS)
 AT_THRESHOLD = ("false_positive_rate", "recall")
-"""What the threshold of the job, if it is fixed, makes of the good and of the anomalous images."""
+"""Metrics at the threshold of the job, if that is fixed: the shares of good and of anomalous images at or above it."""
 
 _CURVE_POINTS = 400
 
@@ -39,7 +39,10 @@ ReadMask = Callable[[str], NDArray[np.bool_]]
 
 @dataclass(frozen=True)
 class LabelledImage:
-    """An image and its ground truth. label: good, or the kind of defect; size in pixels, None where it has no score."""
+    """An image and its ground truth.
+
+    label: good, or the kind of defect. width, height: in pixels; None where the image has no score.
+    """
 
     uri: str
     key: str
@@ -51,13 +54,13 @@ class LabelledImage:
 
     @property
     def is_good(self) -> bool:
-        """Whether it has no defect."""
+        """Whether the image has no defect."""
         return self.label == GOOD
 
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What a configuration gave an image. grid: anomaly map on the patch grid [gh, gw], float32."""
+    """The result of a configuration for an image. grid: anomaly map on the patch grid [gh, gw], float32."""
 
     score: float
     score_global: float
@@ -67,7 +70,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
-    """Scores of a list of images, in its order; None for an image that could not be scored."""
+    """The scores of a list of images under one configuration; None for an image that could not be scored."""
 
     name: str
     scores: Sequence[Score | None]
@@ -75,7 +78,10 @@ class Configuration:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """rows: schema EVALUATION. rocs, pros: pixel curves of (configuration, class), thinned for drawing."""
+    """The result of measure().
+
+    rows: in schema EVALUATION. rocs, pros: pixel curves by configuration and class, thinned for drawing.
+    """
 
     rows: list[Row]
     rocs: dict[tuple[str, str], Curve] = field(default_factory=dict)
@@ -89,12 +95,11 @@ def measure(
     threads: int,
     threshold: float | None = None,
 ) -> Measured:
-    """Metrics of every configuration on the same images.
+    """Computes the metrics of every configuration on the same images.
 
-    read_mask: address -> ground truth [h, w]; masks are read ahead by threads. Anomalous images whose mask is missing
-    or cannot be read count for image metrics alone, and rows say how many. threshold: of scores, where there is one for
-    all classes. Raises StoreError where a store is out of
-    use.
+    Anomalous images whose mask is missing or cannot be read count for image metrics only; rows say how many there are.
+    read_mask: returns the ground truth [h, w] at an address; called by threads. threshold: the threshold of scores, if
+    all classes share one. Raises StoreError where a store cannot be used.
     """
     order = sorted(range(len(images)), key=lambda number: (images[number].class_name, images[number].label, number))
     measured = Measured([])
@@ -159,7 +164,7 @@ def _row(
 
 
 def _mean(name: str, rows: Sequence[Row]) -> Row:
-    """The mean over the classes that have the metric."""
+    """Averages each metric over the classes that have it."""
     mean: Row = {"configuration": name, "level": "mean"}
     for count in ("good", "anomalous", "errors", "unmasked"):
         mean[count] = sum(row[count] for row in rows)
@@ -176,7 +181,7 @@ def _count_pixels(
     read_mask: ReadMask,
     threads: int,
 ) -> tuple[dict[str, dict[str, PixelHistogram]], set[int]]:
-    """Histograms of a class by configuration and label, and the anomalous images without a mask."""
+    """Counts the pixels of a class, by configuration and label. Also returns the anomalous images without a mask."""
     scored = [number for number in numbers if any(item.scores[number] is not None for item in configurations)]
     unmasked = {number for number in scored if not images[number].is_good and images[number].mask_uri is None}
     if not any(images[number].mask_uri for number in scored):
@@ -204,7 +209,7 @@ def _count_pixels(
 
 
 def _bins(scores: Sequence[Score]) -> Bins:
-    """Bins over the range of a class's maps: interpolation between patches never leaves it."""
+    """Makes bins over the range of a class's maps, which interpolation between patches never leaves."""
     if not scores:
         return Bins(0.0, 1.0)
     return Bins(min(float(score.grid.min()) for score in scores), max(float(score.grid.max()) for score in scores))
@@ -217,7 +222,7 @@ def _regions(image: LabelledImage, read_mask: ReadMask) -> NDArray[np.int32] | N
         return label_regions(read_mask(image.mask_uri))
     except StoreError:
         raise
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+    except Exception as error:  # decoders raise all kinds of errors for broken files
         logger.warning("the mask %s is left out: %s: %s", image.mask_uri, type(error).__name__, error)
         return None
 
@@ -233,7 +238,7 @@ def _merged(parts: Mapping[str, PixelHistogram], labels: Sequence[str]) -> Pixel
 
 
 def _thin(curve: Curve) -> Curve:
-    """The curve at steps of equal length along it: fine where it is steep, fine where it is flat."""
+    """Thins a curve to points at equal distances along it, so that steep and flat parts keep their shape."""
     x, y = curve
     length = np.concatenate([[0.0], np.cumsum(np.diff(x) + np.diff(y))])
     places = np.unique(np.searchsorted(length, np.linspace(0.0, length[-1], _CURVE_POINTS)).clip(0, len(x) - 1))
@@ -243,10 +248,10 @@ def _thin(curve: Curve) -> Curve:
 def rank_failures(
     images: Sequence[LabelledImage], configuration: Configuration, most: int
 ) -> tuple[list[int], list[int]]:
-    """Numbers of the good images that score highest, and of the anomalous ones that score lowest, worst first.
+    """Finds the good images that score highest and the anomalous ones that score lowest, worst first, by number.
 
-    Across classes scores are not comparable, so an image counts by its place among the scores of the other side of
-    its class: a good one by the share of anomalous ones that it beats.
+    Scores of different classes are not comparable. So a good image is ranked by the share of anomalous images of its
+    class that score lower, and an anomalous one by the share of good images that score higher.
     """
     beaten: dict[int, tuple[float, float]] = {}
     for numbers in _by_class(images):

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation as PNG bytes: curves, distributions, failures. Needs matplotlib (extra `evaluate`)."""
+"""Draws the pictures of an evaluation as PNG: curves, distributions, failures. Needs matplotlib (extra `evaluate`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_curves(
     rocs: Mapping[str, Curve],
     pros: Mapping[str, Curve],
 ) -> bytes:
-    """ROC of image scores, ROC of pixels and PRO curve, a line a class (the first 20)."""
+    """Draws the ROC curves of image scores and of pixels and the PRO curve, a line for each of the first 20 classes."""
     figure, axes = _figure(1, 3, (13.0, 4.2))
     classes = _classes(images)
     for number, name in enumerate(classes[:_MOST_CLASSES]):
@@ -56,7 +56,7 @@ def draw_curves(
 
 
 def draw_distributions(images: Sequence[LabelledImage], configuration: Configuration) -> bytes:
-    """Histograms of image scores, good against anomalous, a panel a class (the first 20)."""
+    """Draws histograms of the scores of good and anomalous images, a panel for each of the first 20 classes."""
     classes = _classes(images)[:_MOST_CLASSES]
     columns = min(4, len(classes))
     rows = -(-len(classes) // columns)
@@ -87,9 +87,9 @@ def draw_failure(
     truth: NDArray[np.bool_] | None,
     span: tuple[float, float],
 ) -> bytes:
-    """Photo | map | ground truth side by side; span: map values of the darkest and the brightest colour.
+    """Draws photo, map and ground truth side by side. All three have the same height and width [h, w].
 
-    All three [h, w] of the same size; a missing ground truth is a grey tile.
+    truth: None gives a grey tile. span: map values of the darkest and of the brightest colour.
     """
     import matplotlib
 
@@ -112,7 +112,7 @@ def draw_failure(
 
 
 def tile_size(width: int, height: int) -> tuple[int, int]:
-    """Height and width of a tile of a failure's picture: the longer side has 320 pixels."""
+    """Returns height and width of a tile of draw_failure: the longer side has 320 pixels."""
     scale = _TILE / max(width, height)
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -124,7 +124,7 @@ def _classes(images: Sequence[LabelledImage]) -> list[str]:
 def _sides(
     images: Sequence[LabelledImage], configuration: Configuration, class_name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Scores of the good and of the anomalous images of a class."""
+    """Returns the scores of the good and of the anomalous images of a class."""
     pairs = [
         (image.is_good, score.score)
         for image, score in zip(images, configuration.scores, strict=True)
@@ -134,7 +134,7 @@ def _sides(
 
 
 def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    # Without pyplot: no window system is asked for, and no figure outlives its bytes.
+    # pyplot would look for a window system, and keep every figure in memory.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=110, layout="constrained")
@@ -149,7 +149,7 @@ def _colour(number: int) -> Any:
 
 
 def _plain(name: str) -> str:
-    """A class in a picture: short, and without the dollar signs that start a formula."""
+    """Shortens a class name for a picture, and escapes dollar signs, which would start a formula."""
     return one_line(name).replace("$", r"\$")[:24] or "?"
 
 

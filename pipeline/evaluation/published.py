@@ -1,9 +1,9 @@
-"""Results that others have published, to hold ours against: percent, means over all classes of a data set.
+"""Results that others have published, in percent, as means over all classes of a data set, for comparison.
 
-Every row was read at its source; WinCLIP's own rows, of ViT-B-16-plus-240, in the table of MuSc's authors. MuSc
-compares each test image with all others of its class. There is no row of ALFA itself: of its results only the abstract
-could be read, which puts its PRO 12.1 (MVTec AD) and 8.9 (VisA) above the best method of its time and gives no
-other figure.
+Every row was read at its source. WinCLIP's own rows (ViT-B-16-plus-240) were read in the table of MuSc's authors. MuSc
+compares each test image with all others of its class. There is no row of ALFA itself, because only its abstract could
+be read: it says that its PRO is 12.1 (MVTec AD) and 8.9 (VisA) above the best earlier method, and gives no other
+figure.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ TITLES: dict[Benchmark, str] = {"mvtec": "MVTec AD, 15 classes", "visa": "VisA, 
 
 @dataclass(frozen=True)
 class Published:
-    """A row of somebody else's results, in percent; None where there is no such number.
+    """A published result in percent; None where a number was not published.
 
-    note: what tells the row from others of its method; source: where its numbers come from.
+    note: distinguishes the row from others of its method. source: where its numbers come from.
     """
 
     method: str

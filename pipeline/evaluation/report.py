@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation: tables first, then curves, distributions, and the most instructive failures."""
+"""Composes the report of an evaluation: tables first, then curves, distributions, and the worst failures."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from schemas.job import EMBEDDED_NOTE
 
 logger = logging.getLogger(__name__)
 
-_FAILURES = 6
-"""Failures shown of each kind."""
+_FAILURES_SHOWN = 6
+"""Number of good, and of anomalous, images that are shown as failures."""
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All that a report says. base: what the compared keys are in the first configuration; empty without comparison."""
+    """The content of a report. base: the compared keys in the first configuration; empty without a comparison."""
 
     run_id: str
     model: str
@@ -48,25 +48,28 @@ class Evaluation:
     measured: Measured
 
     def rows(self, level: str, configuration: str | None = None) -> list[Row]:
-        """Rows of a level: mean, class or defect; of one configuration or of all."""
+        """Returns the rows of a level (mean, class or defect), of one configuration or of all."""
         rows = [row for row in self.measured.rows if row["level"] == level]
         return [row for row in rows if configuration in (None, row["configuration"])]
 
 
 def compose(evaluation: Evaluation, read: Callable[[str], bytes], max_pixels: int) -> list[Block]:
-    """The report. read: the bytes at an address, of photos and masks. Raises StoreError where a store is out of use."""
+    """Composes the report. read: returns the bytes of a photo or mask at an address.
+
+    Raises StoreError where a store cannot be used.
+    """
     blocks: list[Block] = [Heading(f"Evaluation of run {evaluation.run_id}"), *(map(Text, facts(evaluation)))]
     first, *others = [item.name for item in evaluation.scored.configurations]
     if others:
         blocks += [Heading("Configurations, means over classes"), _sheet(evaluation.rows("mean"), ("configuration",))]
-        blocks.append(Text(f"{first}: {evaluation.base}. The others differ from it in what their name says."))
+        blocks.append(Text(f"{first}: {evaluation.base}. The names of the others say how they differ from it."))
     if evaluation.benchmark is not None:
         blocks += _published(evaluation.benchmark)
     blocks += _classes(evaluation, first)
     if evaluation.rows("defect", first):
         blocks += [
             Heading(f"Kinds of defect, {first}"),
-            Text("Each kind against all good images of its class."),
+            Text("Each kind is measured against all good images of its class."),
             _sheet(evaluation.rows("defect", first), ("class_name", "label", "anomalous")),
         ]
     if importlib.util.find_spec("matplotlib") is None:
@@ -87,13 +90,13 @@ def _published(benchmark: Benchmark) -> list[Block]:
     rows = [[row.method, *published_cells(row), row.note] for row in PUBLISHED[benchmark]]
     return [
         Heading(f"Published ({TITLES[benchmark]})"),
-        Text("Zero-shot unless it says otherwise; means over the whole data set: only the same images are comparable."),
+        Text("Zero-shot unless noted otherwise; means over the whole data set: only the same images are comparable."),
         Sheet(("method", *HEADERS, "note"), rows),
     ]
 
 
 def facts(evaluation: Evaluation) -> list[str]:
-    """What must be known to read the numbers, a sentence or two each."""
+    """Returns the lines that a reader needs to understand the numbers, a sentence or two each."""
     lines = [f"Images: {evaluation.images_uri}. Model: {evaluation.model}."]
     if evaluation.is_embedded:
         lines.append(f"{evaluation.model} is {EMBEDDED_NOTE}.")
@@ -129,7 +132,7 @@ def facts(evaluation: Evaluation) -> list[str]:
     one_sided = [row["class_name"] for row in evaluation.rows("class") if row["image_auroc"] is None]
     if one_sided:
         names = ", ".join(dict.fromkeys(one_sided))
-        lines.append(f"Image metrics need good and anomalous images; without them, and so not in their mean: {names}.")
+        lines.append(f"Image metrics need good and anomalous images; these classes lack one of them: {names}.")
     return lines
 
 
@@ -153,7 +156,7 @@ def _pictures(evaluation: Evaluation, read: Callable[[str], bytes], max_pixels: 
     yield Picture("scores.png", draw_distributions(images, first), "Image scores, good against anomalous")
     for title, numbers in zip(
         ("Good images with the highest scores", "Anomalous images with the lowest scores"),
-        rank_failures(images, first, _FAILURES),
+        rank_failures(images, first, _FAILURES_SHOWN),
         strict=True,
     ):
         yield Heading(title)
@@ -161,8 +164,8 @@ def _pictures(evaluation: Evaluation, read: Callable[[str], bytes], max_pixels: 
             yield Text("None: no good image scores above an anomalous one of its class.")
             continue
         yield Text(
-            "Photo, anomaly map, ground truth. Colours of a map span the map values of its class; worst first, across "
-            "classes by the share of the other side's images that the score is on the wrong side of."
+            "Photo, anomaly map, ground truth. The colours of a map span the map values of its class. Worst first: by "
+            "the share of the class's images of the other kind that score on the wrong side of this one."
         )
         kind = title.split()[0].lower()
         for place, number in enumerate(numbers):
@@ -189,7 +192,7 @@ def _failure(
             truth = None if image.mask_uri is None else _shrink(decode_mask(read(image.mask_uri)), size)
     except StoreError:
         raise
-    except Exception as error:  # an image that has vanished or broken since costs the report its picture alone
+    except Exception as error:  # an image that is missing or broken now only costs its picture
         logger.warning("no picture of %s: %s: %s", image.uri, type(error).__name__, error)
         return None
     classmates = zip(evaluation.scored.images, scores, strict=True)
@@ -199,7 +202,7 @@ def _failure(
 
 
 def _shrink(mask: Any, size: tuple[int, int]) -> Any:
-    """A mask at another size; a pixel is set where any of its part of the mask is: small defects stay visible."""
+    """Resizes a mask. A pixel is set if any pixel of its part of the mask is, so that small defects stay visible."""
     rows, columns = (np.arange(side) * side_to // side for side, side_to in zip(mask.shape, size, strict=True))
     small = np.zeros(size, dtype=bool)
     inside = np.argwhere(mask)

@@ -1,7 +1,7 @@
-"""Labelled images -> scores of several configurations in one go, in this process.
+"""Scores labelled images under several configurations at once, in this process.
 
-Every image is read and decoded once a model; what the model sees is computed once for all configurations that differ in
-prompts, adaptation or weighting alone.
+Every image is read and decoded once per model and tiling. Its features are computed once for all configurations that
+differ only in prompts, adaptation or weighting.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Variant:
-    """A configuration to score with: its job, and of each class the prompts and what its images are compared with."""
+    """A configuration to score with: its job, and for each class the prompts and the images to compare with."""
 
     name: str
     job: JobConfig
@@ -53,24 +53,24 @@ class Variant:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Labelled images with what each configuration gave them, in the same order."""
+    """Labelled images, and the scores of each configuration in the same order."""
 
     images: list[LabelledImage]
     configurations: list[Configuration]
 
 
 def labelled_images(manifest: Manifest) -> list[LabelledImage]:
-    """The images of a manifest that have a label. Raises DatasetError where none has one."""
+    """Returns the images of a manifest that have a label. Raises DatasetError if none has one."""
     rows = [row for batch in manifest.batches() for row in batch.to_pylist()]
     images = [_labelled(row) for row in rows if row["label"]]
     if not images:
         raise DatasetError(
-            f"none of the {len(rows)} images has a label to be held against; layouts mvtec and visa have them, and a "
-            f"table needs a column label (good, or the kind of defect) and mask_uri for pixel metrics"
+            f"none of the {len(rows)} images has a label; layouts mvtec and visa have them, and a table needs a column "
+            f"label (good, or the kind of defect), and mask_uri for pixel metrics"
         )
     if not any(image.is_good for image in images):
         found = ", ".join(sorted({one_line(image.label) for image in images})[:8])
-        logger.warning("no image has the label %s, so all count as anomalous; the labels: %s", GOOD, found)
+        logger.warning("no image has the label %s, so all count as anomalous; the labels are %s", GOOD, found)
     if len(images) < len(rows):
         logger.warning("%d of %d images have no label and are left out", len(rows) - len(images), len(rows))
     return images
@@ -83,18 +83,18 @@ def score_variants(
     threads: int,
     advance: Callable[[int], None],
 ) -> Scored:
-    """Scores of all variants; advance is told of every batch how many images it had.
+    """Scores the images under all variants. advance: called with the number of images of each finished batch.
 
-    Images that cannot be read, decoded or scored have None, and a line in the log. Raises ModelError where a model
-    cannot do what a variant asks for.
+    Images that cannot be read, decoded or scored get None instead of a score, and a line in the log. Raises ModelError
+    where a model does not support the options of a variant.
     """
     scores: dict[str, list[Score | None]] = {variant.name: [] for variant in variants}
     sizes: dict[int, tuple[int, int]] = {}
     for group in group_variants(variants):
         job = group[0].job
         spans = Spans(job, source, sample_photos((image.class_name, image.uri) for image in images))
-        judges = _judges(load_encoder(job.model, locate_weights(job.model)), group, source, spans)
-        decode = image_decoder(job, judges[0].detector)
+        scorers = _make_scorers(load_encoder(job.model, locate_weights(job.model)), group, source, spans)
+        decode = image_decoder(job, scorers[0].detector)
 
         def read(
             number: int, decode: Callable[..., Decoded] = decode, spans: Spans = spans
@@ -113,7 +113,7 @@ def score_variants(
                         logger.warning("%s is left out: %s", images[number].uri, item.message)
                     else:
                         sizes[number] = item.source_width, item.source_height
-                _score_batch(batch, images, judges, scores)
+                _score_batch(batch, images, scorers, scores)
                 advance(len(batch))
     found = [
         replace(image, width=sizes[number][0], height=sizes[number][1]) if number in sizes else image
@@ -123,25 +123,25 @@ def score_variants(
 
 
 def group_variants(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """Those together that see the same pixels: of one model, cut alike."""
+    """Groups the variants that need the same pixels: those with the same model and tiling."""
 
-    def sight(variant: Variant) -> tuple[str, str]:
+    def view(variant: Variant) -> tuple[str, str]:
         return repr(variant.job.model), repr(variant.job.method.tile)
 
-    return [list(group) for _, group in groupby(sorted(variants, key=sight), key=sight)]
+    return [list(group) for _, group in groupby(sorted(variants, key=view), key=view)]
 
 
 @dataclass(frozen=True, eq=False)
-class _Judge:
+class _Scorer:
     name: str
     job: JobConfig
     detector: Detector
     prompts: Mapping[str, PromptEmbeddings]
 
 
-def _judges(encoder: Encoder, variants: Sequence[Variant], source: Store, spans: Spans) -> list[_Judge]:
+def _make_scorers(encoder: Encoder, variants: Sequence[Variant], source: Store, spans: Spans) -> list[_Scorer]:
     embedded: dict[tuple[str, str], PromptEmbeddings] = {}
-    judges = []
+    scorers = []
     for variant in variants:
         job = variant.job
         detector = Detector(encoder, job.resolved_method, job.references, job.peers)
@@ -152,32 +152,32 @@ def _judges(encoder: Encoder, variants: Sequence[Variant], source: Store, spans:
         for name, neighbours in variant.neighbours.items():
             stored = make_memory(prompts[name], neighbours, detector, job, source, spans)
             prompts[name] = replace(prompts[name], memory=stored.references, peers=stored.peers)
-        judges.append(_Judge(variant.name, job, detector, prompts))
-    return judges
+        scorers.append(_Scorer(variant.name, job, detector, prompts))
+    return scorers
 
 
 def _score_batch(
     batch: Sequence[tuple[int, Decoded | ImageError]],
     images: Sequence[LabelledImage],
-    judges: Sequence[_Judge],
+    scorers: Sequence[_Scorer],
     scores: Mapping[str, list[Score | None]],
 ) -> None:
     good = [(number, item) for number, item in batch if isinstance(item, Decoded)]
     pixels = to_tensor([item.pixels for _, item in good]) if good else None
     seen: dict[Any, Features] = {}
-    for judge in judges:
-        prompts = [judge.prompts[images[number].class_name] for number, _ in good]
+    for scorer in scorers:
+        prompts = [scorer.prompts[images[number].class_name] for number, _ in good]
         detections: Iterator[Detection] = iter(())
-        if judge.job.method.tile is not None:
-            detections = iter(detect(judge.detector, [item for _, item in good], prompts, judge.job))
+        if scorer.job.method.tile is not None:
+            detections = iter(detect(scorer.detector, [item for _, item in good], prompts, scorer.job))
         elif pixels is not None:
-            key = judge.detector.features_key
+            key = scorer.detector.features_key
             if key not in seen:
-                seen[key] = judge.detector.features(pixels)
-            detections = iter(judge.detector.judge(seen[key], prompts))
+                seen[key] = scorer.detector.features(pixels)
+            detections = iter(scorer.detector.score_features(seen[key], prompts))
         for number, item in batch:
-            scores[judge.name].append(
-                _score(next(detections), images[number].uri, judge.name) if isinstance(item, Decoded) else None
+            scores[scorer.name].append(
+                _score(next(detections), images[number].uri, scorer.name) if isinstance(item, Decoded) else None
             )
 
 
@@ -189,8 +189,10 @@ def _score(detection: Detection, uri: str, name: str) -> Score | None:
 
 
 def read_run(output: Store, run_id: str, name: str) -> Scored:
-    """The labelled images of a finished run, and their scores from its shards. Raises DatasetError where there are
-    none."""
+    """Reads the labelled images of a finished run and their scores. name: of the configuration.
+
+    Raises DatasetError if there are no labelled images, or some are not scored yet.
+    """
     manifests = [info.key for info in output.list(paths.run_key(run_id, "").rstrip("/")) if _is_manifest(info.key)]
     truth: dict[str, LabelledImage] = {}
     for key in manifests:
@@ -201,7 +203,7 @@ def read_run(output: Store, run_id: str, name: str) -> Scored:
         }
     if not truth:
         where = output.uri(paths.run_key(run_id, "")).rstrip("/")
-        raise DatasetError(f"no image of the run at {where} has a label to be held against; is the run's id right?")
+        raise DatasetError(f"no image of the run at {where} has a label; check the run's id")
     folder = paths.run_key(run_id, "shards")
     columns = ["image_id", "width", "height", "score", "score_global", "score_local", "grid", "grid_width"]
     scored: dict[str, tuple[LabelledImage, Score | None]] = {}
@@ -212,7 +214,7 @@ def read_run(output: Store, run_id: str, name: str) -> Scored:
                 scored[row["image_id"]] = found, _from_row(row)
     if len(scored) < len(truth):
         missing = len(truth) - len(scored)
-        raise DatasetError(f"{missing} images of run {run_id} are not scored yet; finish the run: alfa score")
+        raise DatasetError(f"{missing} images of run {run_id} are not scored yet; finish the run with alfa score")
     images, scores = zip(*(scored[key] for key in truth), strict=True)
     return Scored(list(images), [Configuration(name, scores)])
 

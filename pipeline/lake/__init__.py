@@ -1,6 +1,6 @@
-"""From finished shards to what readers see: publishing, Iceberg, DDL, exports, garbage collection, run metrics.
+"""Publishes finished shards: the scores table, commits, ledgers, Iceberg, DDL, exports, garbage collection, metrics.
 
-In: finished shards, a run's figures. Out: the scores table, commits, exports, OpenLineage and Prometheus records.
+In: finished shards, counts of a run. Out: the scores table, commits, exports, OpenLineage and Prometheus records.
 May import: images, storage, schemas.
 """
 

@@ -1,4 +1,4 @@
-"""Commits: what belongs to a published night; and what its run says of itself."""
+"""Reads commits, which say what belongs to a published night, and the stats of runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from schemas.records import Commit, RunStats, parse_record
 
 
 def read_commit(output: Store, run_date: datetime.date | str) -> Commit | None:
-    """What belongs to a night; None where nothing is published. Raises RecordError where it cannot be understood."""
+    """Reads the commit of a night; None if the night is not published. Raises RecordError if it cannot be read."""
     key = paths.commit_key(run_date)
     try:
         data = output.read(key)
@@ -19,7 +19,7 @@ def read_commit(output: Store, run_date: datetime.date | str) -> Commit | None:
 
 
 def read_stats(output: Store, run_id: str) -> RunStats | None:
-    """How a run goes, or went; None where its folder does not say. Raises RecordError."""
+    """Reads the stats of a run; None if it has none. Raises RecordError if they cannot be read."""
     key = paths.run_key(run_id, "stats.json")
     try:
         data = output.read(key)
@@ -29,13 +29,13 @@ def read_stats(output: Store, run_id: str) -> RunStats | None:
 
 
 def published_nights(output: Store) -> list[str]:
-    """The dates that have a commit, oldest first."""
+    """Lists the dates of the published nights, the oldest first."""
     keys = [info.key for info in output.list("commits")]
     return sorted(key.removeprefix("commits/").removesuffix(".json") for key in keys if key.endswith(".json"))
 
 
 def find_night_before(output: Store, run_date: datetime.date | str) -> str | None:
-    """The last published night before one that has any rows: nights on which nothing was new have none."""
+    """Finds the last published night before a date that has rows; a night without new photos has none."""
     for night in reversed(published_nights(output)):
         if night < str(run_date) and (commit := read_commit(output, night)) and commit.rows:
             return night

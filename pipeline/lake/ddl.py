@@ -1,4 +1,4 @@
-"""The scores table as DDL of the engines that read it, made from its Arrow schema."""
+"""Renders the scores table as DDL of query engines, from its Arrow schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTITIONS = pa.schema(
         pa.field("class_name", pa.string(), metadata={"doc": "class of the part"}),
     ]
 )
-"""Columns that the paths hold, not the files."""
+"""Columns that are in the paths of the files, not in the files."""
 
 _HIVE: Mapping[pa.DataType, str] = {
     pa.string(): "string",
@@ -29,7 +29,7 @@ _HIVE: Mapping[pa.DataType, str] = {
 
 
 def render_ddl(dialect: str, output: str) -> str:
-    """Statements that make the table known to an engine. dialect: one of DIALECTS; output: the job's output.uri."""
+    """Renders the statements that create the table. dialect: one of DIALECTS; output: the job's output.uri."""
     return DIALECTS[dialect](f"{output.rstrip('/')}/{paths.TABLE}")
 
 

@@ -1,4 +1,4 @@
-"""Photos of earlier nights that may serve as peers, where tonight has too few of a class."""
+"""Finds photos of earlier nights that may serve as peers, for classes with too few photos tonight."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.lake.reading import read_groups
 from pipeline.storage import Store
 from schemas.records import CommitFile
 
-_NIGHTS = 30
-"""Published nights that are looked at, from the last one back."""
+_NIGHTS_SEARCHED = 30
+"""How many of the last published nights are searched."""
 _READERS = 16
 _COLUMNS = ("image_id", "image_uri", "image_etag", "is_anomalous")
 
@@ -24,15 +24,15 @@ _COLUMNS = ("image_id", "image_uri", "image_etag", "is_anomalous")
 def find_earlier(
     output: Store, run_date: datetime.date, wanted: Mapping[str, int]
 ) -> dict[str, list[Mapping[str, Any]]]:
-    """Finds up to so many photos of each class in the latest nights before one, as rows with uri, etag and image_id.
+    """Finds photos of each class in the latest nights before a date, as rows with uri, etag and image_id.
 
-    wanted: by class. Photos that are errors or count as anomalous are left out. Within a night, those with the lowest
-    ids come first.
+    wanted: by class, how many photos at most. Photos that are errors or count as anomalous are left out. Within a
+    night, those with the lowest ids come first.
     """
     found: dict[str, dict[str, Mapping[str, Any]]] = {name: {} for name in wanted}
     nights = [night for night in published_nights(output) if night < str(run_date)]
     with ThreadPoolExecutor(_READERS, "peers") as pool:
-        for night in reversed(nights[-_NIGHTS:]):
+        for night in reversed(nights[-_NIGHTS_SEARCHED:]):
             missing = [name for name, count in wanted.items() if len(found[name]) < count]
             commit = read_commit(output, night) if missing else None
             files = [file for file in commit.files if file.class_name in missing] if commit else []

@@ -1,7 +1,7 @@
-"""What no commit refers to: found by streamed listings, and removed while no driver can be at work on it.
+"""Finds and removes files that no commit refers to, by streamed listings, and only while no driver works on their run.
 
-Only files of known kinds are ever named; whatever else lies in the output is kept, and so are prompts, the table, the
-commits and a run's records (job.yaml, stats.json, its report), unless the table of old nights is to go too.
+Only files of known kinds are removed. Other files in the output are kept, and so are prompts, the table, commits and
+the records of runs (job.yaml, stats.json, the report), unless the rows of old nights are to be removed too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NIGHT = re.compile(r"\d{4}-\d\d-\d\d")
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file that nothing refers to."""
+    """A file that nothing refers to. size: bytes."""
 
     kind: str
     key: str
@@ -37,10 +37,10 @@ class Garbage:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which nights are old, and what of them goes.
+    """Which nights are old, and what of them is removed.
 
-    oldest_kept: nights before it are old. table: old nights go as a whole; else their masks, maps, shards, manifests
-    and reference patches do, and their commits say so, while their rows and their runs' records stay.
+    oldest_kept: nights before this date are old. table: remove old nights entirely. Otherwise only their masks, maps,
+    shards, manifests and reference patches are removed, which their commits then say; rows and records stay.
     """
 
     oldest_kept: date
@@ -50,8 +50,10 @@ class Retention:
 def find_oldest_kept(
     output: Store, *, keep_nights: int | None = None, keep_days: int | None = None, today: date
 ) -> date | None:
-    """The first of the last `keep_nights` published nights, or of the last `keep_days` days. The last published night
-    is always kept. None where that leaves no night out."""
+    """Returns the first of the last `keep_nights` published nights, or of the last `keep_days` days.
+
+    The last published night is always kept. None if no published night is older.
+    """
     nights = [date.fromisoformat(night) for night in published_nights(output)]
     if not nights:
         return None
@@ -67,13 +69,15 @@ def find_oldest_kept(
 def collect_garbage(
     output: Store, older_than_s: float, *, delete: bool, retention: Retention | None = None
 ) -> Iterator[Garbage]:
-    """The files, last written longer ago than older_than_s, that no commit refers to; delete: each is removed first.
+    """Yields the files that no commit refers to and that were last written more than older_than_s seconds ago.
 
-    A run whose driver is alive is left alone. Removal takes the driver's place by its lease, and reads the commit again
-    while it holds it, so that a run which starts meanwhile waits, and then finds its files whole or gone, not half.
-    retention: also what is kept no longer of old nights, if their commits were written longer ago than older_than_s.
-    What a process that is killed leaves, the next one removes. Raises LakeError or CatalogError where the table of old
-    nights is to go, and the Iceberg catalog that holds them cannot be reached.
+    A run whose driver is alive is left alone. Before files of a run are removed, its driver's lease is taken and the
+    commit read again. So a driver that starts meanwhile waits, and then finds each file whole or gone.
+    If this process is killed, the next one removes the rest.
+
+    delete: remove each file before it is yielded. retention: also yield files of old nights whose commits were written
+    more than older_than_s seconds ago. Raises LakeError or CatalogError where old nights must be removed from an
+    Iceberg catalog that cannot be reached.
     """
     collector = _Collector(output, time.time() - older_than_s, delete, retention)
     yield from collector.retire()
@@ -81,7 +85,7 @@ def collect_garbage(
 
 
 class _Collector:
-    """Looks at all files of an output once. before: files that were written after that time (Unix) are left alone."""
+    """Walks over all files of an output once. before: Unix time; files that were written later are left alone."""
 
     def __init__(self, output: Store, before: float, delete: bool, retention: Retention | None) -> None:
         self.output = output
@@ -92,7 +96,7 @@ class _Collector:
         self.old = self._find_old()
 
     def _find_old(self) -> frozenset[str]:
-        """Nights that are old. Where their table is to go, also those of which only a part of it is left."""
+        """Finds the old nights. If their table is removed, also those that an earlier removal has left incomplete."""
         if not self.oldest_kept:
             return frozenset()
         nights = {_night_of(info): info for info in self.output.list("commits")}
@@ -106,14 +110,14 @@ class _Collector:
         )
 
     def retire(self) -> Iterator[Garbage]:
-        """Has the commits of old nights say what they lose, or removes their commits and tables."""
+        """Marks the commits of old nights as cleared, or removes the commits and rows of these nights."""
         for night in sorted(self.old):
             commit = read_commit(self.output, night)
             if commit is not None:
                 if not self.removes_old and commit.cleared_at:
                     continue
                 if holder := leases.holder(self.output, paths.driver_lease(commit.run_id)):
-                    _spare(commit.run_id, holder)
+                    _warn_in_use(commit.run_id, holder)
                     continue
             name = paths.night_lease(date.fromisoformat(night))
             if not self.delete:
@@ -144,7 +148,7 @@ class _Collector:
             yield item
 
     def _table_of(self, night: str) -> Iterator[Garbage]:
-        """The commit, which goes first: a night without one is not published, whatever is left of its table."""
+        """Yields the commit and then the files of a night. Without its commit, a night is no longer published."""
         key = paths.commit_key(night)
         if self.output.exists(key):
             yield Garbage("commits", key, self.output.info(key).size or 0)
@@ -153,7 +157,7 @@ class _Collector:
                 yield Garbage("table", info.key, info.size or 0)
 
     def sweep(self) -> Iterator[Garbage]:
-        """What no commit refers to."""
+        """Yields the files that no commit refers to."""
         for name, infos in groupby(self.output.list("runs"), lambda info: info.key.split("/")[1]):
             if _RUN_ID.fullmatch(name):
                 yield from self._sweep_run(name, infos)
@@ -176,18 +180,18 @@ class _Collector:
                 yield Garbage("unfinished writes", info.key, info.size or 0)
 
     def _commit_of(self, night: str) -> Commit | None:
-        """The commit of a night: as it is, or, where nothing is removed now, as it would be afterwards."""
+        """Reads the commit of a night. If nothing is removed, returns it as it would be after a removal."""
         commit = read_commit(self.output, night)
         if commit is None or self.delete or night not in self.old:
             return commit
         return None if self.removes_old else _cleared(commit)
 
     def _sweep_run(self, run_id: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
-        commit, goes = self._commit_of(run_id[:10]), self.removes_old and run_id[:10] < self.oldest_kept
+        commit, whole_night = self._commit_of(run_id[:10]), self.removes_old and run_id[:10] < self.oldest_kept
         found = (
             Garbage(kind, info.key, info.size or 0)
             for info in infos
-            if self._is_older(info) and (kind := _kind(info.key, run_id, commit, goes))
+            if self._is_older(info) and (kind := _kind(info.key, run_id, commit, whole_night))
         )
         first = next(found, None)
         if first is None:
@@ -195,25 +199,25 @@ class _Collector:
         name = paths.driver_lease(run_id)
         if not self.delete:
             if (holder := leases.holder(self.output, name)) is not None:
-                _spare(run_id, holder)
+                _warn_in_use(run_id, holder)
             else:
                 yield from chain([first], found)
             return
         lease = leases.try_acquire(self.output, name, leases.new_owner(), leases.LEASE_S)
         if lease is None:
-            _spare(run_id, leases.holder(self.output, name))
+            _warn_in_use(run_id, leases.holder(self.output, name))
             return
         with lease.held(leases.LEASE_S, discard=True):
             commit = self._commit_of(run_id[:10])
             for item in chain([first], found):
                 lease.check()
-                if item.kind != "leases" and _kind(item.key, run_id, commit, goes):
+                if item.kind != "leases" and _kind(item.key, run_id, commit, whole_night):
                     self.output.delete(item.key)
                     yield item
             yield from _predecessors(lease)
 
     def _sweep_ledgers(self, night: str, infos: Iterable[ObjectInfo]) -> Iterator[Garbage]:
-        """Those of commits that were replaced, removed or never written; none of a night that is being published."""
+        """Yields ledgers whose commits were replaced, removed or never written, unless the night is being published."""
         old = [info for info in infos if self._is_older(info)]
         name = paths.night_lease(date.fromisoformat(night))
 
@@ -251,15 +255,15 @@ def _predecessors(lease: leases.Lease) -> Iterator[Garbage]:
     return (Garbage("leases", key, lease.store.info(key).size or 0) for key in lease.keys[:-1])
 
 
-def _kind(key: str, run_id: str, commit: Commit | None, goes: bool) -> str | None:
-    """What a file of a run is, if nothing refers to it; None for what is to be kept.
+def _kind(key: str, run_id: str, commit: Commit | None, whole_night: bool) -> str | None:
+    """Returns the kind of a run's file that nothing refers to; None for a file that must be kept.
 
-    goes: the run's night is to go as a whole, so that without a commit the run's records go too.
+    whole_night: the run's night is removed entirely, so that its records are removed with its commit.
     """
     top, second, third = (*key.split("/", 3), "", "")[:3]
     used = commit if commit is not None and commit.run_id == run_id else None
     whole = None if used is None or used.cleared_at else used
-    # A commit of before the folder was written down is taken to need all that could be its own.
+    # Commits of early versions do not name the folder of their shards, so all folders of the run are kept.
     folder = None if whole is None else whole.shards
     if top in ("masks", "maps"):
         digest = (folder or "").partition("/masked-")[2]
@@ -278,7 +282,7 @@ def _kind(key: str, run_id: str, commit: Commit | None, goes: bool) -> str | Non
         return None if whole else "reference patches"
     if third.startswith("driver.claim-"):
         return "leases"
-    return "records" if goes and commit is None else None
+    return "records" if whole_night and commit is None else None
 
 
 def _night_of(info: ObjectInfo) -> str:
@@ -289,5 +293,5 @@ def _cleared(commit: Commit) -> Commit:
     return commit.model_copy(update={"cleared_at": datetime.now(timezone.utc)})
 
 
-def _spare(run_id: str, holder: str | None) -> None:
-    logger.warning("run %s is left alone: %s works on it", run_id, holder or "another process")
+def _warn_in_use(run_id: str, holder: str | None) -> None:
+    logger.warning("run %s is skipped, because %s works on it", run_id, holder or "another process")

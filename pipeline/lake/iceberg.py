@@ -1,8 +1,8 @@
-"""The scores table as an Apache Iceberg table: a night is one snapshot, made from the files that its commit names.
+"""Publishes nights in an Apache Iceberg table: a night is one snapshot, made from the files that its commit names.
 
-Data files are written first, then one snapshot drops the night's old files and takes in the new ones: readers see all
-of the old night or all of the new one, of all classes at once. What a killed process leaves are data files that no
-snapshot refers to; Iceberg's own maintenance (remove_orphan_files) removes them.
+Data files are written first. Then one snapshot removes the night's old files and adds the new ones, so readers see
+either the whole old night or the whole new one. A killed process may leave data files that no snapshot refers to;
+Iceberg's own maintenance (remove_orphan_files) removes them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 5
-"""Writers of other nights commit to the same table; who is overtaken begins again from the table as it is then."""
+"""Tries to commit. Other nights commit to the same table, and a writer that was overtaken starts again from it."""
 
-_AWAY_S = 180.0
-"""How long a catalog is waited for: it is restarted, fails over, or is locked, and a night's work waits for it."""
+_CATALOG_PATIENCE_S = 180.0
+"""Seconds to wait for a catalog that is restarted, fails over or is locked; failing at once would waste the night."""
 
 _PARTITIONS = ("run_date", "class_name")
 
@@ -48,21 +48,21 @@ SCHEMA = pa.schema(
         pa.field("class_name", pa.string(), nullable=False, metadata={"doc": "class of the part"}),
     ]
 )
-"""An Iceberg data file holds its partition columns too."""
+"""Columns of a data file. Unlike the files of the table, they include the partition columns."""
 
 
 class LakeError(ValueError):
-    """The job's lake part cannot be used; the message says what to set."""
+    """The job's section `lake` cannot be used; the message says what to set."""
 
 
 class CatalogError(OSError):
-    """The catalog does not take the night; the Parquet commit stands, and the same job again goes on from it."""
+    """The catalog does not accept the night. The Parquet commit stands; running the job again continues there."""
 
 
 def open_catalog(job: JobConfig) -> Catalog:
-    """The catalog of job.lake: a named one of pyiceberg's configuration, else SQLite beside a local output.
+    """Opens the catalog of job.lake: the named one of pyiceberg's configuration, else SQLite beside a local output.
 
-    Raises LakeError where there is none, or OSError where it does not answer.
+    Raises LakeError where there is none, OSError where it does not answer.
     """
     try:
         from pyiceberg.catalog import load_catalog
@@ -74,15 +74,15 @@ def open_catalog(job: JobConfig) -> Catalog:
     if name is None:
         if not output.is_local:
             raise LakeError(
-                f"lake.catalog is required for {output.uri('')}: the embedded catalog, a SQLite file, wants a local "
-                f"output. Name a catalog and set PYICEBERG_CATALOG__<NAME>__URI and its kin, or ~/.pyiceberg.yaml"
+                f"lake.catalog is required for {output.uri('')}: the embedded catalog, a SQLite file, needs a local "
+                f"output. Name a catalog, and configure it with PYICEBERG_CATALOG__<NAME>__URI or ~/.pyiceberg.yaml"
             )
         output.write(
             "iceberg/README", b"An Apache Iceberg warehouse; catalog.db is its catalog (pyiceberg, type sql).\n"
         )
         folder = output.uri("iceberg")
         properties = {"type": "sql", "uri": f"sqlite:///{folder}/catalog.db", "warehouse": f"file://{folder}"}
-        # Two drivers that make its tables at once: the second finds them there.
+        # If two drivers create its tables at once, the second fails, and finds them on the next try.
         return _patiently(job)(load_catalog, "alfa", **properties)
     try:
         return load_catalog(name)
@@ -90,20 +90,19 @@ def open_catalog(job: JobConfig) -> Catalog:
         raise
     except Exception as error:
         raise LakeError(
-            f"the Iceberg catalog {name!r} cannot be opened: {redact(str(error))}; set "
-            f"PYICEBERG_CATALOG__{name.upper()}__URI and its kin in the environment, or ~/.pyiceberg.yaml"
+            f"the Iceberg catalog {name!r} cannot be opened: {redact(str(error))}; configure it with "
+            f"PYICEBERG_CATALOG__{name.upper()}__URI in the environment, or in ~/.pyiceberg.yaml"
         ) from error
 
 
 def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
-    """Makes the table's night what the commit of job.run_date says. Where it is so already, changes nothing. A catalog
-    that is away is waited for, for some minutes.
+    """Publishes the night of job.run_date in the Iceberg table, as its commit says. Doing it again changes nothing.
 
-    owner: for the lease on the night, which keeps the commit from being replaced meanwhile. Raises LakeError,
-    CatalogError, or LeaseLostError.
+    Waits some minutes for a catalog that does not answer. owner: name of this process, for the lease on the night,
+    which keeps the commit from being replaced meanwhile. Raises LakeError, CatalogError or LeaseLostError.
     """
     lease = leases.acquire(output, paths.night_lease(job.run_date), owner, job.engine.lease_s)
-    assert lease is not None  # it is never done without us
+    assert lease is not None  # acquire waits, because is_done is never true
     with lease.held(job.engine.lease_s):
         commit = read_commit(output, job.run_date)
         if commit is None:
@@ -113,37 +112,37 @@ def publish_snapshot(job: JobConfig, output: Store, owner: str) -> None:
 
 
 def _publish(job: JobConfig, commit: Commit, output: Store, lease: leases.Lease) -> None:
-    """Whoever calls it again, after an answer that was lost, finds the night published."""
+    """Publishes a commit. A call that is repeated because its answer was lost finds the night published."""
     table = _open_table(open_catalog(job), job.lake.table)
-    facts = _facts(commit)
-    if _is_published(table, facts):
+    properties = _snapshot_properties(commit)
+    if _is_published(table, properties):
         return
     files = [_write_file(table, entry, job.run_date, output) for entry in commit.files]
-    _commit(table, files, job.run_date, facts, lease)
+    _commit(table, files, job.run_date, properties, lease)
     logger.info("night %s is a snapshot of the Iceberg table %s", job.run_date, job.lake.table)
 
 
 def _patiently(job: JobConfig) -> Retrying:
-    """Calls again what a catalog that is away, or busy with others, has made fail."""
+    """Retries calls that fail because the catalog does not answer or is busy."""
 
     def warn(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         logger.warning(
-            "the catalog of %s is away or busy (%s: %s); asking again",
+            "the catalog of %s does not answer or is busy (%s: %s); trying again",
             job.lake.table, type(error).__name__, redact(str(error))[:200],
         )  # fmt: skip
 
     return Retrying(
-        retry=retry_if_exception(_passes),
-        stop=stop_after_delay(_AWAY_S),
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_delay(_CATALOG_PATIENCE_S),
         wait=wait_random_exponential(multiplier=0.5, max=10.0),
         before_sleep=warn,
         reraise=True,
     )
 
 
-def _passes(error: BaseException | None) -> bool:
-    """Whether an error of a catalog, or of its driver, may pass."""
+def _is_transient(error: BaseException | None) -> bool:
+    """Whether an error of a catalog, or of its driver, is worth another try."""
     from pyiceberg import exceptions
 
     passing = (
@@ -153,20 +152,20 @@ def _passes(error: BaseException | None) -> bool:
         exceptions.CommitStateUnknownException,
         exceptions.ServerError,
         exceptions.ServiceUnavailableError,
-        exceptions.ValidationException,  # other nights came between, again and again
+        exceptions.ValidationException,  # other nights have committed first, several times
     )
     if error is None:
         return False
-    # requests' and SQLAlchemy's, known by name: neither is a dependency of its own.
+    # The errors of requests and SQLAlchemy are recognised by name, because alfa does not depend on these packages.
     names = {kind.__name__ for kind in type(error).__mro__}
     away = isinstance(error, passing) or not names.isdisjoint(
         {"ConnectionError", "Timeout", "OperationalError", "IntegrityError"}
     )
-    return away or _passes(error.__cause__)
+    return away or _is_transient(error.__cause__)
 
 
 def retract_night(output: Store, run_id: str, lease: leases.Lease) -> None:
-    """Takes the night of a published run out of its Iceberg table, in one snapshot; does nothing where it is in none.
+    """Removes the night of a published run from its Iceberg table, in one snapshot, if it is in one.
 
     lease: on the night, held by the caller. Raises LakeError or CatalogError.
     """
@@ -190,20 +189,20 @@ def retract_night(output: Store, run_id: str, lease: leases.Lease) -> None:
 
 @contextlib.contextmanager
 def _as_catalog_error(job: JobConfig) -> Iterator[None]:
-    """Raises what a catalog raises as CatalogError: catalogs and their drivers have no common base of errors."""
+    """Turns the errors of a catalog into CatalogError, because catalogs and their drivers share no base class."""
     try:
         yield
     except (LakeError, OSError, leases.LeaseLostError):
         raise
     except Exception as error:
         raise CatalogError(
-            f"the Iceberg table {job.lake.table} did not take night {job.run_date}: "
+            f"night {job.run_date} could not be published in the Iceberg table {job.lake.table}: "
             f"{type(error).__name__}: {redact(str(error))}"
         ) from error
 
 
 def _open_table(catalog: Catalog, name: str) -> Table:
-    """The table, made where there is none, with a column for each field of SCHEMA: columns are only ever added."""
+    """Opens the table, or creates it, and adds missing columns of SCHEMA. Columns are never removed."""
     from pyiceberg.exceptions import NoSuchTableError, TableAlreadyExistsError
     from pyiceberg.transforms import IdentityTransform
 
@@ -215,12 +214,12 @@ def _open_table(catalog: Catalog, name: str) -> Table:
             with catalog.create_table_transaction(name, SCHEMA) as change, change.update_spec() as spec:
                 for column in _PARTITIONS:
                     spec.add_field(column, IdentityTransform(), column)
-        except TableAlreadyExistsError:  # another night's driver was first
+        except TableAlreadyExistsError:  # another driver has created it meanwhile
             pass
         table = catalog.load_table(name)
     names = {table.schema().find_column_name(field.source_id): field.transform for field in table.spec().fields}
     if not isinstance(names.get("run_date"), IdentityTransform):
-        raise LakeError(f"lake.table {name} exists, but is not partitioned by run_date; name another table")
+        raise LakeError(f"lake.table {name} exists, but is not partitioned by run_date; use another table")
     if missing := set(SCHEMA.names) - set(table.schema().as_arrow().names):
         logger.info("the Iceberg table %s gets new columns: %s", name, ", ".join(sorted(missing)))
         with table.update_schema() as schema:
@@ -228,7 +227,7 @@ def _open_table(catalog: Catalog, name: str) -> Table:
     return table
 
 
-def _facts(commit: Commit) -> dict[str, str]:
+def _snapshot_properties(commit: Commit) -> dict[str, str]:
     digest = hashlib.sha256("\n".join(entry.sha256 for entry in commit.files).encode()).hexdigest()
     return {
         "alfa.run_date": str(commit.run_date),
@@ -238,19 +237,19 @@ def _facts(commit: Commit) -> dict[str, str]:
     }
 
 
-def _is_published(table: Table, facts: Mapping[str, str]) -> bool:
-    """Whether the last snapshot of the night, among those that the current one stems from, has these facts."""
+def _is_published(table: Table, properties: Mapping[str, str]) -> bool:
+    """Whether the night's last snapshot, among the ancestors of the current one, has these properties."""
     from pyiceberg.table.snapshots import ancestors_of
 
     for snapshot in ancestors_of(table.current_snapshot(), table.metadata):
         said = {} if snapshot.summary is None else snapshot.summary.additional_properties
-        if said.get("alfa.run_date") == facts["alfa.run_date"]:
-            return all(said.get(key) == value for key, value in facts.items())
+        if said.get("alfa.run_date") == properties["alfa.run_date"]:
+            return all(said.get(key) == value for key, value in properties.items())
     return False
 
 
 def _write_file(table: Table, entry: CommitFile, run_date: datetime.date, output: Store) -> str:
-    """Writes a class's rows with the table's columns and their ids, a row group at a time; returns where."""
+    """Writes the rows of a class with the table's columns and their ids, a row group at a time. Returns the path."""
     schema = table.schema().as_arrow()
     path = table.location_provider().new_data_location(f"{uuid.uuid4()}.parquet")
     with (
@@ -274,9 +273,9 @@ def _files_of(table: Table, run_date: datetime.date) -> list[DataFile]:
 
 
 def _commit(
-    table: Table, paths: list[str], run_date: datetime.date, facts: Mapping[str, str], lease: leases.Lease
+    table: Table, paths: list[str], run_date: datetime.date, properties: Mapping[str, str], lease: leases.Lease
 ) -> None:
-    """Puts files in the place of the night's, in one snapshot; tries again where another night came between."""
+    """Replaces the night's files in one snapshot. Tries again if another night has committed meanwhile."""
     from pyiceberg.exceptions import CommitFailedException, ValidationException
     from pyiceberg.io.pyarrow import parquet_files_to_data_files
 
@@ -284,7 +283,7 @@ def _commit(
         lease.check()
         old = _files_of(table, run_date)
         try:
-            with table.transaction() as change, change.update_snapshot(dict(facts)).overwrite() as snapshot:
+            with table.transaction() as change, change.update_snapshot(dict(properties)).overwrite() as snapshot:
                 for file in old:
                     snapshot.delete_data_file(file)
                 for file in parquet_files_to_data_files(table.io, table.metadata, iter(paths)):

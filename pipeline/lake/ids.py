@@ -1,4 +1,4 @@
-"""Sets of ids of 16 bytes: millions in an array, asked for thousands at a time."""
+"""A set of millions of 16-byte ids, with fast look-ups of thousands at a time."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _CHUNK = 1 << 16
 
 
 class IdSet:
-    """A set of ids that are hashes: 16 bytes each, and 4 for every few.
+    """A set of ids that are hashes. It takes about 17 bytes per id.
 
-    The ids are sorted, and a table says where those begin that share their first bits; hashes are spread evenly, so
-    that few are left to be searched. On 20 million ids that is seven times as fast as a binary search over all of
-    them, which misses the processor's cache at nearly every step.
+    The ids are sorted, and a table says where the ids with the same first bits begin. Hashes are spread evenly, so only
+    a few ids are left to search. With 20 million ids that is seven times as fast as a binary search over all of them,
+    which misses the processor's cache at nearly every step.
     """
 
     def __init__(self, ids: Ids) -> None:
-        """ids: in any order, repeated or not; the array is sorted in place."""
+        """ids: in any order, duplicates allowed. The array is sorted in place."""
         ids.sort()
         self.ids = ids
         self._heads = ids.view(">u8").reshape(-1, 2)[:, 0]
@@ -40,11 +40,11 @@ class IdSet:
         return np.uint64(64 - self._bits)
 
     def contains(self, ids: Ids) -> npt.NDArray[np.bool_]:
-        """Which of the ids are in the set."""
+        """Returns, for each of the ids [N], whether it is in the set."""
         if not len(self.ids):
             return np.zeros(len(ids), np.bool_)
         heads = ids.view(">u8").reshape(-1, 2)[:, 0].astype(np.uint64)
-        order = np.argsort(heads)  # neighbours are asked for one after the other, while the cache holds them
+        order = np.argsort(heads)  # looks up neighbours one after the other, while the cache holds them
         heads = heads[order]
         buckets = (heads >> self._shift).astype(np.int64)
         low, high = (self._starts[numbers].astype(np.int64) for numbers in (buckets, buckets + 1))
@@ -53,13 +53,13 @@ class IdSet:
             below = open_ & (self._heads[np.minimum(middle, len(self.ids) - 1)] < heads)
             low, high = np.where(below, middle + 1, low), np.where(open_ & ~below, middle, high)
         found = np.empty(len(ids), np.bool_)
-        # Of two ids that share their first half, which chance hardly brings about, the second is not found.
+        # Of two ids with the same first half, which is very unlikely, only the first would be found.
         found[order] = self.ids[np.minimum(low, len(self.ids) - 1)] == ids[order]
         return found
 
 
 def _smallest(heads: npt.NDArray[np.uint64]) -> Ids:
-    """The smallest ids with these first halves."""
+    """Returns the smallest ids that have these first halves."""
     words = np.zeros((len(heads), 2), ">u8")
     words[:, 0] = heads
     return words.view("S16").ravel()

@@ -1,12 +1,12 @@
-"""Which photos published nights hold, so that a night may leave out what needs no scoring: dataset.select new.
+"""The ledger: the photos that published nights hold, so that `dataset.select: new` can leave them out.
 
-Each publish writes one file, ledger/<night>/<digest>.parquet, with the ids of its photos and what they were scored as,
-before it writes the commit. The digest is that of what the commit says, and only files that a commit leads to count: a
-file whose commit was never written, or was replaced or removed since, says nothing. So the ledger never says more than
-the commits do, whenever a driver dies; where a file is missing, it is made from the rows that the commit names.
+Before a commit is written, its night's photos are written to ledger/<night>/<digest>.parquet, each with its id and the
+fingerprint under which it was scored. The digest follows from the content of the commit. A file is only read if a
+commit leads to it, so the ledger never says more than the commits, whenever a driver dies. A missing file is made anew
+from the rows that the commit names.
 
-Two photos are one where address and ETag are (image_id), and were scored alike where the fingerprints of their classes
-are equal (JobConfig.class_fingerprint): model, weights, method, prompts, references.
+Two photos are the same if address and ETag are equal (image_id). They were scored alike if the fingerprints of their
+classes are equal (JobConfig.class_fingerprint): model, weights, method, prompts, references.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _READERS = 16
 _PARTS_AT_ONCE = 4
 _BATCH = 16_384
 _ROWS_PER_GROUP = 1 << 18
-"""All row groups but the last have so many rows, so that a reader knows from the commit how many there are."""
+"""Rows of each row group but the last. It is fixed, so that a reader knows the number of groups from the commit."""
 
 
 @dataclass
@@ -55,17 +55,17 @@ class Selection:
 
     listed: int = 0
     scored: int = 0
-    """Have a score from another night."""
+    """Images left out because another night has scored them."""
     given_up: int = 0
-    """Failed in as many nights as they are tried."""
+    """Images left out because they failed in too many nights."""
 
 
 @dataclass(frozen=True, eq=False)
 class KnownPhotos:
-    """The photos that need not be scored again: 16 bytes each, whatever their number of nights.
+    """The photos that need not be scored again: about 17 bytes for each row of the ledgers.
 
-    scored: have a score; given_up: failed in as many nights as they are tried. Each id is combined with the fingerprint
-    that the photo was scored as. fingerprints: those of tonight, by class.
+    scored: photos that have a score. given_up: photos that failed in too many nights. In both, each id is combined with
+    the fingerprint under which the photo was scored. fingerprints: tonight's, by class.
     """
 
     scored: IdSet
@@ -73,7 +73,7 @@ class KnownPhotos:
     fingerprints: Mapping[str, str]
 
     def find(self, images: pa.RecordBatch) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-        """Which images (manifest rows) are scored, and which others are given up."""
+        """Returns, for each image (a manifest row), whether it is scored already, and whether it is given up."""
         classes = images.column("class_name").dictionary_encode()
         names = classes.dictionary.to_pylist()
         alike = np.asarray([name in self.fingerprints for name in names], np.bool_)
@@ -84,7 +84,7 @@ class KnownPhotos:
         return scored, self.given_up.contains(ids) & alike[numbers] & ~scored
 
     def leave_out(self, listed: Iterable[pa.RecordBatch], selection: Selection) -> Iterator[pa.RecordBatch]:
-        """The images (manifest rows) that are to be scored, in their order; counts all of them in `selection`."""
+        """Yields the images (manifest rows) to score, in order, and counts all listed images in `selection`."""
 
         def choose() -> Iterator[pa.Table]:
             for batch in listed:
@@ -105,12 +105,14 @@ def read_known(
     error_nights: int,
     mended: Store | None = None,
 ) -> KnownPhotos:
-    """The photos that need not be scored again, of all that the ledgers hold.
+    """Reads from the ledgers which photos need not be scored again.
 
     Args:
-        fingerprints: what each class is scored as tonight (JobConfig.class_fingerprint).
-        error_nights: nights in which a photo has failed, from which on it is given up.
-        mended: where ledgers that are missing are written; default: where they belong.
+        output: the store of the results.
+        ledgers: the ledgers to read.
+        fingerprints: JobConfig.class_fingerprint of each class tonight.
+        error_nights: after how many nights of failure a photo is given up.
+        mended: the store to which missing ledgers are written; default: the output.
     """
     there = {info.key for info in output.list(paths.LEDGER)}
     wanted = sorted(set(fingerprints.values()))
@@ -121,7 +123,7 @@ def read_known(
             continue
         store = output
         if ledger.key not in there:
-            logger.warning("the ledger of night %s is missing; it is made from the night's rows", ledger.night)
+            logger.warning("the ledger of night %s is missing, so it is made from the night's rows", ledger.night)
             store = mended or output
             write_ledger(output, ledger, store)
         parts += [(store, ledger.key, number) for number in range(-(-ledger.rows // _ROWS_PER_GROUP))]
@@ -140,9 +142,10 @@ def read_known(
 
 @dataclass(frozen=True)
 class Ledger:
-    """Where the ledger of a published night lies, and what it is made from.
+    """The ledger of a published night: its key, and what it is made from.
 
-    fingerprints: by class; a class that has none (of a run of an older version, with references) is not in the ledger.
+    entries: the files of the commit that are in it. fingerprints: by class. A class without one (scored with references
+    by an older version) is not in the ledger.
     """
 
     night: str
@@ -152,12 +155,12 @@ class Ledger:
 
     @property
     def rows(self) -> int:
-        """Photos in it."""
+        """The number of photos in the ledger."""
         return sum(entry.rows for entry in self.entries)
 
 
 def find_ledgers(output: Store, but_for: date | None = None) -> list[Ledger]:
-    """The ledgers of all published nights, or all but one, as their commits say; the oldest first."""
+    """Finds the ledgers of all published nights, the oldest first. but_for: a night to leave out."""
     nights = [night for night in published_nights(output) if night != str(but_for)]
     with ThreadPoolExecutor(_READERS, "commits") as pool:
         found = map_ahead(pool, lambda night: find_ledger(output, night), nights, ahead=2 * _READERS)
@@ -165,13 +168,13 @@ def find_ledgers(output: Store, but_for: date | None = None) -> list[Ledger]:
 
 
 def find_ledger(output: Store, night: str) -> Ledger | None:
-    """The ledger of a night, as its commit says; None where the night is not published."""
+    """Finds the ledger of a night; None if the night is not published."""
     commit = read_commit(output, night)
     return None if commit is None else describe_ledger(commit, _fingerprints(output, commit))
 
 
 def describe_ledger(commit: Commit, fingerprints: Mapping[str, str]) -> Ledger:
-    """The ledger of a commit whose classes were scored as `fingerprints` say."""
+    """Describes the ledger of a commit. fingerprints: JobConfig.class_fingerprint of its classes."""
     entries = [entry for entry in commit.files if entry.class_name in fingerprints]
     facts = [[entry.class_name, entry.sha256, fingerprints[entry.class_name]] for entry in entries]
     digest = hashlib.blake2b(json.dumps([commit.run_id, facts]).encode(), digest_size=8).hexdigest()
@@ -179,7 +182,7 @@ def describe_ledger(commit: Commit, fingerprints: Mapping[str, str]) -> Ledger:
 
 
 def write_ledger(output: Store, ledger: Ledger, place: Store | None = None) -> None:
-    """Writes the ledger of a night from its rows; place: the store, default: the output."""
+    """Writes the ledger of a night from its rows. place: the store to write to; default: the output."""
     with tempfile.TemporaryDirectory(prefix="alfa-ledger-") as scratch:
         path = Path(scratch, "ledger.parquet")
         classes = (
@@ -190,7 +193,7 @@ def write_ledger(output: Store, ledger: Ledger, place: Store | None = None) -> N
 
 
 class State(str, Enum):
-    """What a file of the ledger is, held against the commits."""
+    """How a file of the ledger compares with the commits."""
 
     WHOLE = "whole"
     MISSING = "missing"
@@ -199,7 +202,7 @@ class State(str, Enum):
 
 
 def check_ledger(output: Store, ledger: Ledger) -> State:
-    """Makes a night's ledger from its rows, and compares it with the one that is there."""
+    """Makes a night's ledger from its rows, and compares it with the stored one."""
     if not output.exists(ledger.key):
         return State.MISSING
     with tempfile.TemporaryDirectory(prefix="alfa-ledger-") as scratch:
@@ -210,12 +213,12 @@ def check_ledger(output: Store, ledger: Ledger) -> State:
 
 
 def rebuild_ledger(output: Store, night: str, owner: str) -> State:
-    """Checks the ledger of a night, and writes it where it is missing or different. Returns what it was.
+    """Checks the ledger of a night, and writes it if it is missing or different. Returns the state before.
 
-    owner: who does so, for the lease on the night, which keeps it from being published meanwhile.
+    owner: name of this process, for the lease on the night, which keeps others from publishing it meanwhile.
     """
     lease = leases.acquire(output, paths.night_lease(date.fromisoformat(night)), owner, leases.LEASE_S)
-    assert lease is not None  # it is never done without us
+    assert lease is not None  # acquire waits, because is_done is never true
     with lease.held(leases.LEASE_S):
         ledger = find_ledger(output, night)
         if ledger is None or not ledger.entries:
@@ -228,11 +231,11 @@ def rebuild_ledger(output: Store, night: str, owner: str) -> State:
 
 
 COLUMNS = ("image_id", "status")
-"""The columns of a published row that a ledger is made of."""
+"""The columns of published rows from which a ledger is made."""
 
 
 def build_ledger(classes: Iterable[tuple[str, Iterable[pa.Table]]], path: Path) -> None:
-    """Writes a ledger to a local file. classes: of each, its fingerprint and its rows."""
+    """Writes a ledger to a local file. classes: fingerprint and rows of each class."""
     parts = (_to_ledger(fingerprint, rows) for fingerprint, tables in classes for rows in tables)
     with pq.ParquetWriter(path, LEDGER, compression="zstd", use_dictionary=["scored_as"]) as writer:
         for table in regroup(parts, _ROWS_PER_GROUP):
@@ -240,7 +243,7 @@ def build_ledger(classes: Iterable[tuple[str, Iterable[pa.Table]]], path: Path) 
 
 
 def _fingerprints(output: Store, commit: Commit) -> dict[str, str]:
-    """What each class of a night was scored as: as the commit says, else as the run's folder lets one tell."""
+    """Returns the fingerprints of a night's classes from its commit; for early versions, from the run's folder."""
     said = {entry.class_name: entry.scored_as for entry in commit.files if entry.scored_as}
     if said or not commit.files or any("scored_as" in entry.model_fields_set for entry in commit.files):
         return said
@@ -249,7 +252,7 @@ def _fingerprints(output: Store, commit: Commit) -> dict[str, str]:
         prompts = RunPrompts.model_validate_json(output.read(paths.run_key(commit.run_id, "prompts.json")))
     except (FileNotFoundError, ValueError):
         return {}
-    if job.references is not None:  # which images they were is not written down
+    if job.references is not None:  # early versions did not record which images they were
         return {}
     with open_file(output, commit.files[0]) as file:
         weights = file.schema_arrow.metadata[b"alfa.weights_sha256"].decode()
@@ -260,7 +263,7 @@ def _fingerprints(output: Store, commit: Commit) -> dict[str, str]:
 
 
 def _are_equal(first: BinaryIO, second: BinaryIO) -> bool:
-    """Whether two ledgers say the same; their bytes may be those of different versions of Arrow."""
+    """Whether two ledgers have equal rows. Their bytes may differ, because different versions of Arrow wrote them."""
     with pq.ParquetFile(first, pre_buffer=True) as left, pq.ParquetFile(second) as right:
         if left.metadata.num_rows != right.metadata.num_rows or left.num_row_groups != right.num_row_groups:
             return False
@@ -279,7 +282,7 @@ def _to_ledger(fingerprint: str, rows: pa.Table) -> pa.Table:
 
 
 def _read_part(store: Store, key: str, number: int, wanted: Sequence[str]) -> tuple[Ids, Ids]:
-    """The photos of a row group that were scored as one of `wanted`: those with a score, and those without."""
+    """Reads the photos of a row group whose fingerprint is in `wanted`: those with a score, and those without."""
     with (
         store.open(key) as source,
         pq.ParquetFile(source, pre_buffer=True, read_dictionary=["scored_as"]) as file,
@@ -296,7 +299,7 @@ def _read_part(store: Store, key: str, number: int, wanted: Sequence[str]) -> tu
 
 
 def _to_bytes(ids: pa.StringArray) -> bytes:
-    """Ids in hex digits as bytes, one after the other."""
+    """Turns ids of 32 hex digits into their bytes, one after the other. Raises ValueError for other lengths."""
     _, offsets, data = ids.buffers()
     places = np.frombuffer(offsets or b"", np.int32)[ids.offset : ids.offset + len(ids) + 1]
     if not len(ids):
@@ -308,11 +311,11 @@ def _to_bytes(ids: pa.StringArray) -> bytes:
 
 
 def _marks(fingerprints: Sequence[str]) -> npt.NDArray[np.uint64]:
-    """Fingerprints of 32 hex digits as numbers [N, 2]."""
+    """Turns fingerprints of 32 hex digits into numbers [N, 2], uint64."""
     return np.frombuffer(bytes.fromhex("".join(fingerprints)), np.uint64).reshape(-1, 2)
 
 
 def _combine(ids: bytes | memoryview, marks: npt.NDArray[np.uint64]) -> Ids:
-    """Each id and its fingerprint as one: hashes, so that their exclusive or is as good as a hash of both."""
+    """Combines each id with its fingerprint by exclusive or. Both are hashes, so that is as good as a hash of both."""
     combined = np.frombuffer(ids, np.uint64).reshape(-1, 2) ^ marks
     return combined.view("S16").ravel()

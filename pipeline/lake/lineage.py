@@ -1,4 +1,4 @@
-"""The facts of a run as an OpenLineage RunEvent (spec 2-0-2), to be posted to any catalog that understands it."""
+"""Describes a run as an OpenLineage RunEvent (spec 2-0-2), for catalogs that understand it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _EVENTS = {"running": "RUNNING", "done": "COMPLETE", "failed": "FAIL", "interrup
 
 
 def run_event(stats: RunStats, output: str) -> dict[str, Any]:
-    """The event of a run's state. output: address of the lake.
+    """Builds the event of a run's state. output: address of the lake.
 
-    The run's UUID follows from the lake's address and the run_id, so that all events of a run, also of its resumptions,
-    belong together.
+    The UUID is derived from the lake's address and the run_id, so that all events of a run belong together, even after
+    it was resumed.
     """
     names = ("errors", "anomalies", "scored_by_this_job", "images_per_second")
     counts = {name: getattr(stats, name) for name in names}
@@ -61,7 +61,7 @@ def run_event(stats: RunStats, output: str) -> dict[str, Any]:
 
 
 def _dataset(address: str) -> dict[str, Any]:
-    """Named as OpenLineage names datasets: s3://bucket and the key below it; file and the absolute path."""
+    """Names a dataset as OpenLineage does: namespace s3://bucket and the key, or namespace file and the path."""
     parts = urlsplit(address)
     if not parts.scheme:
         return {"namespace": "file", "name": address}
@@ -75,5 +75,5 @@ def _facet(schema: str, **values: Any) -> dict[str, Any]:
 def _producer() -> str:
     try:
         return f"pkg:pypi/alfa-pipeline@{version('alfa-pipeline')}"
-    except PackageNotFoundError:  # code that was uploaded, not installed
+    except PackageNotFoundError:  # alfa submit uploads code without installing it
         return "pkg:pypi/alfa-pipeline"

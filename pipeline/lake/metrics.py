@@ -1,4 +1,4 @@
-"""A run's counts in Prometheus' text format: for node-exporter's textfile collector or a Pushgateway."""
+"""Writes a run's counts in Prometheus' text format, for node-exporter's textfile collector or a Pushgateway."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _STATES = ("running", "done", "failed", "interrupted")
 
 
 def exposition(stats: RunStats) -> bytes:
-    """The series are the same from night to night; alfa_run_info alone names the run."""
+    """Renders the stats of a run as metrics. The series stay the same every night; only alfa_run_info names the run."""
     registry = CollectorRegistry()
 
     def gauge(name: str, doc: str, *labels: str) -> Gauge:

@@ -1,17 +1,17 @@
-"""Finished shards -> the partitioned scores table, and the commit that says what belongs to a night.
+"""Publishes finished shards: writes the partitioned scores table, and the commit that says what belongs to a night.
 
-What readers are promised while a night is published again:
-- who reads the files that commits/<run_date>.json names sees the whole old night or the whole new one: the name of such
-  a file tells its content, so it is never written again, and the commit is replaced in one step;
-- who reads the table by a glob sees, for each class, its old rows or its new ones: each class is one file of a fixed
-  name, replaced in one step. Different classes may for a moment be of different runs.
+Readers can rely on this while a night is published again:
+- A reader of the files that commits/<run_date>.json names sees the whole old night or the whole new one. The name of
+  such a file contains a hash of its content, so it is never overwritten, and the commit is replaced in one step.
+- A reader of the table by a glob sees, for each class, its old rows or its new ones. Each class is one file with a
+  fixed name, replaced in one step. For a moment, different classes may come from different runs.
 
-So a class and night is one file whatever its size: several files could not be replaced in one step. Its rows are sorted
-by score, and row groups of 65,536 rows with statistics and a page index let readers fetch the part that they ask for.
+So a class and night is one file of any size, because several files could not be replaced in one step. Its rows are
+sorted by score. Row groups of 65,536 rows with statistics and a page index let readers fetch only the part they need.
 
-Of two who publish one night at once, one waits (a lease). One that was cut off for longer than its lease, and wakes up
-after another has published, writes nothing more: each file of the table and the commit are replaced only if they are
-what it found when it began, which the store itself compares (see Store.replace for which stores do).
+If two processes publish one night at once, one waits for the other (a lease). A process that was cut off for longer
+than its lease, and wakes up after another has published, writes nothing more: it replaces the table's files and the
+commit only if they are still what it found when it began. The store compares that (Store.replace says which stores do).
 """
 
 from __future__ import annotations
@@ -52,16 +52,26 @@ def publish_night(
     owner: str,
     fingerprints: Mapping[str, str] | None = None,
 ) -> Commit:
-    """Publishes the shards of a run below `folder` as its night; returns the commit. Doing it again changes nothing.
+    """Publishes the shards of a run as its night. Returns the commit. Doing it again changes nothing.
 
-    Memory is bounded whatever the number of rows. A local scratch folder (TMPDIR) holds the rows, compressed, and the
-    table's files. The commit is written last: a night that has it is published as a whole. Of two who publish the same
-    night, one waits for the other; the later commit wins. owner: who publishes, for the lease. fingerprints: what each
-    class was scored as (JobConfig.class_fingerprint), for the ledger; a class without one is not in it.
+    Memory is bounded for any number of rows. A local scratch folder (TMPDIR) holds the compressed rows and the table's
+    files. The commit is written last, so a night that has one is complete. If two processes publish the same night, one
+    waits for the other, and the later commit wins.
+
+    Args:
+        run: the run.
+        manifest_digest: digest of its manifest.
+        folder: folder of the shards.
+        shard_ids: the shards to publish.
+        output: the store to publish in.
+        owner: name of this process, for the lease.
+        fingerprints: JobConfig.class_fingerprint by class, for the ledger; a class without one is not in it.
+
+    Raises LeaseLostError where another process has published the night meanwhile.
     """
     lease_s = run.job.engine.lease_s
     lease = leases.acquire(output, paths.night_lease(run.job.run_date), owner, lease_s)
-    assert lease is not None  # it is never done without us
+    assert lease is not None  # acquire waits, because is_done is never true
     with lease.held(lease_s):
         before = read_commit(output, run.job.run_date)
         if before and before.run_id != run.run_id:
@@ -102,13 +112,15 @@ def _publish(
 def _replace(output: Store, key: str, data: bytes | Path, version: str | None, lease: leases.Lease) -> None:
     if output.replace(key, data, version) or output.holds(key, data):
         return
-    lease.check()  # says who it was, where that is known
-    raise leases.LeaseLostError(f"{output.uri(key)} was written by another while this process published; it stops")
+    lease.check()  # its error names the other process, if that is known
+    raise leases.LeaseLostError(
+        f"another process has written {output.uri(key)} while this one was publishing; this one stops"
+    )
 
 
 @dataclass
-class _Facts:
-    """What is counted of a class while its rows pass by."""
+class _Counts:
+    """The counts of a class, collected while its rows are streamed."""
 
     rows: int = 0
     anomalies: int = 0
@@ -135,38 +147,38 @@ class _File:
     class_name: str
     path: Path
     sha256: str
-    facts: _Facts
+    counts: _Counts
 
 
 def _write_files(run: Run, tables: Iterable[pa.Table], folder: Path) -> list[_File]:
-    """One file a class, by name. Memory is bounded, whatever the number of rows.
+    """Writes one file per class; returns them sorted by class name. Memory is bounded for any number of rows.
 
-    A shard may hold several classes, and all shards together do not fit in memory: see RowSorter.
+    A shard may hold several classes, and all shards together do not fit in memory; RowSorter handles both.
     """
-    facts: defaultdict[str, _Facts] = defaultdict(_Facts)
+    counts: defaultdict[str, _Counts] = defaultdict(_Counts)
     with RowSorter(folder / "rows.arrow", SCORES, _ORDER) as sorter:
         for table in tables:
             names = pc.unique(table.column("class_name")).to_pylist()
             for class_name in names:
                 chosen = table if len(names) == 1 else table.filter(pc.equal(table.column("class_name"), class_name))
-                facts[class_name].count(chosen)
+                counts[class_name].count(chosen)
                 sorter.add(class_name, chosen.select(SCORES.names))
         files = []
         for number, class_name in enumerate(sorter.finish()):
             path = folder / f"{number}.parquet"
-            _write_file(run, facts[class_name], sorter.read(class_name, _ROWS_PER_GROUP), path)
-            files.append(_File(class_name, path, sha256_of(read_chunks(path)), facts[class_name]))
+            _write_file(run, counts[class_name], sorter.read(class_name, _ROWS_PER_GROUP), path)
+            files.append(_File(class_name, path, sha256_of(read_chunks(path)), counts[class_name]))
         return files
 
 
-def _write_file(run: Run, facts: _Facts, groups: Iterable[pa.Table], path: Path) -> None:
-    """Writes the row groups of a class; the next one is merged while one is encoded."""
+def _write_file(run: Run, counts: _Counts, groups: Iterable[pa.Table], path: Path) -> None:
+    """Writes the row groups of a class. A thread encodes one group while the next is merged."""
     provenance = {
         "schema_version": str(SCHEMA_VERSION),
         "alfa.run_id": run.run_id,
         "alfa.model": run.model,
         "alfa.weights_sha256": run.weights_sha256,
-        "alfa.prompt_fingerprint": ",".join(sorted(facts.prompts)),
+        "alfa.prompt_fingerprint": ",".join(sorted(counts.prompts)),
         "alfa.config_hash": run.job.config_fingerprint,
     }
     schema = SCORES.with_metadata(provenance)
@@ -191,7 +203,7 @@ def _write_file(run: Run, facts: _Facts, groups: Iterable[pa.Table], path: Path)
 def _write_ledger(
     commit: Commit, files: Sequence[_File], fingerprints: Mapping[str, str], output: Store, folder: Path
 ) -> None:
-    """Writes the ledger that the commit leads to, from the local files. Until the commit is there, it says nothing."""
+    """Writes the ledger of the commit from the local files. It is not read before the commit is written."""
     ledger = describe_ledger(commit, fingerprints)
     if not ledger.entries:
         return
@@ -211,15 +223,15 @@ def _read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None) -> CommitFile:
-    run_date, facts = run.job.run_date, file.facts
+    run_date, counts = run.job.run_date, file.counts
     return CommitFile(
         class_name=file.class_name,
         scored_as=fingerprint,
-        rows=facts.rows,
-        errors=dict(sorted(facts.errors.items())),
-        anomalies=facts.anomalies,
-        compared=facts.compared,
-        beyond=facts.beyond,
+        rows=counts.rows,
+        errors=dict(sorted(counts.errors.items())),
+        anomalies=counts.anomalies,
+        compared=counts.compared,
+        beyond=counts.beyond,
         key=paths.version_key(run.run_id, manifest_digest, run_date, file.class_name, file.sha256),
         table_key=paths.table_key(run_date, file.class_name),
         bytes=file.path.stat().st_size,

@@ -1,4 +1,4 @@
-"""Rows of a published class by the columns and places that are wanted: a class of millions need not fit in memory."""
+"""Reads chosen columns and rows of a published class, so that a class of millions need not fit in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from schemas.records import CommitFile
 
 @contextlib.contextmanager
 def open_file(output: Store, entry: CommitFile) -> Iterator[pq.ParquetFile]:
-    """The table's file of a class. entry: one of a commit's files."""
-    # What a commit names is never written again, so it can be read range by range.
+    """Opens the file of a class. entry: one of a commit's files."""
+    # The files that a commit names are never overwritten, so they can be read range by range.
     with output.open(entry.key) as source, pq.ParquetFile(source, pre_buffer=True) as file:
         yield file
 
 
 def read_groups(output: Store, entry: CommitFile, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of a class in their order, a row group at a time; columns: those that are wanted, else all."""
+    """Yields the rows of a class in order, one row group at a time. columns: only these columns; None: all."""
     with open_file(output, entry) as file:
         for number in range(file.num_row_groups):
             yield file.read_row_group(number, None if columns is None else list(columns))
@@ -32,7 +32,10 @@ def read_groups(output: Store, entry: CommitFile, columns: Sequence[str] | None 
 def take_rows(
     output: Store, entry: CommitFile, places: npt.NDArray[np.int64], columns: Sequence[str] | None = None
 ) -> pa.Table:
-    """The rows at these places in the class, in the order of `places`. Reads only the row groups that hold them."""
+    """Returns the rows at these places of a class, in the order of `places`.
+
+    Reads only the row groups that hold them.
+    """
     with open_file(output, entry) as file:
         sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         ends = np.cumsum(sizes, dtype=np.int64)

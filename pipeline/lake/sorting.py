@@ -1,8 +1,8 @@
-"""The rows of a night, sorted within each class, in bounded memory: an external merge sort.
+"""Sorts the rows of a night within each class, in bounded memory: an external merge sort.
 
-Rows are collected until they fill a buffer, sorted, and written to one local file as runs of small record batches; a
-class is then read as the merge of its runs. What is in memory: the buffer and its sorted copy, or a few batches of each
-run of a class. The file is compressed Arrow, about a tenth of the rows as they are in memory.
+Rows are collected until they fill a buffer, then sorted and written to one local file as a run of small record batches.
+A class is then read as the merge of its runs. Memory holds the buffer and its sorted copy, or a few batches of each run
+of a class. The file is compressed Arrow, about a tenth of the size of the rows in memory.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 _BUFFER_BYTES = 64 << 20
-"""Bytes of rows that wait to be sorted, of all classes together."""
+"""Bytes of rows of all classes together that are collected before some are sorted."""
 
 _BATCH = 512
-"""Rows of a batch in the file: so many of each run are in memory while a class is merged."""
+"""Rows per batch of the file. One or two batches of each run are in memory while a class is merged."""
 
 Order = Sequence[tuple[str, str]]
 
 
 class RowSorter:
-    """Takes rows in any order, and gives those of a class back in order.
+    """Takes rows in any order, and returns those of a class in order. A context manager; it leaves its file behind.
 
-    A thread sorts and writes what was added while more is added. Used as a context manager, whose end removes nothing:
-    the folder is the caller's.
+    A thread sorts and writes rows while more are added.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, order: Order) -> None:
-        """path: of the local file, which is written. order: columns, each ascending or descending; nulls come last."""
+        """path: the local file to write. order: columns, each ascending or descending; nulls come last."""
         self._path, self._schema, self._order = path, schema, list(order)
         self._waiting: defaultdict[str, list[pa.Table]] = defaultdict(list)
         self._sizes: Counter[str] = Counter()
@@ -54,14 +53,14 @@ class RowSorter:
         self._writer.close()
 
     def add(self, class_name: str, rows: pa.Table) -> None:
-        """Takes rows of a class, with the columns of the schema in its order."""
+        """Adds rows of a class. Their columns must be those of the schema, in its order."""
         self._waiting[class_name].append(rows)
         self._sizes[class_name] += rows.nbytes
         if self._sizes.total() > _BUFFER_BYTES:
             self._start_run(max(self._sizes, key=lambda name: self._sizes[name]))
 
     def finish(self) -> list[str]:
-        """Sorts what still waits; from now on classes can be read. Returns their names, sorted."""
+        """Sorts the remaining rows; afterwards classes can be read. Returns the sorted names of the classes."""
         for class_name in sorted(self._waiting):
             self._start_run(class_name)
         self._await_run()
@@ -69,14 +68,14 @@ class RowSorter:
         return sorted(self._runs)
 
     def read(self, class_name: str, size: int) -> Iterator[pa.Table]:
-        """All rows of a class in order, `size` at a time, each part in one piece."""
-        # Not a memory map: all of its pages that were read would be in memory too.
+        """Yields the rows of a class in order, `size` at a time, as tables of one chunk."""
+        # Not as a memory map, because its pages would count as this process's memory.
         with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as file:
             runs = [map(file.get_batch, run) for run in self._runs[class_name]]
             yield from regroup(_merge(runs, self._order), size)
 
     def _start_run(self, class_name: str) -> None:
-        """Has the waiting rows of a class sorted and written, once what was started before is done."""
+        """Waits for the previous run, then has the thread sort and write the waiting rows of a class."""
         self._await_run()
         del self._sizes[class_name]
         self._sorting = self._thread.submit(self._write_run, class_name, self._waiting.pop(class_name))
@@ -95,10 +94,10 @@ class RowSorter:
 
 
 def _merge(runs: Sequence[Iterator[pa.RecordBatch]], order: list[tuple[str, str]]) -> Iterator[pa.Table]:
-    """Merges sorted runs, of each of which one or two batches are in memory.
+    """Merges sorted runs. One or two batches of each run are in memory.
 
-    Whatever does not come after the last row that was read of any run can be given: no row that is still to be read
-    comes before it.
+    Each run that is not at its end has a last row read so far. Rows up to the first of these can be yielded, because no
+    row that is still unread comes before it.
     """
     unread = dict(enumerate(runs))
     waiting = [pa.Table.from_batches([next(run)]) for run in runs]
@@ -122,12 +121,12 @@ def _merge(runs: Sequence[Iterator[pa.RecordBatch]], order: list[tuple[str, str]
 
 
 def _last(values: npt.NDArray[np.int64], value: int) -> int:
-    """The place of the last one that equals value; there is one."""
+    """Returns the last place at which `values` equals `value`; there must be one."""
     return int(np.flatnonzero(values == value)[-1])
 
 
 def regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:
-    """The same rows in parts of `size`; the last may be smaller."""
+    """Yields the same rows as tables of `size` rows; the last may be smaller."""
     waiting: list[pa.Table] = []
     rows = 0
     for table in tables:

@@ -1,4 +1,4 @@
-"""What normal and defective look like in words, asked of an LLM once per class and kept for good.
+"""Prompts: descriptions of normal and defective parts, asked of an LLM once per class and kept in the lake.
 
 In: class names. Out: prompt ensembles, and what the LLM cost.
 May import: storage, schemas. Only llm.py imports litellm.

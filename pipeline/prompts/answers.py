@@ -1,4 +1,4 @@
-"""From the text of an LLM's answer to a description: lenient in form, strict in substance."""
+"""Reads the description in an LLM's answer: lenient in form, strict in substance."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _DECODER = json.JSONDecoder(strict=False)
 
 
 def read_description(text: str) -> ClassDescription:
-    """Finds the description in an answer, whatever prose, code fences and drafts are around it; the last one wins.
+    """Finds the description in an answer. Prose, code fences and drafts around it are ignored; the last one wins.
 
-    Understood as well: keys and domain in any case, keys that nobody asked for, defects as `name: look`. What is no
-    text or repeats another phrase does not count. Raises ValueError with the fault, in words for the LLM.
+    Also accepted are keys and domain in any case, additional keys, and defects written as `name: look`. Items that are
+    not text, or repeat another, do not count. Raises ValueError with the fault, worded for the LLM.
     """
     if len(text) > _LONGEST_ANSWER:
         raise ValueError(f"the answer has {len(text)} characters, more than {_LONGEST_ANSWER}")
@@ -35,14 +35,14 @@ def read_description(text: str) -> ClassDescription:
             continue
         if end - start > longest:
             fault, longest = outcome, end - start
-        start = text.find("{", start + 1)  # a description may lie inside an object that is none
+        start = text.find("{", start + 1)  # the description may be nested in another object
     if found is None:
         raise ValueError(fault)
     return found
 
 
 def _read_object(text: str, start: int) -> tuple[ClassDescription | str, int]:
-    """The description that begins at a place of the text, or what is wrong with it; and where it ends."""
+    """Reads the object that begins at `start`. Returns the description, or what is wrong with it, and where it ends."""
     try:
         value, end = _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
@@ -72,19 +72,19 @@ def _describe(answer: dict[str, Any]) -> ClassDescription:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))} {fault['msg']}" for fault in error.errors()[:5]]
         if any(len(given[key]) > len(fields[key]) for key in given):
-            faults.append("items that repeat another or are no text do not count")
+            faults.append("items that repeat another or are not text do not count")
         raise ValueError("; ".join(faults)) from None
 
 
 def _listed(value: object) -> list[Any]:
-    """The items of a list; of an object, each name with what is said of it."""
+    """Returns the items of a list; an object of names and looks becomes a list of defects."""
     if isinstance(value, dict):
         return [{"name": name, "look": look} for name, look in value.items()]
     return value if isinstance(value, list) else []
 
 
 def _read_defect(item: object) -> dict[str, str]:
-    """Name and look of a defect; each is empty where there is none."""
+    """Reads name and look of a defect; either is empty if it is missing."""
     if isinstance(item, str):
         name, _, look = item.partition(": ")
         item = {"name": name, "look": look}

@@ -1,4 +1,4 @@
-"""The base ensemble: states x templates, always present (contrastive states as in WinCLIP and AnoVL)."""
+"""The base ensemble, which every class gets: all states in all templates (states as in WinCLIP and AnoVL)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TEMPLATES = (
 
 
 def base_prompts(noun: str) -> tuple[Prompt, ...]:
-    """Every state in every template, for a noun such as `metal nut`; normal prompts first."""
+    """Puts every state into every template, for a noun such as `metal nut`; normal prompts come first."""
     return tuple(
         Prompt(text=template.replace("{}", state.replace("{}", noun)), side=side, source="base")
         for side, states in (("normal", NORMAL_STATES), ("anomalous", ANOMALOUS_STATES))

@@ -1,4 +1,4 @@
-"""A prompt set -> the sentences that CLIP reads."""
+"""Composes the sentences that CLIP reads from a prompt set."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _BOUNDARIES = (r"(?<=[.;!?])\s+", r",\s+", r"\s+")
 
 
 def display_name(class_name: str) -> str:
-    """A class as it stands in a sentence: `metal_nut` -> `metal nut`, `pcb1` -> `pcb`; bounded, on one line."""
+    """Turns a class name into a noun of at most 60 characters: `metal_nut` -> `metal nut`, `pcb1` -> `pcb`."""
     words = "".join(char if char.isprintable() else " " for char in class_name).replace("_", " ").split()
     noun = " ".join(words)[:_LONGEST_NOUN].strip()
     return re.sub(r"(?<=[^\W\d])\d+$", "", noun) or noun or "object"
 
 
 def compose_ensemble(prompt_set: PromptSet, fits: Callable[[str], bool]) -> PromptEnsemble:
-    """The base ensemble, and the described details as "a(n) {domain} image of a {state} {class} with {detail}".
+    """Composes the base ensemble and the described details: "a(n) {domain} image of a {state} {class} with {detail}".
 
-    fits: whether CLIP's tokenizer reads a text whole; longer ones are cut here, at a sentence, else at a comma, else at
-    a word. A text appears once.
+    fits: whether CLIP's tokenizer reads the whole text. Longer texts are cut at a sentence, else at a comma, else at a
+    word. Each text appears once per side.
     """
     noun = display_name(prompt_set.class_name)
     prompts: dict[tuple[str, str], Prompt] = {}
@@ -41,7 +41,7 @@ def compose_ensemble(prompt_set: PromptSet, fits: Callable[[str], bool]) -> Prom
 
 
 def record_prompts(sets: Sequence[PromptSet], ensembles: Sequence[PromptEnsemble]) -> RunPrompts:
-    """What a run used: for each class its ensemble, and where that came from."""
+    """Records the prompts of a run: for each class its ensemble, and where that came from."""
     return RunPrompts(
         classes=tuple(
             UsedPrompts(

@@ -1,6 +1,6 @@
-"""The prompt library: one object a class and recipe in the store, written once, by whoever was first.
+"""The prompt library: one stored prompt set per class and recipe, written once.
 
-Exactly once per class lives here, in the store, because actors restart and tonight's job is not last night's.
+The store, not an actor, makes sure that an LLM is asked once per class, because actors restart and jobs end.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PromptLibraryError(RuntimeError):
 
 
 def recipe(config: Prompts, class_name: str) -> str:
-    """Fingerprint (12 hex digits) of what is asked of whom; another LLM or another instruction is another recipe."""
+    """Returns the fingerprint (12 hex digits) of how the prompts of a class are made: LLM, temperature, instruction."""
     if config.asks_llm:
         facts: list[object] = ["llm", config.llm, config.temperature, llm.INSTRUCTION_VERSION]
     elif config.described and (bundled := bundled_description(class_name)) is not None:
@@ -39,15 +39,15 @@ def recipe(config: Prompts, class_name: str) -> str:
 
 
 def set_key(class_name: str, fingerprint: str) -> str:
-    """Where a prompt set lies in the output."""
+    """Returns the key of a prompt set in the output. fingerprint: its recipe."""
     return f"prompts/{safe_segment(class_name)}/{fingerprint}.json"
 
 
 def find(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
-    """The stored prompt set, edits included; None where there is none yet.
+    """Reads the stored prompt set with people's edits; None if there is none yet.
 
-    Raises PromptLibraryError where the object is no valid prompt set: an edit that went wrong is never papered over by
-    another call.
+    Raises PromptLibraryError if the object is not a valid prompt set: a broken edit is reported and not replaced by
+    another call of the LLM.
     """
     key = set_key(class_name, recipe(config, class_name))
     try:
@@ -60,13 +60,13 @@ def find(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
         first = error.errors()[0]
         where = ".".join(str(step) for step in first["loc"]) or "the whole"
         raise PromptLibraryError(
-            f"{store.uri(key)} is no valid prompt set: {where}: {first['msg']}; mend the edit, or delete the object to "
-            f"have it made anew"
+            f"{store.uri(key)} is not a valid prompt set: {where}: {first['msg']}; correct the edit, or delete the "
+            f"object so that it is made anew"
         ) from None
 
 
 def find_or_make(store: Store, class_name: str, config: Prompts) -> PromptSet | None:
-    """The prompt set that obtain would give without asking an LLM; None where it would ask. Writes nothing."""
+    """Returns the prompt set that obtain would return without an LLM; None if it would ask one. Writes nothing."""
     stored = find(store, class_name, config)
     if stored is not None or config.asks_llm:
         return stored
@@ -74,11 +74,11 @@ def find_or_make(store: Store, class_name: str, config: Prompts) -> PromptSet | 
 
 
 def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_s: float = leases.LEASE_S) -> PromptSet:
-    """The prompt set of a class, made now if there is none: an LLM is asked only by the holder of the lease.
+    """Returns the prompt set of a class, and makes it if there is none. Only the holder of a lease asks the LLM.
 
-    owner: who is asking, for the lease; lease_s: how long the lease outlives it, in seconds. Raises llm.LLMError where
-    the LLM fails and config.on_failure is `fail`; with `base` the set has source base and is not stored, so that the
-    next job asks again.
+    owner: name of this process, for the lease. lease_s: seconds until another process may ask if this one dies. Raises
+    llm.LLMError if the LLM fails and config.on_failure is `fail`. If it is `base`, the returned set has source base and
+    is not stored, so that the next job asks again.
     """
     stored = find(store, class_name, config)
     if stored is not None:
@@ -97,9 +97,9 @@ def obtain(store: Store, class_name: str, config: Prompts, *, owner: str, lease_
 
 
 def make_offline(class_name: str, *, described: bool = True) -> PromptSet:
-    """Makes the prompt set of a class without an LLM: of its bundled description, else of the base ensemble alone.
+    """Makes the prompt set of a class without an LLM: from its bundled description if there is one, else without any.
 
-    described: False takes the base ensemble alone in any case.
+    described: False ignores the bundled description, so that only the base ensemble is used.
     """
     description = bundled_description(class_name) if described else None
     source = "base" if description is None else "bundled"
@@ -108,7 +108,10 @@ def make_offline(class_name: str, *, described: bool = True) -> PromptSet:
 
 
 def bundled_description(class_name: str) -> ClassDescription | None:
-    """What the bundled pack says of a class (MVTec AD and VisA), by its name in any case, `-`, `_` and space alike."""
+    """Returns the bundled description of a class of MVTec AD or VisA, else None.
+
+    Case, `-`, `_` and space do not count.
+    """
     file = _bundled_files().get(class_name.lower().replace("-", "_").replace(" ", "_"))
     return None if file is None else ClassDescription.model_validate_json(file.read_bytes())
 
@@ -150,7 +153,7 @@ def _new_set(class_name: str, fingerprint: str, *, source: str, description: Cla
 
 
 def _store_set(store: Store, key: str, made: PromptSet, config: Prompts) -> PromptSet:
-    """Create-only: who comes second uses what the first has stored."""
+    """Stores the set create-only. Returns it, or the set that another process has stored before."""
     if store.create(key, made.model_dump_json(indent=2).encode()):
         return made
     return _must_find(store, made.class_name, config)
@@ -160,5 +163,5 @@ def _must_find(store: Store, class_name: str, config: Prompts) -> PromptSet:
     stored = find(store, class_name, config)
     if stored is None:
         key = set_key(class_name, recipe(config, class_name))
-        raise PromptLibraryError(f"{store.uri(key)} was there a moment ago and is gone; run the job again")
+        raise PromptLibraryError(f"{store.uri(key)} was deleted while the job was reading it; run the job again")
     return stored

@@ -1,4 +1,4 @@
-"""Asking an LLM what normal and defective look like. The only file that imports litellm, and only when it asks."""
+"""Asks an LLM to describe normal and defective parts. Only this file imports litellm, and only when it asks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from schemas.text import one_line
 logger = logging.getLogger(__name__)
 
 INSTRUCTION_VERSION = 1
-"""Counts changes of what is asked; part of the recipe, so a new instruction asks anew."""
+"""Raise it with every change of the instruction. It is part of the recipe, so classes are then described anew."""
 
 FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 _MORE_TOKENS = 8192
-"""Room for an answer that was cut: ten times what a description needs, for models that think first."""
+"""Token limit after an answer was cut: ten times what a description needs, for models that think first."""
 
 _INSTRUCTION = """\
 You help to find visual defects on industrial parts by describing them for an image-text model.
@@ -41,7 +41,7 @@ _QUESTION = "Answer with the one word: ready"
 
 
 def _closed(**properties: object) -> dict[str, object]:
-    """The JSON schema of an object that has these keys and no others, as strict servers want it."""
+    """Returns the JSON schema of an object that has exactly these keys, as strict servers require."""
     return {
         "type": "object",
         "properties": properties,
@@ -56,7 +56,7 @@ ANSWER_SCHEMA = _closed(
     normal={"type": "array", "items": _TEXT},
     defects={"type": "array", "items": _closed(name=_TEXT, look=_TEXT)},
 )
-"""Of the answer, in the words that every server knows: lengths and counts are checked here."""
+"""JSON schema of the answer. It uses only keywords that every server knows; lengths and counts are checked later."""
 
 _FORMS: dict[str, dict[str, Any]] = {
     "json_schema": {
@@ -74,9 +74,9 @@ class LLMError(RuntimeError):
 def describe_class(
     class_name: str, config: Prompts, before_attempt: Callable[[], None] = lambda: None
 ) -> tuple[ClassDescription, Usage]:
-    """One description of a class, validated; one repair round if the first answer is not valid.
+    """Asks for a description of a class and validates it. An invalid answer gets one repair round.
 
-    before_attempt runs before each request and may forbid it by raising. Raises LLMError.
+    before_attempt: called before each request; it may raise to prevent it. Raises LLMError.
     """
     conversation = _Conversation(config, f"class {class_name!r}", before_attempt)
     messages = [
@@ -93,26 +93,26 @@ def describe_class(
         complaint = f"That is not valid: {fault}. Answer again with the whole JSON object alone."
         messages += [{"role": "assistant", "content": text[:4000] or "{}"}, {"role": "user", "content": complaint}]
     raise LLMError(
-        f"{config.llm} gave no valid description of class {class_name!r}, also when told what was wrong ({fault}); "
-        f"try a stronger model, or set prompts.on_failure=base"
+        f"{config.llm} gave no valid description of class {class_name!r}, even after it was told what was wrong "
+        f"({fault}); try a stronger model, or set prompts.on_failure=base"
     )
 
 
 def try_model(config: Prompts) -> str:
-    """Asks the LLM one tiny question with the job's patience. Returns its answer, shortened. Raises LLMError."""
+    """Asks the LLM one tiny question, with the job's retries. Returns the shortened answer. Raises LLMError."""
     conversation = _Conversation(config, "a test question", lambda: None, form=None)
     return one_line(conversation.ask([{"role": "user", "content": _QUESTION}]))[:60]
 
 
 def require_askable(config: Prompts) -> None:
-    """Raises LLMError where a model cannot be asked at all: its provider is not known, or wants a key that is not set.
+    """Raises LLMError if a model cannot be asked: its provider is unknown, or needs a key that is not set.
 
-    A server of one's own (api_base) gets the key that is set, and needs none here: it says itself if it wants one.
+    With api_base, no key is required here, because the server itself says whether it needs one.
     """
     litellm = _litellm()
     try:
         litellm.get_llm_provider(config.llm, api_base=config.api_base)
-    except Exception:  # a plain BadRequestError, whose text is an advertisement
+    except Exception:  # a BadRequestError whose text does not help
         raise LLMError(
             f"{config.llm} names no provider that litellm knows; write PROVIDER/MODEL, such as openai/gpt-4o-mini, or "
             f"openai/MODEL with prompts.api_base for a server that speaks OpenAI's protocol"
@@ -122,15 +122,15 @@ def require_askable(config: Prompts) -> None:
 
 
 def _missing_keys(config: Prompts) -> str:
-    """The environment variables that the model's provider needs and that are not set, or empty."""
+    """Names the environment variables that the model's provider needs and that are not set; empty if none."""
     answer = _litellm().validate_environment(model=config.llm)
     return "" if answer.get("keys_in_environment") else ", ".join(answer.get("missing_keys") or [])
 
 
 def _litellm() -> Any:
-    # Before the import: else it fetches a price list from the network.
+    # Without this, the import fetches a price list from the network.
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-    # It takes a key that is set to nothing for a key, and would ask, again and again, with none.
+    # litellm takes an empty variable for a key, and would repeat requests without a valid one.
     for name in [name for name, value in os.environ.items() if name.endswith("_API_KEY") and not value.strip()]:
         os.environ.pop(name, None)
     import litellm
@@ -141,11 +141,11 @@ def _litellm() -> Any:
 
 
 class _AskAgain(Exception):
-    """A request that brought no answer, and the next one asks otherwise; the message says why."""
+    """A request failed and should be repeated at once with other options; the message says why."""
 
 
 class _Options(NamedTuple):
-    """What goes with the messages; None: the server's default. form: a key of _FORMS."""
+    """The options of a request; None: the server's default. form: a key of _FORMS."""
 
     temperature: float | None
     form: str | None
@@ -156,7 +156,7 @@ class _Options(NamedTuple):
         return ", ".join(f"{name} {value}" for name, value in given.items()) or "no options"
 
     def without_refused(self, words: str) -> _Options:
-        """Less what a refusal in these words is about; where that is not told, less everything."""
+        """Returns the options without the one that a refusal mentions; without any if it mentions none."""
         words = words.lower()
         if self.temperature is not None and "temperature" in words:
             return self._replace(temperature=None)
@@ -170,7 +170,7 @@ class _Options(NamedTuple):
 
 
 class _Conversation:
-    """Questions to one LLM: what they cost, and which options its server takes."""
+    """Asks one LLM several questions, and keeps their cost and the options that its server accepts."""
 
     def __init__(
         self, config: Prompts, about: str, before_attempt: Callable[[], None], form: str | None = "json_schema"
@@ -180,11 +180,11 @@ class _Conversation:
         if form == "json_schema" and config.api_base is None and not litellm.supports_response_schema(config.llm):
             form = "json_object"
         self.usage = Usage()
-        self.note = ""  # what else to say of the last answer
+        self.note = ""  # addition to a complaint about the last answer
         self._more_asked = False
         self._litellm, self._config, self._about, self._before_attempt = litellm, config, about, before_attempt
         self._options = _Options(config.temperature, form)
-        # The clients of some providers refuse to ask without a key, also a server that wants none.
+        # Some clients refuse to send a request without a key, even to a server that needs none.
         self._key = "none" if config.api_base and _missing_keys(config) else None
         self._passing = (
             litellm.Timeout,
@@ -196,8 +196,10 @@ class _Conversation:
         )
 
     def ask(self, messages: list[dict[str, str]]) -> str:
-        """The text of the answer, in at most max_attempts requests. litellm's own retries have no pause, and repeat
-        what cannot succeed. Raises LLMError."""
+        """Returns the text of the answer, after at most max_attempts requests. Raises LLMError.
+
+        litellm's own retries are not used: they do not pause, and also repeat requests that cannot succeed.
+        """
         model, most = self._config.llm, self._config.max_attempts
         attempts = Retrying(
             retry=retry_if_exception_type((_AskAgain, *self._passing)),
@@ -239,7 +241,7 @@ class _Conversation:
                 f"{model} refuses the API key ({_describe(error)}); set the provider's key in the environment of the "
                 f"driver and the workers; alfa check names it"
             ) from None
-        except Exception as error:  # litellm passes on whatever a provider's client raises
+        except Exception as error:  # litellm raises whatever the provider's client raises
             if getattr(error, "status_code", None) not in (400, 422) or options == _Options(None, None):
                 raise LLMError(f"{model} cannot be asked about {self._about}: {_describe(error)}") from None
             self._options = options.without_refused(f"{error} {getattr(error, 'body', None)}")
@@ -253,13 +255,16 @@ class _Conversation:
             self._options = options._replace(max_tokens=_MORE_TOKENS)
             logger.warning("%s: the token limit cut the answer; asking again with %s", model, self._options)
             raise _AskAgain("the token limit cut the answer")
-        self.note = f"; the token limit cut it, also when {_MORE_TOKENS} tokens were asked for" if cut else ""
-        # Servers that take a model's thoughts out of its answer sometimes take all of it.
+        self.note = f"; the token limit cut it, even at {_MORE_TOKENS} tokens" if cut else ""
+        # Servers that separate a model's thoughts from its answer sometimes put the answer among the thoughts.
         return choice.message.content or getattr(choice.message, "reasoning_content", None) or ""
 
 
 def _pause(state: RetryCallState) -> float:
-    """Seconds until the next attempt: what the server asks for, else exponential with jitter; none to ask otherwise."""
+    """Returns the seconds until the next attempt: what the server asks for, else exponential with jitter.
+
+    A request with other options is sent at once.
+    """
     error = state.outcome.exception() if state.outcome else None
     if isinstance(error, _AskAgain):
         return 0.0
@@ -271,7 +276,7 @@ def _pause(state: RetryCallState) -> float:
 
 
 def _describe(error: BaseException) -> str:
-    """Kind and start of an error's text."""
+    """Returns the type and the first 300 characters of an error, with secrets blanked."""
     words = redact(str(error))[:300]
     return words if isinstance(error, _AskAgain) else f"{type(error).__name__}: {words}"
 
@@ -279,7 +284,7 @@ def _describe(error: BaseException) -> str:
 def _usage(litellm: Any, response: Any) -> Usage:
     try:
         cost = float(litellm.completion_cost(completion_response=response))
-    except Exception:  # raised in many kinds for every model without a price; a local model has none
+    except Exception:  # raised, in many types, for models without a known price, such as local ones
         cost = None
     usage = getattr(response, "usage", None)
     return Usage(

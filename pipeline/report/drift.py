@@ -1,7 +1,7 @@
-"""Night over night: what is newly anomalous, whether scores drift, and how runs go. Pure but for the readers.
+"""Compares two nights: what is newly anomalous, and whether scores drift. Also reads the trend of the last nights.
 
-A photo is one by its id, so by address and version: what was changed since is another photo, and a verdict on it is not
-a changed one. A class is held without its addresses, so that two nights of some million photos fit in memory.
+Photos are matched by id, that is by address and version. A photo that was changed is another photo, so its verdict does
+not count as changed. The addresses of a class are not kept, so that two nights of some million photos fit in memory.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pipeline.storage import Store
 from schemas.records import Commit, CommitFile
 
 PSI_THRESHOLD = 0.25
-"""Convention for PSI: below 0.1 stable, to 0.25 to be watched, from there on shifted."""
+"""By convention, a PSI below 0.1 means stable, below 0.25 worth watching, and from 0.25 on shifted."""
 
 P_VALUE = 0.01
-"""Kolmogorov-Smirnov: from this p-value on, chance explains the difference. Small nights have a large PSI by chance."""
+"""From this p-value of Kolmogorov-Smirnov on, chance may explain a shift: small nights have a large PSI by chance."""
 
 TREND_NIGHTS = 7
-"""Nights in a trend, the compared one included."""
+"""Number of nights in a trend, including the compared one."""
 
 CHANGES = {"became": "was normal", "new": "new photo", "resolved": "normal again"}
-"""What compare_class finds of single photos, in words."""
+"""The kinds of changed verdicts that compare_class finds, and their names in reports."""
 
 _BINS = 10
 _SETUP = ("model", "weights_sha256", "prompt_fingerprint")
@@ -40,11 +40,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class ClassNight:
-    """A class in one night, without what is long: some 17 bytes a photo.
+    """A class in one night, in about 17 bytes per photo.
 
-    photos: int64, hashes of their ids, which differ from process to process; scores: float32, NaN on error;
-    anomalous: bool; setup: the models, weights and prompts that scored it. entry: its file; None where there is none.
-    select: the night's dataset.select.
+    entry: its file; None if the night does not have the class. photos: int64, hashes of the photos' ids, valid in this
+    process only. scores: float32, NaN on error. anomalous: bool. setup: the models, weights and prompts that scored it.
+    select: dataset.select of the night.
     """
 
     entry: CommitFile | None
@@ -56,7 +56,7 @@ class ClassNight:
 
     @property
     def scored(self) -> NDArray[np.int64]:
-        """The places of the photos that have a score."""
+        """The places (indices) of the photos that have a score."""
         return np.flatnonzero(~np.isnan(self.scores))
 
 
@@ -64,10 +64,10 @@ class ClassNight:
 class ClassDrift:
     """A class in two nights; each pair is (before, after).
 
-    ks: largest distance of the two empirical distribution functions of the scores, 0 to 1; p_value: the probability of
-    at least this distance between samples of one distribution; psi: see psi(). None where a night has no scores of it.
-    common: photos that have a score in both. changed: which of model, weights and prompts differ, so that scores would
-    differ of the same photos too. select: dataset.select of the night after.
+    ks: largest distance between the two empirical distribution functions of the scores, 0 to 1. p_value: probability of
+    at least this distance between samples of one distribution. psi: see psi(). All three are None if either night has
+    no scores. common: number of photos with a score in both nights. changed: which of model, weights and prompts differ
+    (then even the same photos get other scores). select: dataset.select of the night after.
     """
 
     class_name: str
@@ -85,20 +85,22 @@ class ClassDrift:
 
     @property
     def rates(self) -> tuple[float | None, float | None]:
-        """Share of the scored photos that are anomalous, 0 to 1."""
+        """Shares of the scored photos that are anomalous, 0 to 1; None without scored photos."""
         scored = [images - errors for images, errors in zip(self.images, self.errors, strict=True)]
         first, second = (part / whole if whole else None for part, whole in zip(self.anomalous, scored, strict=True))
         return first, second
 
     @property
     def is_of_other_photos(self) -> bool:
-        """Whether most photos of the night after were not scored the night before, so that verdicts of single photos
-        say nothing of what has changed; rates and distributions do."""
+        """Whether most photos of the night after were not scored the night before.
+
+        Then only rates and distributions can be compared, and not the verdicts of single photos.
+        """
         return 2 * self.common < self.images[1] - self.errors[1]
 
     @property
     def verdict(self) -> str:
-        """In words; what has changed in the setup is not part of it."""
+        """The result of the comparison in words; changes of the setup are not part of it."""
         if self.drifted:
             return "drifts"
         if not self.images[0]:
@@ -109,7 +111,7 @@ class ClassDrift:
 
 
 def read_pairs(output: Store, before: str, after: str) -> Iterator[tuple[str, ClassNight, ClassNight]]:
-    """The classes of two nights, by name. Raises FileNotFoundError where a night is not published."""
+    """Reads the classes of two nights, sorted by name. Raises FileNotFoundError if a night is not published."""
     commits = [_published(output, night) for night in (before, after)]
     files = [{entry.class_name: entry for entry in commit.files} for commit in commits]
     selects = [commit.select for commit in commits]
@@ -146,7 +148,7 @@ def _read_class(output: Store, entry: CommitFile | None, select: str) -> ClassNi
 
 
 def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
-    """For each published night in turn what its run's stats.json says of images, errors, anomalies and speed."""
+    """Reads images, errors, anomalies and speed of each published night, in the given order."""
     trend = []
     for night in nights:
         commit = read_commit(output, night)
@@ -168,10 +170,10 @@ def read_trend(output: Store, nights: Sequence[str]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """Photos with another verdict than the night before, the highest score first.
+    """The photos of a class whose verdict has changed since the night before, the highest score first.
 
-    entry: the class's file of the night after; places: in it. kinds: places in CHANGES. before, after: scores, NaN
-    where there was none.
+    entry: the class's file of the night after. places: rows in that file. kinds: indices into CHANGES. before, after:
+    scores, NaN if there is none.
     """
 
     entry: CommitFile | None
@@ -181,16 +183,16 @@ class Changes:
     after: NDArray[np.float32]
 
     def count(self) -> dict[str, int]:
-        """How many there are of each of CHANGES."""
+        """Counts the photos of each kind of CHANGES."""
         return dict(zip(CHANGES, np.bincount(self.kinds, minlength=len(CHANGES)).tolist(), strict=True))
 
     def first(self, most: int, kinds: Sequence[str] = tuple(CHANGES)) -> Changes:
-        """At most so many of them, of these kinds."""
+        """Returns the first `most` photos of these kinds."""
         chosen = np.flatnonzero(np.isin(self.kinds, [list(CHANGES).index(kind) for kind in kinds]))[:most]
         return replace(self, **{name: getattr(self, name)[chosen] for name in ("places", "kinds", "before", "after")})
 
     def read(self, output: Store, class_name: str) -> list[dict[str, Any]]:
-        """Rows class_name, image_uri, change, score_before, score_after."""
+        """Reads the photos as rows of class_name, image_uri, change, score_before and score_after."""
         if self.entry is None or not len(self.places):
             return []
         uris = take_rows(output, self.entry, self.places, ["image_uri"]).column("image_uri").to_pylist()
@@ -211,12 +213,12 @@ class Changes:
 def compare_class(
     name: str, before: ClassNight, after: ClassNight, psi_threshold: float = PSI_THRESHOLD
 ) -> tuple[ClassDrift, Changes]:
-    """A class night over night: its distributions and rates, and the photos whose verdict is another.
+    """Compares a class in two nights: its distributions and rates, and the photos whose verdict has changed.
 
-    It drifts where PSI reaches the threshold (the shift is large) and the p-value of Kolmogorov-Smirnov stays below
-    P_VALUE (it is not chance). Changes are `became` (the photo was normal and is anomalous), `new` (anomalous, and not
-    scored the night before) and `resolved` (was anomalous and is normal). Where most photos are others than the night
-    before, `new` would be all that is anomalous, so those are left out.
+    A class drifts if PSI reaches the threshold (the shift is large) and the p-value of Kolmogorov-Smirnov is below
+    P_VALUE (it is hardly chance). The changes are `became` (was normal, is anomalous), `new` (anomalous, not scored the
+    night before) and `resolved` (was anomalous, is normal). If most photos are new since the night before, `new` is
+    left out, because it would contain every anomalous photo.
     """
     places = after.scored
     earlier = _find(after.photos[places], before)
@@ -233,7 +235,7 @@ def compare_class(
 
 
 def _find(photos: NDArray[np.int64], night: ClassNight) -> NDArray[np.int64]:
-    """The place in a night of each photo, -1 where it has no score there."""
+    """Finds the place of each photo in a night; -1 if it has no score there."""
     places = night.scored
     places = places[np.argsort(night.photos[places], kind="stable")]
     known = night.photos[places]
@@ -246,11 +248,12 @@ def _find(photos: NDArray[np.int64], night: ClassNight) -> NDArray[np.int64]:
 
 
 def psi(before: Floats, after: Floats) -> float:
-    """Population stability index: sum over bins of (q - p) ln(q / p), where p and q are the shares of the scores of the
-    night before and of the night after. Symmetric (Jeffreys' divergence), 0 for equal shares, unbounded.
+    """Computes the population stability index, the sum over bins of (q - p) ln(q / p).
 
-    The bins are the deciles of the night before; equal deciles form one bin. Half an image is added to each bin, so
-    that an empty one has a logarithm. Both nights must have scores.
+    p and q are the shares of the scores of the night before and of the night after in a bin. The index is symmetric
+    (Jeffreys' divergence), 0 for equal shares, and unbounded. The bins are the deciles of the night before; equal
+    deciles form one bin. Half an image is added to each bin, so that empty bins have a logarithm. Neither night may be
+    empty.
     """
     edges = np.unique(np.quantile(before, np.arange(1, _BINS) / _BINS))
     p, q = (_shares(scores, edges) for scores in (before, after))

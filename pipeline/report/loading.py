@@ -1,4 +1,7 @@
-"""A night's commit, tables and run folder -> Report. Memory is that of the largest class, and of what is shown."""
+"""Loads what a report shows from a night's commit, tables and run folder.
+
+Memory holds the scores of one class at a time, and what is shown.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,15 @@ from schemas.records import Commit, CommitFile
 from schemas.text import one_line
 
 MOST_IMAGES = 10_000
-"""Lines of the list."""
+"""Largest number of images in the list."""
 MOST_FAILURES = 500
-"""Errors that are listed; all are counted."""
+"""Largest number of errors that are listed; all are counted."""
 MOST_EXHIBITS = 200
-"""Images of the gallery."""
+"""Largest number of images in the gallery."""
 MOST_PATCHES = 64
-"""Rows and columns of a map in the page; larger ones are shown coarser, their peaks kept."""
+"""Largest number of rows and columns of a map in the page; larger maps are made coarser, and keep their peaks."""
 MOST_CHANGES = 50
-"""Images with another verdict than the night before; all are counted."""
+"""Largest number of changed verdicts that are listed; all are counted."""
 
 logger = logging.getLogger(__name__)
 
@@ -46,13 +49,13 @@ Row = dict[str, Any]
 
 
 class ReportError(ValueError):
-    """There is nothing to report on; the message says what was looked for."""
+    """A report cannot be made; the message says what is missing."""
 
 
-def gather(output: Store, commit: Commit) -> Report:
-    """Reads all that a report shows of a published night.
+def load_report(output: Store, commit: Commit) -> Report:
+    """Loads everything that the report of a published night shows.
 
-    Raises ReportError where the run's folder lacks its job. Photos and shards that are gone leave gaps that are named.
+    Missing photos and shards leave gaps, which the report names. Raises ReportError if the run's folder lacks its job.
     """
     run_id = commit.run_id
     job = _read_job(output, run_id)
@@ -89,7 +92,7 @@ def gather(output: Store, commit: Commit) -> Report:
 
 
 def fair_shares(sizes: Sequence[int], total: int) -> list[int]:
-    """How many of each group to take, `total` at most: as equal as can be; what small groups leave goes to others."""
+    """Returns how many to take from each group, at most `total` in all, as equally as the sizes of the groups allow."""
     shares = [0] * len(sizes)
     left = total
     for rank, group in enumerate(sorted(range(len(sizes)), key=lambda place: sizes[place])):
@@ -99,8 +102,11 @@ def fair_shares(sizes: Sequence[int], total: int) -> list[int]:
 
 
 def shrink_map(values: Sequence[float], width: int) -> NDArray[np.float32]:
-    """A map [gh, gw], given row by row. That of a photo in tiles is made coarser, its peaks kept, so that a page can
-    hold the maps of all its images."""
+    """Returns a map, given row by row, as [gh, gw]; at most MOST_PATCHES per side.
+
+    The large maps of tiled photos are made coarser, so that a page can hold the maps of all its images. Each coarse
+    patch has the highest value of its part of the map.
+    """
     grid = np.asarray(values, np.float32).reshape(-1, width)
     step = -(-max(grid.shape) // MOST_PATCHES)
     if step == 1:
@@ -121,11 +127,11 @@ class _ClassPart:
 
 
 def _read_class(output: Store, entry: CommitFile, images: int, exhibits: int, failures: int) -> _ClassPart:
-    """The most anomalous rows of a class, and its counts. Of all others only the scores are read."""
+    """Reads the counts of a class and its most anomalous rows. Of the other rows, only the scores are read."""
     name = entry.class_name
     groups = read_groups(output, entry, ["score"])
     scores = np.concatenate([np.empty(0, np.float32), *(group.column("score").to_numpy() for group in groups)])
-    order = np.argsort(-scores, kind="stable")  # NaN, which stands for an error, comes last
+    order = np.argsort(-scores, kind="stable")  # errors have NaN, which comes last
     scored = len(scores) - int(np.isnan(scores).sum())
     rows, failed = (
         [{**row, "class_name": name} for row in take_rows(output, entry, places).to_pylist()]
@@ -144,8 +150,10 @@ def _read_class(output: Store, entry: CommitFile, images: int, exhibits: int, fa
 
 
 def _by_rank(groups: Iterable[Sequence[Row]], score: str = "score") -> list[Row]:
-    """Rows of all classes: first each class's most anomalous, then each one's second, ...; raw scores of different
-    classes have no common scale."""
+    """Orders rows by rank within their class: the most anomalous of each class, then the second of each, and so on.
+
+    Raw scores of different classes cannot be compared.
+    """
     ranked = [(rank, -row[score], row["class_name"], row) for group in groups for rank, row in enumerate(group)]
     return [row for *_, row in sorted(ranked, key=lambda item: item[:3])]
 
@@ -165,7 +173,7 @@ def _listed(row: Row, root: str) -> ListedImage:
 
 
 def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: Store, *, masks: bool) -> list[Exhibit]:
-    """masks: whether those of the night are still there."""
+    """Makes the images of the gallery. masks: whether the night still has its masks."""
     photos = Photos(open_store(job.dataset.images, job.storage), job.dataset.max_pixels)
     page = posixpath.dirname(paths.report_key(run.run_id))
     with ThreadPoolExecutor(_THREADS, "report") as pool:
@@ -187,14 +195,14 @@ def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: 
                     photo_fault=fault,
                     grid=None if grid is None else shrink_map(grid, found["grid_width"]),
                     kept=found.get("prompts_kept"),
-                    **{name: row[name] for name in _COPIED},
+                    **{name: row[name] for name in _EXHIBIT_COLUMNS},
                 )
             )
     return exhibits
 
 
 def _region(region: Row, root: str) -> Row:
-    peer = region.get("peer_uri")  # nights of earlier versions have none
+    peer = region.get("peer_uri")  # missing in nights of earlier versions
     return {
         **region,
         "defect": one_line(region["defect"] or ""),
@@ -202,12 +210,14 @@ def _region(region: Row, root: str) -> Row:
     }
 
 
-_COPIED = ("width", "height", "score_global", "score_local", "threshold", "mask_threshold", "mask_area")
-_DETAILS = ("image_id", "grid", "grid_width", "prompts_kept")
+_EXHIBIT_COLUMNS = ("width", "height", "score_global", "score_local", "threshold", "mask_threshold", "mask_area")
+"""Columns that are copied from a row into its Exhibit."""
+_SHARD_COLUMNS = ("image_id", "grid", "grid_width", "prompts_kept")
+"""Columns that are read from shards, because the table does not have them."""
 
 
 def _read_details(rows: Sequence[Row], run: Run, output: Store, pool: ThreadPoolExecutor) -> dict[str, Row]:
-    """What only the shards hold of the rows, by image id; nothing of shards that are gone."""
+    """Reads _SHARD_COLUMNS of the rows from their shards, by image id. Rows of missing shards are left out."""
     wanted: dict[str, list[str]] = {}
     for row in rows:
         wanted.setdefault(row["shard_id"], []).append(row["image_id"])
@@ -217,8 +227,8 @@ def _read_details(rows: Sequence[Row], run: Run, output: Store, pool: ThreadPool
             table = read_shard(output, run.shards, shard_id)
         except FileNotFoundError:
             return []
-        # A shard of an older version has fewer columns.
-        columns = [name for name in _DETAILS if name in table.column_names]
+        # Shards of older versions have fewer columns.
+        columns = [name for name in _SHARD_COLUMNS if name in table.column_names]
         chosen = pc.is_in(table.column("image_id"), value_set=pa.array(wanted[shard_id]))
         found: list[Row] = table.select(columns).filter(chosen).to_pylist()
         return found
@@ -227,7 +237,7 @@ def _read_details(rows: Sequence[Row], run: Run, output: Store, pool: ThreadPool
 
 
 def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comparison:
-    """Beside the night before. Whoever removed an older night by hand loses what it would have said, not the report."""
+    """Compares the night with earlier ones. If one of them cannot be read, the report lacks the comparison."""
     known = Comparison()
     try:
         published = [one for one in published_nights(output) if one <= night]
@@ -265,7 +275,7 @@ def _compare(output: Store, night: str, root: str, shown: Sequence[Row]) -> Comp
 
 
 def _choose_changes(output: Store, changes: Mapping[str, drift.Changes]) -> list[Row]:
-    """What is newly anomalous first, then what is normal again; in both, classes in equal shares."""
+    """Chooses the changed photos to list: first the newly anomalous, then the resolved; classes in equal shares."""
     chosen: list[Row] = []
     for kinds in (("became", "new"), ("resolved",)):
         found = {name: some.first(MOST_CHANGES, kinds) for name, some in changes.items()}
@@ -282,11 +292,11 @@ def _read_job(output: Store, run_id: str) -> JobConfig:
     try:
         return parse_job(read_job_yaml(output.read(key).decode()))
     except FileNotFoundError:
-        raise ReportError(f"{output.uri(key)} is not there: the folder of run {run_id} was removed or moved") from None
+        raise ReportError(f"{output.uri(key)} is missing: the folder of run {run_id} was removed or moved") from None
 
 
 def _read_prompts(output: Store, run_id: str) -> Sequence[UsedPrompts]:
-    """Runs of older versions have no record of their prompts."""
+    """Reads the prompts of a run; empty for runs of older versions, which did not record them."""
     try:
         return RunPrompts.model_validate_json(output.read(paths.run_key(run_id, "prompts.json"))).classes
     except FileNotFoundError:
@@ -294,12 +304,12 @@ def _read_prompts(output: Store, run_id: str) -> Sequence[UsedPrompts]:
 
 
 def _common_root(uris: list[str]) -> str:
-    """The folder that all addresses share, with its slash; each keeps at least its name."""
+    """Returns the deepest folder that contains all addresses, with its slash."""
     prefix = posixpath.commonprefix(uris)
     return prefix[: prefix.rfind("/") + 1]
 
 
 def _clip(text: str, most: int = _LONGEST_KEY) -> str:
-    """On one line and of bounded length; what is left out is left out of the middle."""
+    """Shortens a text to one line of about `most` characters, by leaving out its middle."""
     text = one_line(text)
     return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"

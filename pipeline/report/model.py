@@ -1,4 +1,4 @@
-"""What a report shows, as data: nothing here is markup."""
+"""The content of a report as plain data, without markup."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ from schemas.records import Commit, RunStats
 
 @dataclass(frozen=True, eq=False)
 class ClassFacts:
-    """A class of the night. scores: of all its images without error, float32, descending. beyond: images beyond the
-    fence of the class; None where they were not compared with each other."""
+    """A class of the night.
+
+    scores: of all its images without error, float32, descending. beyond: number of images beyond the fence of the
+    class; None if they were not compared with peers.
+    """
 
     name: str
     images: int
@@ -31,7 +34,7 @@ class ClassFacts:
 
 @dataclass(frozen=True)
 class ListedImage:
-    """A line of the list. score: null on error; error_type, error_message: null where there is a score."""
+    """A line of the list. score: None on error. error_type, error_message: None if there is a score."""
 
     image_id: str
     class_name: str
@@ -47,9 +50,9 @@ class ListedImage:
 class Exhibit:
     """An image of the gallery.
 
-    photo: a JPEG, or None with photo_fault saying why. grid: anomaly map [gh, gw], float32, or None where the run's
-    shard is gone. kept: for each prompt of the class whether adaptation left it; None where the shard does not say.
-    mask_link: relative to the page. regions, explanation: as in schemas.tables.SCORES.
+    photo: a JPEG, or None; photo_fault then says why. grid: anomaly map [gh, gw], float32; None if the shard is
+    missing. kept: for each prompt of the class, whether adaptation has kept it; None if unknown. mask_link: relative to
+    the page. regions, explanation: as in schemas.tables.SCORES.
     """
 
     image: ListedImage
@@ -72,8 +75,10 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class ChangedImage:
-    """An image whose verdict is another than the night before. change: a key of nights.CHANGES. exhibit: its place in
-    the gallery; None where the gallery lacks it."""
+    """An image whose verdict has changed since the night before.
+
+    change: a key of drift.CHANGES. exhibit: its index in the gallery; None if it is not there.
+    """
 
     class_name: str
     key: str
@@ -85,10 +90,10 @@ class ChangedImage:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The night beside the one before it; nothing but defaults where it is the first.
+    """The comparison with the night before. For the first night, all fields have their defaults.
 
-    before: date of the night before. images: the part that a page has room for; counts: all of them, by change.
-    trend: the last nights, oldest first, as nights.read_trend has them. fault: why something of it is missing.
+    before: date of the night before. images: as many changed images as are listed. counts: number of all changed
+    images, by change. trend: the last nights, the oldest first, from drift.read_trend. fault: why a part is missing.
     """
 
     before: str | None = None
@@ -101,8 +106,11 @@ class Comparison:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """A published night. images, failures and exhibits are the part of the night that a page has room for, the most
-    anomalous first; classes and errors count all of it. stats: of the run; None where its folder lacks them."""
+    """A published night.
+
+    images, failures, exhibits: as many as are shown, the most anomalous first. classes, errors: counts of the whole
+    night. stats: of the run; None if its folder lacks them.
+    """
 
     job: JobConfig
     commit: Commit
@@ -117,4 +125,4 @@ class Report:
     model: str
     weights_sha256: str
     root: str
-    """What the keys of all listed images are relative to."""
+    """The folder to which the keys of all listed images are relative."""

@@ -1,4 +1,4 @@
-"""Photos of the gallery, small. None of them can hold up or fail a report."""
+"""Reads thumbnails for the gallery. A photo that cannot be read never fails or delays a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ LONGEST = 360
 
 
 class Photos:
-    """Reads photos until their store fails; then the others are given up too, with the same reason."""
+    """Reads photos until their store fails. All further photos then get the same fault, without another attempt."""
 
     def __init__(self, source: Store, max_pixels: int) -> None:
         self._source = source
@@ -18,7 +18,7 @@ class Photos:
         self._outage: str | None = None
 
     def thumbnail(self, uri: str) -> tuple[bytes | None, str | None]:
-        """A JPEG, or None and why there is none. Called by several threads."""
+        """Returns a JPEG, or None and the reason. May be called by several threads."""
         if self._outage is not None:
             return None, self._outage
         try:
@@ -29,6 +29,6 @@ class Photos:
             return None, f"the photo has changed since it was scored: {redact(error.message)}"
         except PermissionError as error:
             return None, f"the photo may not be read: {redact(str(error))}"
-        except OSError as error:  # retried already: each of the others would wait as long
+        except OSError as error:  # it was retried; every other photo would take as long
             self._outage = f"photos could not be read: {redact(str(error))}"
             return None, self._outage

@@ -1,4 +1,4 @@
-"""Report -> one HTML page of bounded size that needs nothing else: no network, no build, no server."""
+"""Renders a report as one HTML page of bounded size, which needs no network, no build and no server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pipeline.images import describe_left_out
 from pipeline.report import drift
 from pipeline.report.drift import ClassDrift
-from pipeline.report.loading import gather
+from pipeline.report.loading import load_report
 from pipeline.report.model import ClassFacts, Exhibit, ListedImage, Report
 from pipeline.storage import Store, paths
 from schemas.job import EMBEDDED_NOTE, JobConfig, dump_job_yaml
@@ -27,28 +27,28 @@ from schemas.records import Commit
 from schemas.text import one_line
 
 LARGEST = 15_000_000
-"""Bytes of a page. Text is bounded by what gather takes; photos are left out from where they would exceed this."""
+"""Largest page in bytes. load_report bounds the text; photos that would exceed this size are left out."""
 
 _DASH = "\u2013"
 _BINS = 40
-_TALLEST = 32
-_LONGEST = 60
+_BAR_HEIGHT = 32
+_BAR_LENGTH = 60
 _MOST_CLASSES = 500
 _MOST_PROMPT_SETS = 100
 _MOST_REGIONS = 12
 
 
 def write_report(output: Store, commit: Commit) -> str:
-    """Writes the page of a published night into its run's folder; returns where. Raises ReportError, OSError."""
+    """Writes the page of a published night into its run's folder. Returns its address. Raises ReportError, OSError."""
     key = paths.report_key(commit.run_id)
-    output.write(key, render(gather(output, commit)).encode("utf-8", "replace"))
+    output.write(key, render(load_report(output, commit)).encode("utf-8", "replace"))
     return output.uri(key)
 
 
 def render(report: Report, largest: int = LARGEST) -> str:
-    """The page. All text of the report is data: it is escaped in markup and in the script's JSON.
+    """Renders the page. All text of the report is escaped, both in the markup and in the JSON of the script.
 
-    largest: bytes that photos may fill it to.
+    largest: size in bytes up to which photos are added.
     """
     script, style = _asset("report.js"), _asset("report.css")
     numbers = {facts.name: number for number, facts in enumerate(report.classes)}
@@ -96,7 +96,7 @@ def render(report: Report, largest: int = LARGEST) -> str:
 
 
 def _model_note(report: Report) -> tuple[str, str] | None:
-    """What must be known of the model before its scores are read, as a title and a sentence; None of a named one."""
+    """Returns a note on the model, as title and sentence, if the night was scored by an embedded one; else None."""
     if report.stats is None:
         return None
     if report.stats.embedded_model:
@@ -107,7 +107,7 @@ def _model_note(report: Report) -> tuple[str, str] | None:
 
 
 def _script_json(data: Any) -> Markup:
-    """JSON that cannot end its script element, start a comment in it, or break a line: ASCII, no markup characters."""
+    """Encodes JSON as ASCII without markup characters, so that it cannot end its script element or start a comment."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
@@ -137,7 +137,7 @@ def _template() -> jinja2.Template:
 
 
 def _score_span(classes: Sequence[ClassFacts]) -> tuple[float, float]:
-    """The range that all histograms share: all scores, and the thresholds."""
+    """Returns the range of all histograms. It contains all scores and thresholds."""
     values = np.concatenate([facts.scores for facts in classes] or [np.zeros(0, np.float32)])
     values = np.append(values, [facts.threshold for facts in classes if facts.threshold is not None])
     if not values.size:
@@ -152,7 +152,10 @@ def _class_line(facts: ClassFacts, number: int, span: tuple[float, float]) -> di
     middles = (edges[:-1] + edges[1:]) / 2
     cut = facts.threshold
     bars = [
-        {"height": round(_TALLEST * float(np.sqrt(count / tallest)), 1), "anomalous": cut is not None and middle >= cut}
+        {
+            "height": round(_BAR_HEIGHT * float(np.sqrt(count / tallest)), 1),
+            "anomalous": cut is not None and middle >= cut,
+        }
         for count, middle in zip(counts.tolist(), middles.tolist(), strict=True)
     ]
     empty = not facts.scores.size
@@ -170,25 +173,25 @@ def _class_line(facts: ClassFacts, number: int, span: tuple[float, float]) -> di
 
 
 def _most_drifted(classes: Sequence[ClassDrift]) -> list[ClassDrift]:
-    """Those that drift first, each part by name; the calmest are left out."""
+    """Returns the classes to show: those that drift first, sorted by name, and of the others those with highest PSI."""
     shown = sorted(classes, key=lambda item: (not item.drifted, -(item.psi or 0)))[:_MOST_CLASSES]
     return sorted(shown, key=lambda item: (not item.drifted, item.class_name))
 
 
 def _trend_lines(trend: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Nights, with bars for both shares: the length is that of the highest night's times 0 to 1."""
+    """Adds bars for both shares to each night. The longest bar belongs to the night with the highest share."""
     lines = [{**night, "share": night["anomalous"] / night["images"] if night["images"] else 0.0} for night in trend]
     for name in ("share", "error_rate"):
         most = max((line[name] for line in lines), default=0.0)
         for line in lines:
-            line[f"{name}_bar"] = round(_LONGEST * line[name] / most, 1) if most else 0
+            line[f"{name}_bar"] = round(_BAR_LENGTH * line[name] / most, 1) if most else 0
     return lines
 
 
 def _image_data(
     images: Sequence[ListedImage], numbers: Mapping[str, int], places: Mapping[str, int]
 ) -> dict[str, list[Any]]:
-    """By column, for compactness. state: 0 normal, 1 anomalous, 2 error."""
+    """Returns the images by column, which is compact. state: 0 normal, 1 anomalous, 2 error."""
     return {
         "class": [numbers[image.class_name] for image in images],
         "key": [image.key for image in images],
@@ -235,30 +238,30 @@ def _exhibit_data(exhibit: Exhibit) -> dict[str, Any]:
 
 
 def _add_photos(data: Sequence[dict[str, Any]], exhibits: Sequence[Exhibit], budget: int) -> None:
-    """Photos in order, as long as they fit."""
+    """Adds photos in order, as long as they fit into `budget` bytes."""
     for item, exhibit in zip(data, exhibits, strict=True):
         if exhibit.photo is None:
             continue
         photo = base64.b64encode(exhibit.photo).decode()
         budget -= len(photo)
         if budget < 0:
-            item["photo_fault"] = "left out: the page has reached its largest size"
+            item["photo_fault"] = "left out, because the page has reached its largest size"
         else:
             item["photo"] = photo
 
 
 def _encode_grid(grid: NDArray[np.float32]) -> str:
-    """Little-endian 16 bits a patch, row by row, base64; value / 65535 x _scale is the map."""
+    """Encodes a map row by row as little-endian 16-bit values in base64. value / 65535 x _scale(grid) gives the map."""
     return base64.b64encode(np.rint(np.clip(grid / _scale(grid), 0, 1) * 65535).astype("<u2").tobytes()).decode()
 
 
 def _scale(grid: NDArray[np.float32]) -> int:
-    """1 for probabilities; with references, maps range to 2."""
+    """Returns the largest possible value of a map: 1, or 2 with references alone."""
     return 2 if grid.max(initial=0) > 1 else 1
 
 
 def _heat_ranges(report: Report, numbers: Mapping[str, int]) -> dict[int, list[float]]:
-    """What the colours of a class span: the images of a class can be compared by eye."""
+    """Returns the range of colours of each class, so that its images can be compared by eye."""
     grids: dict[int, list[NDArray[np.float32]]] = {}
     for exhibit in report.exhibits:
         if exhibit.grid is not None:
@@ -271,7 +274,10 @@ def _range(values: NDArray[np.float32]) -> list[float]:
 
 
 def _prompt_data(report: Report, numbers: Mapping[str, int]) -> dict[int, list[Any]]:
-    """For classes of the gallery: text, side (0 normal, 1 anomalous) and defect of each prompt, ordered as `kept`."""
+    """Returns text, side (0 normal, 1 anomalous) and defect of each prompt, in the order of `kept`, by class.
+
+    Only classes in the gallery are included.
+    """
     classes = {exhibit.image.class_name for exhibit in report.exhibits}
     return {
         numbers[name]: [[item.text, int(item.side == "anomalous"), item.defect] for item in used.ensemble.prompts]
@@ -333,7 +339,7 @@ def _run_facts(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _describe_threshold(job: JobConfig) -> str:
-    """Says where thresholds come from, in the words of the rows, and with the number that sets them."""
+    """Describes where thresholds come from, as rows do, with the number that sets them."""
     options = job.threshold
     numbers = {"fixed": options.value, "quantile": options.quantile, "reference": options.reference_quantile}
     number = numbers.get(options.policy)

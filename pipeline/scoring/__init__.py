@@ -1,7 +1,7 @@
-"""From a manifest to scored rows: shards, batches, masks, references and thresholds of a run.
+"""Turns a manifest into scored rows: shards, batches, masks, references, peers and thresholds of a run.
 
-In: manifest, run, detector, prompts. Out: one Parquet file a shard, which is its commit record. ZeroShotDetector is for
-programs that want scores and no run.
+In: manifest, run, detector, prompts. Out: one Parquet file per shard; the shard is finished once it is there.
+ZeroShotDetector is for programs that want scores without a run.
 May import: alfa, prompts, images, storage, tiling, schemas.
 """
 
@@ -16,8 +16,8 @@ from pipeline.scoring.memories import (
 )
 from pipeline.scoring.references import choose_references, describe_choice
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
-from pipeline.scoring.shards import HASHED, Manifest, Shard, cut_shards, identify_shards, write_manifest
-from pipeline.scoring.spans import SAMPLED, RunSpans, Spans, choose_samples, sample_photos, write_samples
+from pipeline.scoring.shards import SHARD_ID_COLUMNS, Manifest, Shard, cut_shards, identify_shards, write_manifest
+from pipeline.scoring.spans import SAMPLE_COLUMNS, RunSpans, Spans, choose_samples, sample_photos, write_samples
 from pipeline.scoring.thresholds import (
     ThresholdError,
     Thresholds,
@@ -32,8 +32,8 @@ from pipeline.scoring.zero_shot import Prediction, ZeroShotDetector
 
 __all__ = [
     "CANDIDATES_PER_PEER",
-    "HASHED",
-    "SAMPLED",
+    "SAMPLE_COLUMNS",
+    "SHARD_ID_COLUMNS",
     "LowestIds",
     "Manifest",
     "Neighbours",

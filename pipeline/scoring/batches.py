@@ -1,4 +1,4 @@
-"""Photos to detections, a batch at a time: read, decode, detect."""
+"""Reads, decodes and scores photos, a batch at a time."""
 
 from __future__ import annotations
 
@@ -22,22 +22,26 @@ _T = TypeVar("_T")
 
 
 def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
+    """Yields lists of `size` items; the last may be shorter."""
     while batch := list(itertools.islice(items, size)):
         yield batch
 
 
 def batch_size(job: JobConfig) -> int:
-    """Photos that are scored at a time; one with its tiles is as large as a batch of others."""
+    """Returns how many photos are scored at a time: one if it is cut into tiles, because those fill a batch."""
     return 1 if job.method.tile is not None else job.model.batch_size
 
 
 def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[..., Decoded]:
-    """Decodes files (bytes, and by name the span of deep ones) as the detector wants to see them."""
+    """Returns a function that decodes the bytes of a file to the detector's input.
+
+    It needs the argument `span` for deep photos. isolate: decode each file in a process of its own.
+    """
     return functools.partial(decode_isolated if isolate else decode_image, **_view(job, detector))
 
 
 def image_fitter(job: JobConfig, detector: Detector) -> Callable[[Image], Decoded]:
-    """Brings images that are in memory already to what the detector wants to see."""
+    """Returns a function that converts an image in memory to the detector's input."""
     return functools.partial(fit_image, **_view(job, detector))
 
 
@@ -52,6 +56,10 @@ def _view(job: JobConfig, detector: Detector) -> dict[str, Any]:
 
 
 def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | ImageError:
+    """Reads and decodes an image. Returns an ImageError where the image is at fault.
+
+    Raises StoreError where the store as a whole cannot be used.
+    """
     try:
         data = source.read_uri(uri)
     except FileNotFoundError:
@@ -65,7 +73,7 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | I
     except StoreError:
         raise
     except OSError as error:
-        source.store_of(uri).probe()  # an outage must not become rows: it would pass, and they would stay
+        source.store_of(uri).probe()  # an outage must stop the run: error rows would outlast it
         return ImageError(ErrorType.UNREADABLE, f"{uri} cannot be read, while others can: {error}")
     try:
         return decode(data)
@@ -76,14 +84,14 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | I
 def detect(
     detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
 ) -> list[Detection]:
-    """Detections of decoded images: of all in one pass, or of one after the other where they are cut in tiles."""
+    """Scores decoded images: all in one pass, or one after the other if they are cut into tiles."""
     return start(detector, images, prompts, job)()
 
 
 def start(
     detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
 ) -> Pending:
-    """As detect, but does not wait for the device."""
+    """Starts scoring as detect does. Returns a function that waits for the device and returns the detections."""
     if not images:
         return list
     if job.method.tile is None:
@@ -97,5 +105,5 @@ def start(
 
 
 def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    """B times [H, W, 3] to [B, 3, H, W]."""
+    """Stacks B images [H, W, 3] into a tensor [B, 3, H, W], uint8."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)

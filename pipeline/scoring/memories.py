@@ -1,4 +1,4 @@
-"""What a class's photos are compared with: its references and peers, made once a run and kept in the lake."""
+"""The memory of a class: the encoded references and peers, made once per run and kept in the lake."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 Row = Mapping[str, Any]
 
 CANDIDATES_PER_PEER = 4
-"""Photos that are kept in mind for each peer that is wanted: where some cannot be read, the next take their place."""
-_CLASSES = 8
-"""Classes whose memories a process keeps at a time."""
+"""Candidates that are listed for each peer: if some cannot be read, the next ones take their place."""
+_CLASSES_KEPT = 8
+"""Number of classes whose memories a process keeps at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
     """The photos that a class is compared with, as manifest rows.
 
-    references: known-good ones. peers: candidates from tonight, the first ones first; earlier: from earlier nights,
-    which fill up where tonight has too few.
+    references: known-good photos. peers: candidates from tonight, in the order in which they are tried. earlier:
+    candidates from earlier nights, tried if tonight has too few.
     """
 
     references: Sequence[Row] = ()
@@ -54,10 +54,10 @@ class Neighbours:
 
 @dataclass(frozen=True, eq=False)
 class StoredMemory:
-    """A class's memory as it lies in the lake.
+    """The memory of a class as it is stored in the lake.
 
     references, peers: None where the class has none. scores: [K, 2], float32, score and highest map value of each
-    reference image as the others see it (leave one out); [0, 2] where there are fewer than two.
+    reference image, scored against the others (leave one out); [0, 2] where there are fewer than two.
     """
 
     references: ReferenceMemory | None
@@ -66,17 +66,17 @@ class StoredMemory:
 
 
 class Classes(Protocol):
-    """Embeddings by class name: a dictionary of them, or PreparedClasses."""
+    """Embeddings by class name: a dictionary, or PreparedClasses."""
 
     def __getitem__(self, class_name: str, /) -> PromptEmbeddings:
-        """The embeddings of a class, with its memory if it has one."""
+        """Returns the embeddings of a class, with its memory if it has one."""
 
 
 class PreparedClasses:
-    """The classes of a run with their memories, each prepared when it is first asked for; the latest 8 are kept."""
+    """The classes of a run with their memories. Each is prepared on first use; the last eight used are kept."""
 
     def __init__(self, prepare: Callable[[str], PromptEmbeddings]) -> None:
-        self._prepare = lru_cache(_CLASSES)(prepare)
+        self._prepare = lru_cache(_CLASSES_KEPT)(prepare)
 
     def __getitem__(self, class_name: str, /) -> PromptEmbeddings:
         return self._prepare(class_name)
@@ -91,11 +91,11 @@ def prepare_class(
     output: Store,
     owner: str,
 ) -> PromptEmbeddings:
-    """Returns the class with the memory of its references and peers: the run's stored one, else it is made and stored.
+    """Returns the embeddings of a class with the memory of its references and peers; makes the memory if it is missing.
 
-    Of all processes that ask for it at the same time one makes it, and the others wait for it: a lease sees to that,
-    and the memory is created create-only, so all of them score against the same one. source: of the night's images.
-    Raises OSError where the output cannot be written, or StoreError where a store is out of use.
+    Of several processes, one makes the memory and the others wait (a lease). It is written create-only, so that all of
+    them score against the same memory. source: the store of the night's images. Raises OSError where the output cannot
+    be written, StoreError where a store cannot be used.
     """
     wants_peers = run.job.peers is not None and (
         len(neighbours.peers) + len(neighbours.earlier) >= run.job.peers.min_images
@@ -125,8 +125,8 @@ def make_memory(
 ) -> StoredMemory:
     """Reads the references and peers of a class, and makes its memory.
 
-    References that cannot be read are left out with a warning; for a peer that cannot be read, or has the same pixels
-    as another, the next candidate takes its place.
+    References that cannot be read are left out with a warning. A peer that cannot be read, or has the same pixels as
+    another, is replaced by the next candidate.
     """
     class_name = embeddings.ensemble.class_name
 
@@ -147,7 +147,7 @@ def make_memory(
 
 
 def read_memory(run_id: str, class_name: str, output: Store) -> StoredMemory | None:
-    """The stored memory of a class; None where the run has none."""
+    """Reads the stored memory of a class; None where the run has none."""
     try:
         data = output.read(paths.memory_key(run_id, class_name))
     except FileNotFoundError:
@@ -196,7 +196,7 @@ def _make_peers(
     read: Callable[[Row], Decoded | ImageError],
     is_unchanged: Callable[[Row], bool],
 ) -> PeerMemory | None:
-    """The calibrated memory of the peers; None where fewer can be read than peers.min_images."""
+    """Makes the calibrated memory of the peers; None where fewer than peers.min_images can be read."""
     if (options := job.peers) is None:
         return None
     found: dict[int, tuple[str, Decoded]] = {}
@@ -239,7 +239,7 @@ def _is_unchanged(row: Row, source: Store) -> bool:
 
 
 def _views(image: Decoded) -> torch.Tensor:
-    """What is compared of an image [V, 3, H, W]: its tiles, or the whole."""
+    """Returns the views of an image that are compared, [V, 3, H, W], uint8: its tiles, or the whole image."""
     pixels = image.pixels[None] if image.tiles is None else image.tiles
     return torch.from_numpy(pixels.copy()).permute(0, 3, 1, 2)
 

@@ -1,4 +1,4 @@
-"""Few-shot: which known-good images a class is compared with."""
+"""Few-shot: chooses the known-good images that a class is compared with."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ Row = dict[str, Any]
 
 
 def choose_references(rows: Sequence[Row], shots: int, seed: int) -> dict[str, list[Row]]:
-    """For each class, `shots` of its images: those whose hash with the seed is lowest, so more shots keep those of
-    fewer, and images that are added elsewhere change nothing. Where there are fewer, all. rows: manifest rows."""
+    """Chooses `shots` images of each class, or all where there are fewer: those whose hash with the seed is lowest.
+
+    So more shots include those of fewer, and images that are added to other classes change nothing. rows: manifest
+    rows.
+    """
     by_class: dict[str, list[Row]] = {}
     for row in rows:
         by_class.setdefault(row["class_name"], []).append(row)
@@ -24,7 +27,7 @@ def choose_references(rows: Sequence[Row], shots: int, seed: int) -> dict[str, l
 
 
 def describe_choice(chosen: Mapping[str, Sequence[Row]], classes: Sequence[str], shots: int) -> list[str]:
-    """A line for each class that has fewer references than were asked for."""
+    """Returns a line for each class that has fewer than `shots` references."""
     lines = []
     for name in classes:
         count = len(chosen.get(name, ()))

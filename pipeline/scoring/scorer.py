@@ -1,4 +1,4 @@
-"""score_shard: read, decode, detect, write masks, write the shard's Parquet, which is its commit record.
+"""Scores a shard: reads, decodes and scores its images, and writes masks and then rows, which mark it as finished.
 
 Threads read and decode ahead of the model and write masks behind it, so that the model, which has a thread of its own,
 does not wait.
@@ -46,14 +46,14 @@ _Batch = list[tuple[Row, Decoded | ImageError]]
 _Context = contextlib.AbstractContextManager[Any]
 _ALONE = contextlib.nullcontext()
 
-_MOST_BYTES_A_PIXEL = 8
-"""RGBA of 16 bits, not compressed."""
-_MOST_METADATA = 16_000_000
+_MAX_BYTES_PER_PIXEL = 8
+"""Bytes per pixel of uncompressed RGBA of 16 bits."""
+_MAX_METADATA_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
 class ShardStats:
-    """What became of a shard's images."""
+    """Counts of a shard. errors: images without a score, by type; anomalies: anomalous images, by class."""
 
     shard_id: str
     images: int
@@ -76,19 +76,30 @@ def score_shard(
     guard: _Context = _ALONE,
     isolate: bool = False,
 ) -> ShardStats:
-    """Scores every image of a shard; a bad image becomes a row with status error.
+    """Scores every image of a shard and writes its rows. A bad image becomes a row with status error.
 
-    prompts: for each class of the shard. turn: a lock of the model, held from the first batch to the last: of shards
-    that are scored side by side one has the model, while another reads ahead or writes its last masks. guard: entered
-    around each decoding. isolate: decode each image in a process of its own instead, after a worker has died over this
-    shard: an image that kills its decoder then costs its own row alone. Where the thresholds follow from the run's
-    scores, masks are left to mask_shard. Raises OSError where the output cannot be written, or StoreError where a store
-    is out of use.
+    If the thresholds follow from the run's scores, masks are left to mask_shard.
+
+    Args:
+        shard: the images.
+        run: the run that the shard belongs to.
+        detector: scores the images.
+        prompts: the embeddings of each class of the shard.
+        source: the store of the images.
+        output: the store of the results.
+        threads: number of threads that read and decode, and of threads that write.
+        turn: a lock on the model, held from the first batch to the last. Of several shards in one process, one has the
+            model while others read ahead or write their last masks.
+        guard: entered around each decoding, unless `isolate` is set.
+        isolate: decode each image in a process of its own, so that an image that kills its decoder costs only its own
+            row. Used after a worker has died over this shard.
+
+    Raises OSError where the output cannot be written, StoreError where a store cannot be used.
     """
     job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
     spans = RunSpans(job, run.run_id, source, output, isolate=isolate)
     thresholds = fixed_thresholds(job)
-    largest_file = _MOST_BYTES_A_PIXEL * job.dataset.max_pixels + _MOST_METADATA
+    largest_file = _MAX_BYTES_PER_PIXEL * job.dataset.max_pixels + _MAX_METADATA_BYTES
 
     def decode(data: bytes, class_name: str) -> Decoded:
         with _ALONE if isolate else guard:
@@ -97,7 +108,7 @@ def score_shard(
     def read(image: Row) -> tuple[Row, Decoded | ImageError]:
         size = image["size"] or 0
         if size > largest_file:
-            message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can take"
+            message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can need"
             return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
         with FILE_BYTES.hold(size):
             return image, read_image(image["uri"], source, partial(decode, class_name=image["class_name"]))
@@ -114,7 +125,7 @@ def score_shard(
         return write_mask(row, thresholds, run.version, run, output)
 
     images = (row for batch in shard.images.to_batches(max_chunksize=job.model.batch_size) for row in batch.to_pylist())
-    read_threads = 1 if isolate else threads  # what killed a worker may have been its memory
+    read_threads = 1 if isolate else threads  # the worker may have died for lack of memory
     size = batch_size(job)
     with (
         ThreadPoolExecutor(read_threads, "read") as readers,
@@ -135,8 +146,11 @@ def score_shard(
 def mask_shard(
     shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run, output: Store, threads: int
 ) -> ShardStats:
-    """The second pass over a scored shard, for thresholds that follow from the run's scores: writes its masks, and its
-    rows with them below paths.masked_shards(run_id, digest). digest: of the thresholds; it names the masks too."""
+    """Writes the masks of a scored shard, for thresholds that follow from the run's scores.
+
+    The rows with their masks are written below paths.masked_shards(run_id, digest). digest: of the thresholds; it is
+    part of the masks' keys.
+    """
     version = paths.mask_version(run.run_id, digest)
 
     def finish(row: Row) -> Row:
@@ -151,7 +165,7 @@ def mask_shard(
 
 
 def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output: Store) -> Row:
-    """Writes the mask (and the map, if asked for) of a scored row; the row with all that follows from thresholds.
+    """Writes the mask of a scored row, and its map if the job wants maps. Returns the row with verdict and regions.
 
     version: see paths.mask_key.
     """
@@ -172,7 +186,7 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
                 map_png = encode_map(anomaly_map)
             regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid, *_peers(row))]
             del anomaly_map, mask
-        else:  # between patches the map is never above them
+        else:  # the map is interpolated, so it never exceeds the patches
             area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
     mask_key = paths.mask_key(night, version, class_name, image_key)
     output.write(mask_key, mask_png)
@@ -193,15 +207,18 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
 
 
 def _peers(row: Row) -> tuple[Sequence[str], NDArray[np.int16] | None]:
-    """Where the peers of a row were read, and which is most alike at each patch [gh, gw]; None where it has none."""
+    """Returns the addresses of a row's peers, and which of them is most similar at each patch [gh, gw], or None."""
     if row["peer_grid"] is None:
         return (), None
     return row["peer_uris"], np.asarray(row["peer_grid"], dtype=np.int16).reshape(-1, row["grid_width"])
 
 
 def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Batch]) -> Generator[_Batch, None, None]:
-    """The batches; the first is decoded, and others on their way, before it is our turn. That ends when the model's
-    thread has come to the end of them: a GPU still has the last one then, and gets the next shard's first."""
+    """Yields the batches while holding `turn`.
+
+    The first batch is decoded before the turn begins. The turn ends when the model's thread has started the last batch:
+    a GPU then still computes it, and can be given the first batch of the next shard.
+    """
     first = list(itertools.islice(decoded, 1))
     with turn:
         yield from itertools.chain(first, decoded)
@@ -211,7 +228,7 @@ def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Bat
 def _new_rows(
     batch: _Batch, detections: Sequence[Detection], shard_id: str, run: Run, prompts: Mapping[str, PromptEmbeddings]
 ) -> Iterator[Row]:
-    """detections: of the batch's images that could be decoded, in their order."""
+    """Yields the rows of a batch. detections: those of the images that could be decoded, in their order."""
     waiting = iter(detections)
     for image, item in batch:
         row = _new_row(image, shard_id, run, prompts[image["class_name"]])
@@ -222,7 +239,7 @@ def _new_rows(
         row |= {"width": item.source_width, "height": item.source_height}
         row |= {"bit_depth": item.bit_depth, "clipped": item.clipped, "frames": item.frames}
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
-            message = f"{run.model} gave a score that is not a number; look at the weights and the precision"
+            message = f"{run.model} gave a score that is not a number; check the weights and model.precision"
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}
             continue
         yield {**row, **_outcome(detection, prompts[image["class_name"]])}

@@ -1,4 +1,4 @@
-"""Listing -> manifest -> content-addressed shards, streamed: no step holds all images."""
+"""Writes listed images to a manifest, and cuts it into shards. Both are streamed: no step holds all images."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import pyarrow.parquet as pq
 from pipeline.storage import map_ahead
 from schemas.tables import MANIFEST
 
-HASHED = ("image_id", "class_name")
-"""Columns of the manifest that ids of shards are made of."""
+SHARD_ID_COLUMNS = ("image_id", "class_name")
+"""The columns of the manifest that are hashed into the ids of shards."""
 
 _REPEATED = ["class_name", "label"]
-"""Columns that gain from a dictionary; in the others every row has a value of its own."""
+"""Columns that a dictionary makes smaller; in the others nearly every value is different."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The images of a run, in a local Parquet file in MANIFEST's schema.
+    """The images of a run, in a local Parquet file with schema MANIFEST.
 
-    digest: 12 hex digits over ids and classes of all rows in order: equal digests mean equal work.
+    digest: hash (12 hex digits) of the ids and classes of all rows in order. classes: number of images by class.
     """
 
     path: Path
@@ -43,21 +43,21 @@ class Manifest:
         return sum(self.classes.values())
 
     def batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows, or some of their columns, streamed from disk in their order."""
+        """Streams the rows from disk in order. columns: only these columns; None: all."""
         with pq.ParquetFile(self.path) as file:
             yield from file.iter_batches(columns=columns)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The unit of work: some hundred rows of the manifest. The id hashes what they are (16 hex digits)."""
+    """The unit of work: some hundred rows of the manifest. shard_id: hash (16 hex digits) of their ids and classes."""
 
     shard_id: str
     images: pa.Table
 
 
 def write_manifest(batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
-    """Writes listed images to a Parquet file in a local folder; memory stays that of one batch."""
+    """Writes listed images to a Parquet file in a local folder. Memory holds a few batches at a time."""
     digest = hashlib.blake2b(digest_size=6)
     classes: Counter[str] = Counter()
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".parquet", delete=False) as file:
@@ -78,20 +78,20 @@ def write_manifest(batches: Iterable[pa.RecordBatch], folder: Path) -> Manifest:
 
 
 def identify_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[str]:
-    """The ids of the shards that cut_shards makes of the same rows; of their columns, HASHED will do."""
+    """Yields the ids of the shards that cut_shards would make. The batches need SHARD_ID_COLUMNS only."""
     return (shard_id for shard_id, _ in _cut(batches, size))
 
 
 def cut_shards(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[Shard]:
-    """Consecutive shards of `size` images; the last may be smaller. The same images give the same ids."""
+    """Yields consecutive shards of `size` images; the last may be smaller. The same images give the same ids."""
     for shard_id, pieces in _cut(batches, size):
         table = pa.Table.from_batches(pieces)
-        # take copies: a slice would travel to the actor with its whole parent batch.
+        # take() copies the rows; a slice would be sent to the actor with its whole parent batch.
         yield Shard(shard_id, table.take(np.arange(table.num_rows)))
 
 
 def _cut(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[str, list[pa.RecordBatch]]]:
-    """Each shard's id, and the slices of batches that it consists of."""
+    """Yields each shard's id and the slices of batches that it consists of."""
     digest, pieces, left = hashlib.blake2b(digest_size=8), [], size
     for batch in batches:
         data, offsets = _hashed(batch)
@@ -110,11 +110,11 @@ def _cut(batches: Iterable[pa.RecordBatch], size: int) -> Iterator[tuple[str, li
 
 
 def _hashed(batch: pa.RecordBatch) -> tuple[memoryview, npt.NDArray[np.int32]]:
-    """What is hashed of a batch, and where each row begins in it, the end included.
+    """Returns the bytes to hash of a batch, and the offsets of its rows in them [rows + 1].
 
-    A row is id and class, and ends in a byte that UTF-8 never contains.
+    A row is its id and class, and ends in a byte that UTF-8 never contains.
     """
-    ids, names = (batch.column(name).cast(pa.binary()) for name in HASHED)
-    rows = pc.binary_join_element_wise(ids, b"\0", names, b"\xff", b"")  # the last is the separator
+    ids, names = (batch.column(name).cast(pa.binary()) for name in SHARD_ID_COLUMNS)
+    rows = pc.binary_join_element_wise(ids, b"\0", names, b"\xff", b"")  # the last argument is the separator
     _, offsets, data = rows.buffers()
     return memoryview(data or b""), np.frombuffer(offsets or b"", np.int32)

@@ -1,6 +1,6 @@
-"""One depth a class: which values become black and white in its photos of more than 8 bits.
+"""Decides, once per class, which values become black and white in photos of more than 8 bits.
 
-A photo of its own would not do: dark parts would be brightened differently in each.
+It is not decided for each photo, because dark parts would then be brightened differently in each.
 """
 
 from __future__ import annotations
@@ -29,37 +29,40 @@ from pipeline.storage import Store, paths
 from schemas.job import JobConfig
 
 Samples = Mapping[str, Sequence[str]]
-"""By class, addresses of the photos that decide."""
+"""Addresses, by class, of the photos from which the span of the class is decided."""
 
-SAMPLED = ("uri", "key", "class_name", "image_id")
-"""Columns of the manifest that samples are chosen by."""
+SAMPLE_COLUMNS = ("uri", "key", "class_name", "image_id")
+"""The columns of the manifest that choose_samples needs."""
 
-_SAMPLE = 16
-"""Photos of a class that decide."""
+_SAMPLE_SIZE = 16
+"""Number of photos per class in a sample."""
 
-_EIGHT_BITS = r"(?i)\.(jpg|jpeg|jpe|jfif|mpo|bmp|webp|gif|avif|heic|heif)$"
-"""Names of photos that have 8 bits, or come as such from their decoders."""
+_EIGHT_BIT_NAMES = r"(?i)\.(jpg|jpeg|jpe|jfif|mpo|bmp|webp|gif|avif|heic|heif)$"
+"""Matches names of photos that have 8 bits, or whose decoders return 8 bits."""
 
 
 def choose_samples(batches: Iterable[pa.RecordBatch]) -> Samples:
-    """Of each class, of its photos that may be deep by their names, those whose id is lowest: ids are hashes, so they
-    are spread over the class. batches: manifest rows with class_name, image_id, uri and key; memory is that of one."""
-    lowest = LowestIds(_SAMPLE)
+    """Chooses a sample of each class, among the photos whose names allow more than 8 bits.
+
+    Ids are hashes, so those with the lowest ids are spread over the class. batches: manifest rows with
+    SAMPLE_COLUMNS; memory holds one batch at a time.
+    """
+    lowest = LowestIds(_SAMPLE_SIZE)
     for batch in batches:
-        lowest.add(batch.filter(pc.invert(pc.match_substring_regex(batch.column("key"), _EIGHT_BITS))))
+        lowest.add(batch.filter(pc.invert(pc.match_substring_regex(batch.column("key"), _EIGHT_BIT_NAMES))))
     return {name: [row["uri"] for row in rows] for name, rows in lowest.rows.items()}
 
 
 def sample_photos(photos: Iterable[tuple[str, str]]) -> Samples:
-    """As choose_samples, of photos that are in memory: classes and addresses."""
+    """Chooses a sample of each class from a list: every n-th photo. photos: class and address of each."""
     found: dict[str, list[str]] = {}
     for name, uri in photos:
         found.setdefault(name, []).append(uri)
-    return {name: uris[:: max(1, len(uris) // _SAMPLE)][:_SAMPLE] for name, uris in found.items()}
+    return {name: uris[:: max(1, len(uris) // _SAMPLE_SIZE)][:_SAMPLE_SIZE] for name, uris in found.items()}
 
 
 class Spans:
-    """The span of each class, decided when its first deep photo is met. For use by threads."""
+    """The span of each class, decided when its first deep photo is met. Safe for use by several threads."""
 
     def __init__(self, job: JobConfig, source: Store, samples: Samples, *, isolate: bool = False) -> None:
         """isolate: measure each photo in a process of its own."""
@@ -73,7 +76,7 @@ class Spans:
         self._lock = threading.Lock()
 
     def of(self, class_name: str, data: bytes) -> Span | None:
-        """What a photo of the class is to be decoded with; None where it needs none. Raises StoreError."""
+        """Returns the span with which to decode a photo of the class; None if it has 8 bits. Raises StoreError."""
         if not may_be_deep(data):
             return None
         if self._fixed is not None:
@@ -94,13 +97,13 @@ class Spans:
         return self._decide(class_name, own)
 
     def _decide(self, class_name: str, own: Extremes) -> Span:
-        """By the sample; by a photo itself where that holds no deep one."""
+        """Decides the span from the sample; from this photo (`own`) if the sample holds no deep photo."""
         sampled = (read_image(uri, self._source, self._measure) for uri in self._samples.get(class_name, ()))
         return choose_span([item for item in sampled if isinstance(item, Extremes)] or [own])
 
 
 class RunSpans(Spans):
-    """Those of a run: kept in its folder, where whoever decides first decides for all."""
+    """The spans of a run, kept in its folder: the process that decides first decides for all."""
 
     def __init__(self, job: JobConfig, run_id: str, source: Store, output: Store, *, isolate: bool = False) -> None:
         super().__init__(job, source, {}, isolate=isolate)
@@ -120,13 +123,13 @@ class RunSpans(Spans):
 
 
 def write_samples(run_id: str, samples: Samples, output: Store) -> None:
-    """Keeps the choice with the run: photos that arrive later do not change it."""
+    """Stores the samples in the run's folder, so that photos that arrive later do not change them."""
     if samples:
         output.create(paths.run_key(run_id, "samples.json"), json.dumps(samples).encode())
 
 
 def read_samples(run_id: str, output: Store) -> Samples:
-    """What write_samples has kept; nothing where there was nothing."""
+    """Reads the samples that write_samples has stored; empty if there are none."""
     try:
         samples: Samples = json.loads(output.read(paths.run_key(run_id, "samples.json")))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Thresholds that do not follow from a run's own scores: from its references, or from a calibrated table."""
+"""The thresholds of a run, by policy: fixed, from its own scores, from its references, or from a calibrated table."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from schemas.thresholds import ThresholdTable
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Values from which an image's score, and a pixel of its map, count as anomalous."""
+    """Thresholds: an image is anomalous from `score` on, and a pixel of its map from `mask` on."""
 
     score: float
     mask: float
 
 
 class ThresholdError(ValueError):
-    """Thresholds cannot be had, or do not belong to the job; the message says why and what to do."""
+    """Thresholds are missing or do not fit the job; the message says why and what to do."""
 
 
 def fixed_thresholds(job: JobConfig) -> Thresholds | None:
-    """The thresholds that are known before a run; None where they follow from the run's own scores."""
+    """Returns the thresholds of policy fixed; None for other policies, whose thresholds are set after scoring."""
     if job.threshold.policy != "fixed":
         return None
     value, mask_value = job.threshold.value, job.threshold.mask_value
@@ -39,10 +39,10 @@ def fixed_thresholds(job: JobConfig) -> Thresholds | None:
 
 
 def quantile_thresholds(tables: Iterable[pa.Table], quantile: float) -> dict[str, Thresholds]:
-    """Per class, the quantile (linear interpolation) of the scores of this run's images; that of a mask is the same
-    quantile of the maps' peaks, so the share of images with a marked pixel equals the share called anomalous.
+    """Sets each class's threshold to a quantile (linear interpolation) of the scores of this run's images.
 
-    tables: columns class_name, score, map_peak; null scores (errors) do not count.
+    The mask threshold is the same quantile of the maps' peaks, so that the share of images with a marked pixel equals
+    the share called anomalous. tables: columns class_name, score, map_peak; null scores (errors) do not count.
     """
     scores: dict[str, list[npt.NDArray[np.float32]]] = {}
     for table in tables:
@@ -58,18 +58,20 @@ def quantile_thresholds(tables: Iterable[pa.Table], quantile: float) -> dict[str
 
 
 def require_two(class_name: str, shots: int) -> None:
-    """Raises ThresholdError where no reference image can be held against another."""
+    """Raises ThresholdError if a class has fewer than two references, which cannot be scored against each other."""
     if shots < 2:
         raise ThresholdError(
             f"threshold.policy reference scores each reference image against the others, but class {class_name!r} has "
-            f"{shots}; give it two or more (references.shots, references.images), or take another policy"
+            f"{shots}; give it two or more (references.shots, references.images), or use another policy"
         )
 
 
 def reference_thresholds(run_id: str, classes: Sequence[str], quantile: float, output: Store) -> dict[str, Thresholds]:
-    """Per class, the quantile (linear interpolation) of the references' leave-one-out scores, and that of their map
-    peaks for masks (pipeline/alfa/README.md, "Few-shot"). Raises ThresholdError where a class has fewer than two
-    references."""
+    """Sets each class's threshold to a quantile (linear interpolation) of its references' leave-one-out scores.
+
+    The mask threshold is the same quantile of their map peaks (pipeline/alfa/README.md, "Few-shot"). Raises
+    ThresholdError where a class has fewer than two references.
+    """
     found = {}
     for name in classes:
         stored = read_memory(run_id, name, output)
@@ -81,44 +83,48 @@ def reference_thresholds(run_id: str, classes: Sequence[str], quantile: float, o
 
 
 def parse_table(text: bytes, place: str) -> ThresholdTable:
-    """The table in a JSON text; place: its address, for the message of the ThresholdError where it is none."""
+    """Parses a table of thresholds. place: its address, for the message. Raises ThresholdError if it is invalid."""
     try:
         return ThresholdTable.model_validate_json(text)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
         raise ThresholdError(
-            f"{place} is no table of thresholds ({where}: {fault['msg']}); write one: alfa calibrate"
+            f"{place} is not a valid table of thresholds ({where}: {fault['msg']}); write one with alfa calibrate"
         ) from None
 
 
 def select_thresholds(
     table: ThresholdTable, place: str, job: JobConfig, weights_sha256: str, classes: Sequence[str]
 ) -> dict[str, Thresholds]:
-    """The thresholds of the classes. Raises ThresholdError where the table was made with another model, other weights
-    or another method than the job's, or lacks a class."""
+    """Selects the thresholds of the classes from a table. place: its address, for messages.
+
+    Raises ThresholdError where the table was made with another model, weights or method than the job's, or lacks a
+    class.
+    """
     if table.weights_sha256 != weights_sha256:
         raise ThresholdError(
-            f"{place} was calibrated with the weights of {table.model} (SHA-256 {table.weights_sha256[:12]}), the job "
-            f"has others ({weights_sha256[:12]}); calibrate again with the job's: alfa calibrate"
+            f"{place} was calibrated with the weights of {table.model} (SHA-256 {table.weights_sha256[:12]}), but the "
+            f"job has others ({weights_sha256[:12]}); run alfa calibrate again with the job's weights"
         )
     differences = list(_differences(table.scoring, job.scoring_facts()))
     if differences:
         raise ThresholdError(
-            f"{place} was calibrated with other options than the job's, so its thresholds mean nothing here: "
-            f"{'; '.join(differences)}; calibrate again with the job's: alfa calibrate"
+            f"{place} was calibrated with other options than the job's, so its thresholds do not fit: "
+            f"{'; '.join(differences)}; run alfa calibrate again with the job's options"
         )
     missing = [name for name in classes if name not in table.classes]
     if missing:
         known = ", ".join(table.classes) or "none"
         raise ThresholdError(
-            f"{place} has no thresholds of {', '.join(missing)} (it has {known}); calibrate them too, or leave them out"
+            f"{place} has no thresholds for {', '.join(missing)}, only for {known}; calibrate the missing classes too, "
+            f"or leave them out of the job"
         )
     return {name: Thresholds(table.classes[name].score, table.classes[name].mask) for name in classes}
 
 
 def _differences(table: Mapping[str, Any], job: Mapping[str, Any], path: str = "") -> list[str]:
-    """`method.adaptation is none there, mean here`, for each key."""
+    """Lists the options that differ, such as `method.adaptation is none in the table, mean in the job`."""
     found: list[str] = []
     for key in sorted({*table, *job}):
         there, here = table.get(key), job.get(key)
@@ -126,5 +132,5 @@ def _differences(table: Mapping[str, Any], job: Mapping[str, Any], path: str = "
         if isinstance(there, Mapping) and isinstance(here, Mapping):
             found += _differences(there, here, name)
         elif there != here:
-            found.append(f"{name} is {there} there, {here} here")
+            found.append(f"{name} is {there} in the table, {here} in the job")
     return found

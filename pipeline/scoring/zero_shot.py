@@ -1,4 +1,4 @@
-"""The entrance for programs: photos to scores, maps and regions in this process, without Ray, a store or an LLM."""
+"""The entry point for programs: scores photos in this process, without Ray, a store or an LLM."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ Photo: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uin
 """The path of a file, its bytes, a Pillow image, or RGB pixels [height, width, 3] (grey: [height, width]), uint8."""
 
 _Photo = TypeVar("_Photo", bound=Photo)
-_CLASSES = 64
-"""Classes whose encoded prompts a detector keeps."""
+_CLASSES_KEPT = 64
+"""Number of classes whose encoded prompts a detector keeps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a photo is given.
+    """The result for one photo.
 
-    score: 0 to 1, the higher the more anomalous; raw, so compare it within a class. width, height: of the photo in
-    pixels, upright. regions: connected parts of the mask, the highest peak first. grid: the anomaly map on the patches,
-    [rows, columns]. explanation: the prompts that decided, the weightiest first.
+    score: 0 to 1, higher is more anomalous; raw, so compare scores within a class only. width, height: of the upright
+    photo in pixels. regions: connected parts of the mask, the highest peak first. grid: the anomaly map on the patch
+    grid, [rows, columns]. explanation: the prompts that decided, the most important first.
     """
 
     score: float
@@ -61,25 +61,25 @@ class Prediction:
 
     @property
     def defect(self) -> str | None:
-        """Name of the defect nearest to the strongest region; None without a region or a description of the class."""
+        """The defect that best fits the strongest region; None if there is no region, or the class is not described."""
         return self.regions[0].defect if self.regions else None
 
     @functools.cached_property
     def map(self) -> NDArray[np.float32]:
-        """The anomaly map at the photo's size [height, width], float32, made when it is first asked for."""
+        """The anomaly map at the photo's size [height, width], float32; computed on first use."""
         return upsample(self.grid, self.width, self.height)
 
     @functools.cached_property
     def mask(self) -> NDArray[np.bool_]:
-        """Where the map reaches the threshold, [height, width]."""
+        """The pixels at which the map reaches the threshold, bool [height, width]."""
         return self.map >= self.threshold
 
 
 class ZeroShotDetector:
-    """Scores photos of any class by language alone, as `alfa score` does. Make one with from_pretrained."""
+    """Scores photos of any class by language alone. Create it with from_pretrained."""
 
     def __init__(self, job: JobConfig) -> None:
-        """job: its model, method, dataset.max_pixels and threshold.value count; nothing is listed or written.
+        """job: only its model, method, dataset.max_pixels and threshold.value are used; nothing is listed or written.
 
         Raises ModelError where the model or its weights cannot be used.
         """
@@ -89,7 +89,7 @@ class ZeroShotDetector:
         self._decode = image_decoder(job, self._detector)
         self._fit = image_fitter(job, self._detector)
         self._fits = text_fits(job.model)
-        self._prompts_of = functools.lru_cache(_CLASSES)(self._embed)
+        self._prompts_of = functools.lru_cache(_CLASSES_KEPT)(self._embed)
 
     @classmethod
     def from_pretrained(
@@ -104,10 +104,16 @@ class ZeroShotDetector:
     ) -> ZeroShotDetector:
         """Loads any open_clip ViT; by default the model that comes with alfa, which needs no network.
 
-        tag: open_clip's pretrained tag, downloaded on first use, or the path of a weights file; required unless the
-        model is embedded. image_size: pixels a side, other than the model's own. threshold: from which a score, and a
-        value of the map, counts as anomalous. Raises JobError for options that do not go together, ModelError where
-        the model or its weights cannot be used.
+        Args:
+            name: name of the model.
+            tag: open_clip's pretrained tag, downloaded on first use, or the path of a weights file; required unless the
+                model is the embedded one.
+            image_size: side of the model's input in pixels; default: the model's own.
+            device: auto takes a GPU if there is one.
+            method: options of the method; default: those of a job.
+            threshold: score, and map value, from which a photo and a pixel count as anomalous.
+
+        Raises JobError for options that do not go together, ModelError where the model or its weights cannot be used.
         """
         document = {
             "dataset": {"images": "given to predict"},
@@ -134,12 +140,12 @@ class ZeroShotDetector:
         class_name: str,
         prompts: PromptSet | PromptEnsemble | None = None,
     ) -> Prediction | list[Prediction]:
-        """Scores a photo, or each of a list of photos, of one class.
+        """Scores a photo, or each photo of a list, of one class.
 
-        class_name: as one would say it, such as `hazelnut` or `metal_nut`. prompts: what normal and defective look
-        like, such as a prompt set of the lake; default: the bundled description of the class where there is one (MVTec
-        AD and VisA), else the base ensemble. Raises OSError where a file cannot be read, ImageError where it is no
-        image, ValueError for an array of another type or shape.
+        class_name: an English name, such as `hazelnut` or `metal_nut`. prompts: a description of normal and defective
+        parts, such as a prompt set of the lake; default: the bundled description of the class where there is one (MVTec
+        AD and VisA), else the base ensemble. Raises OSError where a file cannot be read, ImageError where it is not an
+        image, ValueError for an array of the wrong type or shape.
         """
         if isinstance(photos, list):
             return list(self._predict(photos, self._prompts_of(class_name, prompts)))
@@ -151,7 +157,7 @@ class ZeroShotDetector:
             images = [self._open(photo) for photo in batch]
             detections = detect(self._detector, images, [prompts] * len(images), self._job)
             for image, detection in zip(images, detections, strict=True):
-                yield self._conclude(image, detection, prompts)
+                yield self._to_prediction(image, detection, prompts)
 
     def _open(self, photo: Photo) -> Decoded:
         if isinstance(photo, Image.Image):
@@ -165,12 +171,12 @@ class ZeroShotDetector:
         except ImageError as error:
             raise ImageError(error.error_type, f"{os.fspath(photo)}: {error.message}") from None
 
-    def _conclude(self, image: Decoded, detection: Detection, prompts: PromptEmbeddings) -> Prediction:
+    def _to_prediction(self, image: Decoded, detection: Detection, prompts: PromptEmbeddings) -> Prediction:
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
-            raise ModelError(f"{self._weights.label} gave a score that is not a number; look at the weights")
+            raise ModelError(f"{self._weights.label} gave a score that is not a number; check the weights")
         threshold, width, height = self._job.threshold.value, image.source_width, image.source_height
         regions: list[Region] = []
-        if (detection.grid >= threshold).any():  # between patches the map is never above them
+        if (detection.grid >= threshold).any():  # the map is interpolated, so it never exceeds the patches
             marked = upsample(detection.grid, width, height, threshold)
             regions = find_regions(marked >= threshold, marked, prompts.defects, detection.defect_grid)
         return Prediction(
@@ -190,10 +196,10 @@ class ZeroShotDetector:
 
 
 def _from_array(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An image of pixels as Photo describes them. Raises ValueError for others."""
+    """Makes an image of pixels as Photo describes them. Raises ValueError for another type or shape."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(
-            f"pixels must be uint8 [height, width, 3], RGB, or [height, width]; these are {pixels.dtype} "
+            f"pixels must be uint8, [height, width, 3] (RGB) or [height, width] (grey); these are {pixels.dtype} "
             f"{list(pixels.shape)}"
         )
     return Image.fromarray(pixels)

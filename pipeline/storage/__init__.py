@@ -1,4 +1,4 @@
-"""Everything that touches an object store or a disk, and where things lie in the output.
+"""All input and output on object stores and disks, and the keys of everything in the output.
 
 In: addresses and bytes. Out: bytes, listings, leases, keys of the lake, rows of finished shards.
 May import: schemas.

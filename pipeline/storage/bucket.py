@@ -1,5 +1,8 @@
-"""Whole objects of an S3 bucket by Rust: s3fs takes 1.5 ms of Python's lock for each, which bounds what an actor with a
-GPU can score, and obstore a tenth of that (tests.bench.storage)."""
+"""Reads and writes whole objects of an S3 bucket by obstore (Rust).
+
+s3fs holds Python's lock for 1.5 ms per object, which limits how many photos an actor with a GPU can score; obstore
+holds it for a tenth of that (tests.bench.storage).
+"""
 
 from __future__ import annotations
 
@@ -22,34 +25,35 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _REST_S, _LONGEST_REST_S = 60.0, 3600.0
-"""How long s3fs does everything after a fault; twice as long after each that follows at once."""
+"""Seconds for which s3fs takes over after a fault: they double with each fault that follows, up to the second value."""
 
 _CREDENTIALS_LIVE = timedelta(minutes=10)
-"""obstore asks for them anew when half of it is left. botocore hands none out that end sooner, where it can renew."""
+"""The lifetime that obstore is told; it asks for new credentials when half is left. botocore renews its credentials
+more than ten minutes before they expire."""
 
 
 class Bucket:
     """Reads and writes a bucket with the endpoint, region, certificates and credentials of an s3fs file system.
 
-    It only tries. What fails is to be done again by s3fs, whose errors are told apart, which waits and retries, and
-    which follows a bucket to its region.
+    It tries each request once. The caller repeats a failed one with s3fs, which distinguishes errors, retries, and
+    finds a bucket in another region.
     """
 
     def __init__(self, name: str, fs: Any) -> None:
         """fs: an s3fs.S3FileSystem."""
         self._name, self._fs = name, fs
         self._store: S3Store | None = None
-        # What fsspec's own configuration adds to requests is known to s3fs alone; a colon is that of an access point.
+        # obstore does not know the options that fsspec's configuration adds, nor access points (names with a colon).
         is_plain = not (fs.key or fs.req_kw or fs.s3_additional_kwargs or ":" in name)
         self._rests_until = 0.0 if is_plain else float("inf")
         self._rest_s = _REST_S
 
     def get(self, key: str) -> bytes | None:
-        """The object, or None."""
+        """Returns the content of the object; None if the request failed for any reason."""
         return self._attempt(key, lambda store: bytes(obstore.get(store, key).bytes()))
 
     def put(self, key: str, data: bytes, content_type: str | None) -> bool:
-        """Creates or replaces the object in one step. Returns whether that is certain."""
+        """Creates or replaces the object in one step. Returns True only if it was certainly written."""
         attributes = {"Content-Type": content_type} if content_type else {}
         put = self._attempt(
             key, lambda store: obstore.put(store, key, data, attributes=attributes, use_multipart=False)
@@ -57,7 +61,7 @@ class Bucket:
         return put is not None
 
     def _attempt(self, key: str, act: Callable[[S3Store], _T]) -> _T | None:
-        # obstore would leave out a slash at either end, and with it reach another object.
+        # obstore drops slashes at both ends of a key, and would reach another object.
         if time.monotonic() < self._rests_until or key != key.strip("/"):
             return None
         try:
@@ -73,9 +77,9 @@ class Bucket:
 
     def _rest(self, reason: str) -> None:
         now = time.monotonic()
-        if now < self._rests_until:  # another thread met the same
+        if now < self._rests_until:  # another thread has met the same fault
             return
-        logger.warning("bucket %s: %s; by s3fs for %.0f s, which is slower", self._name, reason, self._rest_s)
+        logger.warning("bucket %s: %s; using s3fs for %.0f s, which is slower", self._name, reason, self._rest_s)
         self._rests_until = now + self._rest_s
         self._rest_s = min(2 * self._rest_s, _LONGEST_REST_S)
 

@@ -1,4 +1,4 @@
-"""Objects and files that need not fit in memory, read some at a time."""
+"""Reads objects and files that need not fit in memory, a part at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def read_chunks(file: Path, size: int = 1 << 20) -> Iterator[bytes]:
-    """The bytes of a local file, some at a time."""
+    """Yields the content of a local file, `size` bytes at a time."""
     with file.open("rb") as source:
         while data := source.read(size):
             yield data
 
 
 def sha256_of(chunks: Iterator[bytes]) -> str:
-    """The SHA-256 of all chunks together, 64 hex digits."""
+    """Returns the SHA-256 of all chunks together as 64 hex digits."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
@@ -25,10 +25,10 @@ def sha256_of(chunks: Iterator[bytes]) -> str:
 
 
 class RangeReader(io.RawIOBase):
-    """A remote object as a file that can be sought in; each read is a request, so readers ask for large ranges."""
+    """A seekable file over a remote object. Each read is a request, so read large ranges."""
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
-        """read: the bytes from a first place up to and without a last one; size: of the object, in bytes."""
+        """read: returns the bytes from a start to an end, the end excluded. size: size of the object in bytes."""
         self._read, self._size, self._place = read, size, 0
 
     def readable(self) -> bool:

@@ -1,4 +1,4 @@
-"""What goes wrong with storage: what is worth another try, and what to tell a person of the rest."""
+"""Errors of storage: which are worth another try, and what to advise on the others."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import errno
 from tenacity import retry, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 NO_BUCKET = "no such bucket; check the URI and the endpoint"
-"""What is told of a store that is none."""
+"""Advice where a bucket does not exist."""
 
-LOST = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+NOT_FOUND = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+"""Errors of a key that holds no object."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Numbers of the errors of a disk that is full or read-only."""
+"""Error numbers of a disk that is full or read-only."""
 _DENIED_CODES = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "RequestTimeTooSkewed")
-"""Codes that every request will meet; AccessDenied may concern one object alone."""
-_PASSING_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict")
-"""What a server says of a body that the network mangled, or while another writes: s3fs reports it as a bad argument."""
+"""S3 codes that concern all requests. AccessDenied is not among them, because it may concern one object alone."""
+_TRANSIENT_CODES = ("IncompleteBody", "BadDigest", "RequestTimeout", "ConditionalRequestConflict")
+"""S3 codes for a body that the network damaged, or a concurrent write. s3fs reports them as bad arguments."""
 
 
 class AddressError(OSError):
@@ -27,24 +28,25 @@ class StoreError(OSError):
 
 
 class NoBucketError(StoreError):
-    """There is no such bucket."""
+    """The bucket does not exist."""
 
 
 class DiskError(StoreError):
-    """A disk is full or read-only: perhaps that of one node alone."""
+    """A disk is full or read-only; it may be the disk of a single node."""
 
 
 def code_of(error: BaseException) -> str:
-    """The S3 error code behind an exception: s3fs hangs botocore's on as its cause."""
+    """Returns the S3 error code of an exception, or an empty string. s3fs keeps botocore's error as its cause."""
     response = getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", ""))
 
 
 def is_transient(error: BaseException) -> bool:
-    """Worth another try: time-outs, resets and overload; not a missing object, a denial or a full disk."""
-    if isinstance(error, (*LOST, FileExistsError, PermissionError, StoreError)):
+    """Whether an error is worth another try: time-outs, resets and overload are; missing objects, denials and full
+    disks are not."""
+    if isinstance(error, (*NOT_FOUND, FileExistsError, PermissionError, StoreError)):
         return False
-    if code_of(error) in _PASSING_CODES:
+    if code_of(error) in _TRANSIENT_CODES:
         return True
     if isinstance(error, OSError):
         return error.errno not in (*DISK_ERRORS, errno.EINVAL, errno.ENAMETOOLONG)
@@ -57,11 +59,11 @@ patiently = retry(
     stop=stop_after_attempt(7),
     reraise=True,
 )
-"""The one place where storage is retried: exponential backoff with jitter, seven tries, about half a minute."""
+"""Retries a call to a store: exponential backoff with jitter, seven tries, half a minute. Nothing else retries."""
 
 
 def advice_on(error: OSError) -> str | None:
-    """What to do where a fault concerns the whole store; None where it may concern one object."""
+    """Advises what to do about an error that concerns the whole store; None if it may concern one object alone."""
     cause = str(error) + str(error.__cause__ or "")
     if any(code in cause for code in _DENIED_CODES):
         return "access denied; check the credentials in the environment, and that they have not expired"

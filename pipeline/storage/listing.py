@@ -1,4 +1,4 @@
-"""What a listing says of objects."""
+"""Listings of objects: their columns, and the fast listing of local folders."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from pipeline.storage.prefetch import map_ahead
 STAGING = ".staging"
 """Folder below a local store's root that holds objects until they are whole; nothing reads it."""
 
-_CHUNK = 4096
-"""Files that are asked for at once: enough that a thread seldom waits for Python's lock."""
+_FILES_PER_CALL = 4096
+"""Files whose sizes are read by one call: so many that a thread seldom waits for Python's lock."""
 
 _THREADS = 2
 
-_AHEAD = 16
-"""Chunks that are asked for ahead: enough to do while the names of the next folder are read."""
+_CALLS_AHEAD = 16
+"""Calls that are in progress or waiting: enough to do while the names of the next folder are read."""
 
 
 class ObjectInfo(NamedTuple):
-    """An object in a listing: key below the store's root, bytes, what tells versions apart, seconds since the epoch at
-    which it was last written (null where unknown)."""
+    """An object in a listing.
+
+    key: below the store's root. size: bytes. etag: differs between versions of the object. modified: when it was last
+    written, in seconds since the epoch. Each but the key is None where unknown.
+    """
 
     key: str
     size: int | None
@@ -37,7 +40,7 @@ class ObjectInfo(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Some objects of a listing, by column: of the millions of a listing, most are looked at no other way."""
+    """Some thousand objects of a listing, by column: far cheaper than an ObjectInfo for each of millions."""
 
     keys: list[str]
     sizes: list[int | None]
@@ -52,12 +55,12 @@ class Page(NamedTuple):
         return map(ObjectInfo._make, zip(*self, strict=True))
 
     def where(self, wanted: Sequence[bool]) -> Page:
-        """The objects for which it is true."""
+        """Keeps the objects for which `wanted` is true."""
         return self if all(wanted) else Page._make(list(compress(column, wanted)) for column in self)
 
 
 def describe(key: str, info: dict[str, Any]) -> ObjectInfo:
-    """An object as fsspec tells of it."""
+    """Builds an ObjectInfo from fsspec's description of an object."""
     version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("mtime") or info.get("created")
     if isinstance(version, datetime):
         version = version.isoformat()
@@ -66,7 +69,7 @@ def describe(key: str, info: dict[str, Any]) -> ObjectInfo:
 
 
 def _modified(info: dict[str, Any]) -> float | None:
-    """File systems differ in what they call the time of the last write, and in how they give it."""
+    """Finds the time of the last write, for which each file system has another name and type."""
     names = ("LastModified", "last_modified", "updated", "mtime", "created")
     value = next((info[name] for name in names if info.get(name)), None)
     if isinstance(value, str):
@@ -78,29 +81,30 @@ def _modified(info: dict[str, Any]) -> float | None:
 
 
 def local_etag(mtime_ns: int, size: int) -> str:
-    """The version of a local file, which stands for its ETag."""
+    """Returns a string that stands for the ETag of a local file. mtime_ns: nanoseconds; size: bytes."""
     return f"{mtime_ns:x}-{size:x}"
 
 
 def walk_local(folder: str, prefix: str) -> Iterator[Page]:
-    """Depth first, by name; symbolic links to folders are not followed (they may form a ring).
+    """Lists all files below a folder, depth first and sorted by name.
 
-    prefix: what keys begin with in this folder. Holds the names of a folder, and what it asks of some thousand files.
+    Symbolic links to folders are not followed, because they may form a cycle. Memory is bounded by the names in one
+    folder and the sizes of some thousand files. prefix: put before each key.
     """
     names = chain.from_iterable(_walk_names(folder, ""))
-    for chunk, infos in _stat_ahead(folder, iter(lambda: list(islice(names, _CHUNK)), [])):
+    for chunk, infos in _stat_ahead(folder, iter(lambda: list(islice(names, _FILES_PER_CALL)), [])):
         sizes = [info.size for info in infos]
-        times = [-1 if info.mtime_ns is None else info.mtime_ns for info in infos]  # Arrow takes -1 for unknown
+        times = [-1 if info.mtime_ns is None else info.mtime_ns for info in infos]  # Arrow's value for unknown is -1
         yield Page(
             [prefix + name for name in chunk],
             sizes,
             [None if size is None else local_etag(time, size) for time, size in zip(times, sizes, strict=True)],
             [time / 1e9 for time in times],
-        ).where([size is not None for size in sizes])  # else vanished, a link that leads elsewhere, or a pipe
+        ).where([size is not None for size in sizes])  # no size: vanished since, a broken link, or a pipe
 
 
 def _walk_names(folder: str, prefix: str) -> Iterator[list[str]]:
-    """All that lies below a folder and is none itself, from there, in the order of walk_local; some at a time."""
+    """Yields `prefix` and the path of each file below a folder, in the order of walk_local, some at a time."""
     names, folders = [], set()
     try:
         with os.scandir(folder) as entries:
@@ -121,9 +125,9 @@ def _walk_names(folder: str, prefix: str) -> Iterator[list[str]]:
 
 
 def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list[str], list[FileInfo]]]:
-    """Chunks of names with what the file system says of them, asked by threads while the consumer works.
+    """Yields each chunk of names with their FileInfo, which threads read while the consumer works.
 
-    Arrow asks for a whole chunk without Python's lock; of os.stat, threads would only get in each other's way.
+    Arrow reads a whole chunk without Python's lock. Threads with os.stat would only wait for that lock.
     """
     local = LocalFileSystem()
 
@@ -136,4 +140,4 @@ def _stat_ahead(folder: str, chunks: Iterator[list[str]]) -> Iterator[tuple[list
 
     yield stat(next(chunks, []))
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from map_ahead(pool, stat, chunks, ahead=_AHEAD)
+        yield from map_ahead(pool, stat, chunks, ahead=_CALLS_AHEAD)

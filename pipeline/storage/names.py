@@ -1,4 +1,4 @@
-"""Names from the outside (classes, keys) as safe paths: nothing leaves its folder, different names stay different."""
+"""Turns names from outside (classes, keys) into safe paths: none leaves its folder, and no two become equal."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import string
 
 _PLAIN = frozenset((string.ascii_letters + string.digits + "-_.").encode())
 _LONGEST = 200
-"""Bytes of one path segment; file systems allow 255, and suffixes come on top."""
+"""Maximal bytes of one path segment. File systems allow 255, but suffixes are added to it."""
 
 
 def safe_segment(name: str) -> str:
-    """One path segment: bytes outside [A-Za-z0-9._-] and a leading dot are percent-encoded; the empty name is `%`.
+    """Turns a name into one path segment: percent-encodes a leading dot, and bytes outside [A-Za-z0-9._-].
 
-    A longer result is cut and ends in `%~` and a hash, which quoting alone never produces: the map stays injective.
+    The empty name becomes `%`. A result longer than 200 bytes is cut, and ends in `%~` and a hash. Quoting never
+    produces `%~`, so different names always give different segments.
     """
     if not name:
         return "%"
@@ -27,9 +28,9 @@ def safe_segment(name: str) -> str:
 
 
 def safe_path(key: str) -> str:
-    """A relative path of safe segments, one for each part of a key between slashes.
+    """Turns a key into a relative path, with one safe segment for each part between slashes.
 
-    A folder's name that ends in `.png` has that dot encoded, so a folder never stands where another key's mask lies.
+    If a folder's name ends in `.png`, that dot is encoded, so that a folder never has the name of another key's mask.
     """
     *folders, name = (safe_segment(part) for part in key.split("/"))
     folders = [f"{part[:-4]}%2E{part[-3:]}" if part.lower().endswith(".png") else part for part in folders]

@@ -1,4 +1,4 @@
-"""A bounded `map` over threads: I/O ahead of whoever consumes it."""
+"""A bounded `map` over threads, which does I/O ahead of its consumer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _R = TypeVar("_R")
 def map_ahead(
     pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], *, ahead: int
 ) -> Iterator[_R]:
-    """function over items in their order, at most `ahead` of them under way: a bounded `map`."""
+    """Applies a function to items in threads and yields the results in order. At most `ahead` items are in progress."""
     waiting: deque[Future[_R]] = deque()
     try:
         for item in items:

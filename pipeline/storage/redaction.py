@@ -1,4 +1,4 @@
-"""Secrets never reach logs, rows, reports or run folders: messages pass through here on their way."""
+"""Blanks secrets in messages before they reach logs, rows, reports or run folders."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ _PATTERNS = (
 
 
 def redact(text: str) -> str:
-    """The text on one line, with the values of secret environment variables, credentials in URLs, signatures of
-    presigned URLs and what looks like an API key blanked: servers and clients quote them back in their errors."""
+    """Returns the text on one line with secrets blanked, because servers and clients quote them in their errors.
+
+    Secrets are the values of secret environment variables, credentials in URLs, signatures of presigned URLs, and
+    whatever looks like an API key.
+    """
     text = one_line(text)
     for name, value in os.environ.items():
         if len(value) >= _SHORTEST_SECRET and any(word in name.upper() for word in _SECRET_NAMES):

@@ -1,4 +1,4 @@
-"""A run, and the rows of its finished shards."""
+"""The run, and how the rows of its finished shards are stored."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pipeline.storage.store import Store
 from schemas.job import JobConfig
 
 _READERS = 16
-"""Finished shards that are read at once: object stores answer late, but many at a time."""
+"""Finished shards that are read at once: object stores answer slowly, but many requests in parallel."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all rows of a run share."""
+    """A run of a job. model: label of the model and its weights."""
 
     run_id: str
     job: JobConfig
@@ -29,20 +29,20 @@ class Run:
 
     @property
     def shards(self) -> str:
-        """Folder of the finished shards."""
+        """The folder of the finished shards."""
         return paths.run_key(self.run_id, "shards")
 
     @property
     def version(self) -> str:
-        """Names the masks of this run among those of the night's other runs."""
+        """The name of this run's masks among those of the night's other runs."""
         return paths.mask_version(self.run_id)
 
 
 def encode_shard(rows: pa.Table) -> bytes:
-    """A finished shard as its Parquet file.
+    """Encodes the rows of a finished shard as a Parquet file.
 
-    Dictionaries, statistics and zstd would cost whoever reads thousands of such small files twice the time, and their
-    values hardly repeat.
+    It has no dictionaries, no statistics and lz4 instead of zstd: thousands of such small files are then read in half
+    the time, and their values hardly repeat.
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="lz4", use_dictionary=False, write_statistics=False)
@@ -50,16 +50,16 @@ def encode_shard(rows: pa.Table) -> bytes:
 
 
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
-    """The rows of a finished shard, in schema SHARD."""
+    """Reads the rows of a finished shard, in schema SHARD. columns: only these columns; None: all."""
     data = pa.BufferReader(output.read(paths.shard_key(folder, shard_id)))
-    # Not read_table, which asks about folders and partitions first: of a shard, that is half of the time.
+    # read_table would first look for folders and partitions, which takes as long as reading the shard.
     return pq.ParquetFile(data).read(columns, use_threads=False)
 
 
 def read_shards(
     output: Store, folder: str, shard_ids: Sequence[str], columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """read_shard of each, in their order; threads read ahead, and no more than 2 * _READERS shards are in memory."""
+    """Reads finished shards in order. Threads read ahead; at most 2 * _READERS shards are in memory."""
     with ThreadPoolExecutor(_READERS, "read") as readers:
         yield from map_ahead(
             readers, lambda shard: read_shard(output, folder, shard, columns), shard_ids, ahead=2 * _READERS

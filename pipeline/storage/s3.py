@@ -1,6 +1,6 @@
-"""What is asked of S3 by its own calls: uploads in parts, conditions on what is replaced, listings by page.
+"""Operations of S3 that fsspec does not offer: multipart uploads, conditional writes, paged listings.
 
-fs: an s3fs.S3FileSystem throughout; paths are bucket and key.
+Every `fs` is an s3fs.S3FileSystem; every `path` is bucket and key, such as bucket/folder/name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeline.storage.listing import ObjectInfo, Page
 from pipeline.storage.prefetch import map_ahead
 
 PART_BYTES = 16 << 20
-"""Bytes of a part. S3 takes 10,000 parts, so objects of up to 160 GB."""
+"""Bytes per part. S3 allows 10,000 parts, so objects may have up to 160 GB."""
 
 _PARTS_AT_ONCE = 4
 
@@ -25,8 +25,8 @@ _PARTS_AT_ONCE = 4
 def upload_parts(fs: Any, path: str, file: Path, **options: Any) -> None:
     """Uploads a local file as one object, which readers see whole at the end or not at all.
 
-    options: for the object, such as ContentType; IfMatch and IfNoneMatch are conditions on what it replaces. Raises
-    OSError, with code PreconditionFailed behind it where a condition does not hold.
+    options: of the object, such as ContentType; IfMatch and IfNoneMatch are conditions on the object that it replaces.
+    Raises OSError; its code_of is PreconditionFailed where a condition does not hold.
     """
     conditions = {name: options.pop(name) for name in ("IfMatch", "IfNoneMatch") if name in options}
     where = _where(path)
@@ -42,14 +42,14 @@ def upload_parts(fs: Any, path: str, file: Path, **options: Any) -> None:
             parts = list(map_ahead(pool, send, enumerate(read_chunks(file, PART_BYTES), 1), ahead=_PARTS_AT_ONCE))
         patiently(fs.call_s3)("complete_multipart_upload", **where, MultipartUpload={"Parts": parts}, **conditions)
     except BaseException:
-        # Parts of an upload that is given up are paid for until they are removed.
+        # The parts of an abandoned upload cost money until they are removed.
         with contextlib.suppress(Exception):
             fs.call_s3("abort_multipart_upload", **where)
         raise
 
 
 def replace_object(fs: Any, path: str, data: bytes | Path, version: str) -> None:
-    """Writes an object only over the version (ETag) that is named. Raises OSError as upload_parts does."""
+    """Replaces an object only if its version (ETag) is still `version`. Raises OSError as upload_parts does."""
     condition = {"IfMatch": f'"{version}"'}
     if isinstance(data, Path):
         upload_parts(fs, path, data, **condition)
@@ -58,7 +58,7 @@ def replace_object(fs: Any, path: str, data: bytes | Path, version: str) -> None
 
 
 def list_pages(fs: Any, path: str, root: str) -> Iterator[Page]:
-    """Every object below a path, with keys from `root` on. s3fs.find would hold every key in Python objects."""
+    """Lists every object below a path, by page; keys are relative to `root`. s3fs.find would hold all in memory."""
     bucket, _, prefix = path.partition("/")
     base = root.partition("/")[2]
     skip = len(base) + 1 if base else 0

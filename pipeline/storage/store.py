@@ -1,6 +1,6 @@
-"""Store: all input and output of alfa, over fsspec (file, s3, gs, az, memory).
+"""The store: all input and output of alfa, over fsspec (file, s3, gs, az, memory).
 
-Writes are atomic: a reader sees the whole object or none. `create` is create-only: of many writers one wins.
+Writes are atomic: a reader sees a whole object or none. `create` is create-only: of many writers, one wins.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pipeline.storage.bucket import Bucket
 from pipeline.storage.chunks import RangeReader, read_chunks, sha256_of
 from pipeline.storage.faults import (
     DISK_ERRORS,
-    LOST,
     NO_BUCKET,
+    NOT_FOUND,
     AddressError,
     DiskError,
     NoBucketError,
@@ -48,16 +48,16 @@ _CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/jso
 
 
 class Store:
-    """A folder or a prefix of a bucket. Keys are relative to it, with `/` between their parts.
+    """A folder, or a prefix of a bucket. Keys are relative to it, with `/` between their parts.
 
-    Methods raise FileNotFoundError for a missing object, StoreError where the whole store is out of use, and
-    OSError for what stays wrong after retries.
+    Methods raise FileNotFoundError for a missing object, StoreError where the whole store cannot be used, and OSError
+    for errors that persist after retries.
     """
 
     def __init__(self, root: str, storage: Storage | None = None) -> None:
-        """root: a path or an fsspec URI; storage: how object storage is reached (credentials: the environment).
+        """root: a path or an fsspec URI. storage: how object storage is reached; credentials are in the environment.
 
-        Raises AddressError where fsspec knows no such kind of store, or wants a package for it that is not installed.
+        Raises AddressError if fsspec does not know the kind of store, or needs a package that is not installed.
         """
         self._storage = storage or Storage()
         try:
@@ -72,7 +72,7 @@ class Store:
         self._buckets: dict[str, Bucket] = {}
         folder = self.path.rstrip("/") + "/"
         self.prefix: str = folder if self.is_local else str(fs.unstrip_protocol(folder))
-        """What an address begins with: uri(key) is prefix + key."""
+        """The start of every address in this store: uri(key) is prefix + key."""
 
     def __repr__(self) -> str:
         return f"Store({self.uri('')!r})"
@@ -81,26 +81,26 @@ class Store:
         return Store, (self.uri(""), self._storage)
 
     def uri(self, key: str) -> str:
-        """The address of a key: an absolute path on local disk, else a URI."""
+        """Returns the address of a key: an absolute path on a local disk, else a URI. Raises ValueError for `..`."""
         if key:
             return self.prefix + _inside(key)
         return self.path if self.is_local else str(self.fs.unstrip_protocol(self.path))
 
     def key_of(self, uri: str) -> str | None:
-        """The key below this root of an address in the same file system; None where it lies elsewhere."""
+        """Returns the key of an address below this root; None if the address lies elsewhere."""
         if uri.startswith(self.prefix):
             return uri[len(self.prefix) :]
         path, prefix = self.path_of(uri), self.path.rstrip("/") + "/"
         return path[len(prefix) :] if path.startswith(prefix) else None
 
     def path_of(self, uri: str) -> str:
-        """The path of an address in this file system: bucket and key, or the local path; else the address."""
+        """Returns the path of an address in this file system (bucket and key, or a local path), else the address."""
         scheme, separator, _ = uri.partition("://")
         is_foreign = separator and scheme not in _protocols(self.fs)
         return uri if is_foreign else str(self.fs._strip_protocol(uri))
 
     def overlaps(self, other: Store) -> bool:
-        """Whether one of the two roots is the other or lies in it; symbolic links are followed, s3a is s3."""
+        """Whether one of the two roots is the other, or lies in it. Symbolic links are followed; s3a equals s3."""
         if type(self.fs) is not type(other.fs):
             return False
         roots = [os.path.realpath(store.path) if store.is_local else store.path for store in (self, other)]
@@ -108,13 +108,13 @@ class Store:
         return first.startswith(second) or second.startswith(first)
 
     def read(self, key: str) -> bytes:
-        """The whole object."""
+        """Reads a whole object."""
         return self._read(self._path(key))
 
     def open(self, key: str) -> BinaryIO:
-        """The object as a file to seek and read in, for one of which a part is wanted, or that is larger than memory.
+        """Opens an object as a seekable file, to read parts of it, or more than fits in memory.
 
-        Elsewhere than on a local disk each read is a request. The object must not be replaced meanwhile.
+        Except on a local disk, each read is a request. The object must not be replaced meanwhile.
         """
         path = self._path(key)
         if self.is_local:
@@ -128,9 +128,9 @@ class Store:
         return cast(BinaryIO, RangeReader(read, self.info(key).size or 0))
 
     def read_uri(self, uri: str) -> bytes:
-        """The whole object at an address, inside or outside this root; see store_of.
+        """Reads the whole object at an address, inside or outside this root; see store_of.
 
-        Raises AddressError where it names another bucket than this store's, and there is none: this store can be used.
+        Raises AddressError where the address names another bucket that does not exist: this store can still be used.
         """
         store = self.store_of(uri)
         path = store.path_of(uri)
@@ -142,28 +142,28 @@ class Store:
             raise AddressError(f"{uri}: there is no such bucket") from None
 
     def store_of(self, uri: str) -> Store:
-        """The store to read an address from: this one for its own file system, else the object store that it names.
+        """Returns the store to read an address from: this one for its own file system, else the named object store.
 
-        Raises AddressError for other addresses: a table in a bucket has no say in what is read from a machine's disk.
+        Raises AddressError for other addresses, so that a table in a bucket cannot make alfa read a local disk.
         """
         scheme, separator, rest = uri.partition("://")
         if not separator or scheme in _protocols(self.fs):
             return self
         if scheme not in _OBJECT_STORES:
-            raise AddressError(f"{uri} is not read from {self.uri('')}; an image may lie there, or in s3, gs or az")
+            raise AddressError(f"{uri} is not read: images must lie in {self.uri('')}, or in s3, gs or az")
         return open_store(f"{scheme}://{rest.partition('/')[0]}", self._storage)
 
     def write(self, key: str, data: bytes | Path) -> None:
-        """Creates or replaces the object in one step: after a crash either the old or the new one is there, whole.
+        """Creates or replaces an object in one step: after a crash, either the old or the new one is there as a whole.
 
-        data: the bytes, or a local file, which need not fit in memory.
+        data: bytes, or a local file, which need not fit in memory.
         """
         with _as_store_error(self, key):
             if self.is_local:
                 self._write_local(key, data, replace=True)
                 return
             path, kind = self._path(key), _CONTENT_TYPES.get(posixpath.splitext(key)[1])
-            # Without its type, a browser saves what a bucket serves instead of showing it.
+            # Without a content type, a browser downloads a report from a bucket instead of showing it.
             headers = {"ContentType": kind} if kind and self.is_s3 else {}
             data = _in_memory(data)
             if isinstance(data, Path) and self.is_s3:
@@ -174,9 +174,9 @@ class Store:
                 patiently(self.fs.pipe_file)(path, data, **headers)
 
     def create(self, key: str, data: bytes | Path) -> bool:
-        """Writes the object only if there is none (S3: If-None-Match). Returns whether it was this call that did.
+        """Writes an object only if there is none (S3: If-None-Match). Returns whether this call created it.
 
-        data: as in write. Contenders must write different data (an owner, a time).
+        data: as in write. Contenders must write different data, such as an owner or a time.
         """
 
         with _as_store_error(self, key):
@@ -191,11 +191,11 @@ class Store:
                 # s3fs has no exception of its own for an If-None-Match that did not match.
                 if code_of(error) != "PreconditionFailed":
                     raise
-        # A request whose answer was lost is sent again (by aiohttp too, unasked), and meets its own object.
+        # A request whose answer was lost is repeated (aiohttp does so by itself), and then finds its own object.
         return self.holds(key, data)
 
     def holds(self, key: str, data: bytes | Path) -> bool:
-        """Whether the object is there and has this content."""
+        """Whether an object exists and has this content."""
         try:
             if isinstance(data, bytes):
                 return self.read(key) == data
@@ -206,7 +206,7 @@ class Store:
             return False
 
     def version(self, key: str) -> str | None:
-        """What `replace` compares: another one for each object that is written here; None where there is none."""
+        """Returns the version of an object for `replace`: it changes with every write. None if there is no object."""
         if self.is_local:
             return _local_version(Path(self._path(key)))
         try:
@@ -215,11 +215,11 @@ class Store:
             return None
 
     def replace(self, key: str, data: bytes | Path, version: str | None) -> bool:
-        """Writes the object only if it is still of this version (None: there is none yet). Returns whether it was.
+        """Writes an object only if it still has this version (None: only if there is none). Returns whether it did.
 
-        data: as in write. In one step on S3 (If-Match; `alfa check` tells whether the store honours it) and on a local
-        disk (a lock that holds between processes of one host); in other stores it is compared first, then written.
-        Writers must write different data (an owner, a time).
+        On S3 this is one step (If-Match; `alfa check` tells whether the store honours it), and so it is on a local disk
+        (a lock between the processes of one host). Other stores compare first and then write. data: as in write;
+        writers must write different data, such as an owner or a time.
         """
         if version is None:
             return self.create(key, data)
@@ -237,16 +237,16 @@ class Store:
         return True
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there, asked anew (no cached listing)."""
+        """Whether an object exists. Asks the store each time."""
         with _as_store_error(self, key):
             try:
                 self.info(key)
-            except LOST:
+            except NOT_FOUND:
                 return False
             return True
 
     def info(self, key: str) -> ObjectInfo:
-        """Size and version of one object, as a listing gives them."""
+        """Returns size, version and time of one object, as a listing gives them."""
         if self.is_local:
             status = os.stat(self._path(key))
             return ObjectInfo(key, status.st_size, local_etag(status.st_mtime_ns, status.st_size), status.st_mtime)
@@ -255,12 +255,15 @@ class Store:
             return describe(key, patiently(self.fs.info)(self._path(key)))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Every object below a folder, streamed in a steady order, sub-folders included; none where it is missing."""
+        """Streams every object below a folder and its sub-folders, always in the same order.
+
+        A missing folder is empty.
+        """
         for page in self.pages(prefix):
             yield from page.objects()
 
     def pages(self, prefix: str = "") -> Iterator[Page]:
-        """What list gives, some thousand objects at a time, for who lists millions."""
+        """Lists as `list` does, but some thousand objects at a time: use it for listings of millions."""
         with _as_store_error(self, prefix):
             top = self._path(prefix) if prefix else self.path
             if self.is_local:
@@ -274,13 +277,13 @@ class Store:
                 yield Page.of([describe(str(path)[len(root) :], info) for path, info in found])
 
     def leftovers(self) -> Iterator[ObjectInfo]:
-        """What writers that died have left of unfinished objects: local disks alone have such files."""
+        """Lists the unfinished files that dead writers have left. Only local disks have such files."""
         if self.is_local:
             for page in walk_local(f"{self.path}/{STAGING}", f"{STAGING}/"):
                 yield from page.objects()
 
     def probe(self) -> None:
-        """Raises StoreError where the store as a whole does not answer, rather than one object."""
+        """Raises StoreError if the whole store does not answer, to tell that from a fault of one object."""
         try:
             next(self.list(), None)
         except StoreError:
@@ -289,7 +292,7 @@ class Store:
             raise StoreError(f"{self.uri('')} does not answer ({type(error).__name__}: {error})") from error
 
     def delete(self, key: str) -> None:
-        """Removes the object; one that is not there is no error."""
+        """Removes an object; a missing object is no error."""
         with _as_store_error(self, key), contextlib.suppress(FileNotFoundError):
             patiently(self.fs.rm_file)(self._path(key))
 
@@ -304,11 +307,11 @@ class Store:
                     return data
             try:
                 return bytes(patiently(self.fs.cat_file)(path))
-            except ValueError as error:  # a NUL, or what no encoding of names can hold
+            except ValueError as error:  # a NUL, or characters that cannot be encoded
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None
 
     def _bucket_of(self, path: str) -> tuple[Bucket, str]:
-        """The bucket of a path, and the object's name in it."""
+        """Returns the bucket of a path, and the object's name in it."""
         name, _, key = path.partition("/")
         if name not in self._buckets:
             self._buckets[name] = Bucket(name, self.fs)
@@ -333,7 +336,7 @@ class Store:
                 _in_folder(target, lambda: os.replace(staged, target))
                 return True
             try:
-                # A hard link fails where the target exists, and shows the whole file at once: rename would overwrite.
+                # A hard link fails if the target exists, and shows the whole file at once; a rename would overwrite.
                 _in_folder(target, lambda: os.link(staged, target))
             except FileExistsError:
                 return False
@@ -372,7 +375,7 @@ class Store:
         except OSError as error:
             if code_of(error) != "PreconditionFailed":
                 raise
-            # As in create: the answer may have been lost, and the second request met the first one's object.
+            # As in create: if the first answer was lost, the repeated request finds the object of the first.
             return self.holds(key, data)
         return True
 
@@ -394,7 +397,7 @@ def _fs_options(root: str, storage: Storage) -> dict[str, Any]:
             **({"s3": {"addressing_style": "path"}} if endpoint else {}),
         },
         "use_listings_cache": False,
-        "max_concurrency": 1,  # above it, every read begins with a HEAD, whose denial has no code
+        "max_concurrency": 1,  # above 1, every read begins with a HEAD request, whose denial carries no error code
     }
 
 
@@ -403,7 +406,7 @@ def _protocols(fs: fsspec.AbstractFileSystem) -> tuple[str, ...]:
 
 
 def _in_folder(path: str, act: Callable[[], _T]) -> _T:
-    """Makes the folder of path where that is what act lacks: nearly always it is there."""
+    """Calls act; if the folder of path is missing, which is rare, makes it and calls act again."""
     try:
         return act()
     except FileNotFoundError:
@@ -412,12 +415,12 @@ def _in_folder(path: str, act: Callable[[], _T]) -> _T:
 
 
 def _in_memory(data: bytes | Path) -> bytes | Path:
-    """The content of a small file, as S3 takes it in one request."""
+    """Reads a file that is small enough for one S3 request into memory; returns other data unchanged."""
     return data.read_bytes() if isinstance(data, Path) and data.stat().st_size <= s3.PART_BYTES else data
 
 
 def _local_version(path: Path) -> str | None:
-    # Every write makes a new file, so its number tells apart what came within one tick of the clock.
+    # Every write makes a new file, so the inode number distinguishes writes within one tick of the clock.
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -433,8 +436,7 @@ def _inside(key: str) -> str:
 
 @contextlib.contextmanager
 def _as_store_error(store: Store, key: str) -> Iterator[None]:
-    """Turns what makes the whole store unusable into StoreError, with what to do about it, and what clients of object
-    stores raise besides OSError into OSError."""
+    """Turns errors of the whole store into StoreError with advice, and other errors of its clients into OSError."""
     try:
         yield
     except OSError as error:
@@ -454,12 +456,12 @@ def _as_store_error(store: Store, key: str) -> Iterator[None]:
             ) from error
         if not is_transient(error):
             raise
-        message = f"{store.uri(key)} did not come through in several attempts: {type(error).__name__}: {error}"
+        message = f"{store.uri(key)} failed in several attempts: {type(error).__name__}: {error}"
         raise OSError(errno.EIO, message) from error
 
 
 def _denial_of(store: Store) -> str | None:
-    """A HEAD that is denied says nothing of the reason; a listing does."""
+    """Finds the reason of a denial with a listing, because a denied HEAD request carries none."""
     bucket = store.path.partition("/")[0]
     try:
         patiently(store.fs.call_s3)("list_objects_v2", Bucket=bucket, MaxKeys=1)
@@ -470,5 +472,5 @@ def _denial_of(store: Store) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def open_store(root: str, storage: Storage) -> Store:
-    """A store shared by all callers of this process: connections and credentials are set up once."""
+    """Opens a store. Callers in one process share it, so that connections and credentials are set up once."""
     return Store(root, storage)

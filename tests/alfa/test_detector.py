@@ -80,7 +80,9 @@ def test_equal_keys_are_equal_features(encoder: Encoder) -> None:
     prompts = [first.embed(ENSEMBLES[0])] * 2
     same = Detector(encoder, Method(aligner="value", adaptation="none", local_weight=0.2, ridge_lambda=3.0))
     assert same.features_key == first.features_key
-    for one, other in zip(same.judge(first.features(pixels), prompts), same.detect(pixels, prompts), strict=True):
+    for one, other in zip(
+        same.score_features(first.features(pixels), prompts), same.detect(pixels, prompts), strict=True
+    ):
         assert_same(one, other)
     others = [
         Detector(encoder, Method(aligner="raw")),

@@ -37,12 +37,12 @@ def test_tiles_are_blended_as_a_slow_reference_does(encoder: Encoder, at_once: i
     prompts = replace(detector.embed(NUT), memory=memory)
     tiling = Tiling((5, 9), (4, 4), ((0, 0), (1, 0), (0, 3), (0, 5), (1, 5)))
     (found,) = detector.start_tiled(whole, torch.stack(tiles), tiling, prompts, at_once)()
-    leaning = detector._lean(encoder.encode_images(whole[None], (3,)).embedding, [prompts])
+    adapted = detector._adapt_prompts(encoder.encode_images(whole[None], (3,)).embedding, [prompts])
     ramp = [1, 2, 2, 1]
     sums, weights = np.zeros((2, 5, 9)), np.zeros((5, 9))
     for pixels, (top, left) in zip(tiles, tiling.places, strict=True):
         features = detector.features(pixels[None])
-        parts = detector._look(features, leaning.sides, [prompts], features.fingerprints)[0, :2].view(2, 4, 4)
+        parts = detector._score_patches(features, adapted.sides, [prompts], features.fingerprints)[0, :2].view(2, 4, 4)
         for row in range(4):
             for column in range(4):
                 weight = ramp[row] * ramp[column]

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from jobs.diff import run_diff
 from pipeline.lake import publish_night, read_commit
-from pipeline.report import gather
+from pipeline.report import load_report
 from pipeline.scoring import quantile_thresholds
 from pipeline.storage import Run, Store, encode_shard, paths, read_shards
 from schemas.job import dump_job_yaml, parse_job
@@ -156,7 +156,7 @@ def find_thresholds(output: Store, night: str, shards: list[str]) -> None:
 def report(output: Store, night: str, shards: list[str]) -> None:
     commit = read_commit(output, night)
     assert commit is not None
-    gather(output, commit)
+    load_report(output, commit)
 
 
 def diff(output: Store, night: str, shards: list[str]) -> None:

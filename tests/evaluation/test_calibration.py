@@ -86,11 +86,11 @@ def test_a_table_reads_back_and_serves_the_job_it_was_made_for(table: ThresholdT
 @pytest.mark.parametrize(
     ("overrides", "weights", "classes", "message"),
     [
-        (["method.adaptation=none"], "a", ["nut"], "method.adaptation is mean there, none here"),
-        (["model.image_size=480"], "a", ["nut"], "model.image_size is None there, 480 here"),
-        (["references.images=train"], "a", ["nut"], "references is None there"),
+        (["method.adaptation=none"], "a", ["nut"], "method.adaptation is mean in the table, none in the job"),
+        (["model.image_size=480"], "a", ["nut"], "model.image_size is None in the table, 480 in the job"),
+        (["references.images=train"], "a", ["nut"], "references is None in the table"),
         ([], "b", ["nut"], "weights of alfa-small"),
-        ([], "a", ["nut", "pill"], "no thresholds of pill .it has nut."),
+        ([], "a", ["nut", "pill"], "no thresholds for pill, only for nut"),
     ],
 )
 def test_a_table_of_another_model_or_method_is_refused(
@@ -103,7 +103,7 @@ def test_a_table_of_another_model_or_method_is_refused(
 @pytest.mark.parametrize("change", [{"schema_version": 9}, {"classes": {"nut": {}}}, {"surprise": 1}])
 def test_a_file_that_is_no_table_is_refused(table: ThresholdTable, change: dict[str, Any]) -> None:
     broken = {**table.model_dump(mode="json"), **change}
-    with pytest.raises(ThresholdError, match=r"t.json is no table of thresholds"):
+    with pytest.raises(ThresholdError, match=r"t.json is not a valid table of thresholds"):
         parse_table(json.dumps(broken).encode(), "t.json")
 
 

@@ -90,7 +90,7 @@ def test_after_a_fault_s3fs_serves_for_a_while_and_longer_each_time(
         now[0] += 2.0
         assert not is_read_by_s3fs()
     ends = [said.rpartition("; ")[2] for said in caplog.messages]
-    assert ends == ["by s3fs for 60 s, which is slower", "by s3fs for 120 s, which is slower"]
+    assert ends == ["using s3fs for 60 s, which is slower", "using s3fs for 120 s, which is slower"]
 
 
 @pytest.mark.parametrize(("lifetime_min", "asked"), [(0, 3), (10, 0)])

@@ -75,8 +75,8 @@ def test_a_head_that_does_not_answer_is_one_clear_line_when_time_is_up() -> None
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = f"127.0.0.1:{deaf.getsockname()[1]}"
         assert refusal(address, 3.0) == (
-            f"the Ray cluster at {address} cannot be joined: no answer for 3 s; see whether its head runs, and whether "
-            f"engine.address and RAY_ADDRESS are right"
+            f"the Ray cluster at {address} cannot be joined: no answer for 3 s; check that its head runs, and that "
+            f"engine.address or RAY_ADDRESS is right"
         )
 
 

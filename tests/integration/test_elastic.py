@@ -134,7 +134,7 @@ def test_a_node_with_other_weights_is_left_out_while_another_works(
     cluster.add_node(num_cpus=1, labels={"weights": "other"})
     cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
-    said = "is left out; the others do its work: not the weights"
+    said = "is excluded, and others do its work: not the weights"
     names = takewhile(lambda _: said not in caplog.text, (f"works-{number:05}" for number in count()))
     done = score(make_pool(cluster, tmp_path, 1000, actors=2), names)
     assert said in caplog.text and done == [f"works-{number:05}" for number in range(len(done))]

@@ -52,17 +52,17 @@ def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: 
     for name, photo in zip(("a", "b", "c"), PHOTOS, strict=False):
         bucket.write(f"hazelnut/{name}.jpg", photo.read_bytes())
     bucket.write("hazelnut/broken.jpg", b"broken")
-    assert "4 images listed: 0 have a score from another night" in score(FIRST)
+    assert "4 images listed: 0 were scored in another night" in score(FIRST)
     assert names_of(FIRST) == ["a.jpg", "b.jpg", "broken.jpg", "c.jpg"]
 
     bucket.write("hazelnut/a.jpg", PHOTOS[3].read_bytes())
     bucket.write("hazelnut/d.jpg", PHOTOS[4].read_bytes())
     bucket.delete("hazelnut/b.jpg")
-    assert "4 images listed: 1 have a score from another night" in score(SECOND)
+    assert "4 images listed: 1 were scored in another night" in score(SECOND)
     assert names_of(SECOND) == ["a.jpg", "broken.jpg", "d.jpg"]
 
     last = score(THIRD, "dataset.retry_nights=1")
-    assert "4 images listed: 3 have a score from another night, 1 failed in 2 nights and are given up" in last
+    assert "4 images listed: 3 were scored in another night, 1 failed in 2 nights and are given up" in last
     commit = read_commit(output, THIRD)
     assert commit is not None and commit.rows == 0 and names_of(THIRD) == []
     assert re.search(r"rate  nothing was left to score", last)
@@ -85,7 +85,7 @@ def test_nights_with_arrivals_changes_and_removals(s3: ObjectStorage, tmp_path: 
         ("d.jpg", "ok", SECOND),
     ]
     rebuilt = alfa_alone("ledger", "s3://lake/incremental", "--rebuild")
-    assert rebuilt.returncode == 0 and "3 nights were made from their rows anew: no difference" in rebuilt.stdout
+    assert rebuilt.returncode == 0 and "3 nights were made anew from their rows: no difference" in rebuilt.stdout
 
 
 def test_old_nights_lose_their_shards_on_s3_or_go_as_a_whole(s3: ObjectStorage) -> None:

@@ -225,4 +225,4 @@ def test_the_schema_of_jobs_describes_keys_to_editors() -> None:
 @pytest.mark.parametrize("arguments", [[], ["--job", "--dialect", "duckdb"]])
 def test_a_schema_is_of_one_thing(arguments: list[str]) -> None:
     refused = alfa("schema", *arguments)
-    assert (refused.returncode, refused.stderr) == (2, "alfa: schema wants either --dialect or --job\n")
+    assert (refused.returncode, refused.stderr) == (2, "alfa: schema needs either --dialect or --job\n")

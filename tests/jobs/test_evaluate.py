@@ -143,7 +143,7 @@ def test_a_table_with_labels_and_masks_and_a_broken_image(tmp_path: Path) -> Non
         (["--images", str(DEMO), "--compare", "dataset.max_pixels=5"], "the same images"),
         (["--images", str(DEMO), "--preset", "mvtek"], "'mvtek' is not one of 'mvtec', 'visa'"),
         (["--run", "2026-01-02-0123"], "there is no run 2026-01-02-0123"),
-        (["--run", "2026-01-02-0123", "--images", "x"], "--run wants --output"),
+        (["--run", "2026-01-02-0123", "--images", "x"], "--run needs --output"),
     ],
 )
 def test_bad_usage_is_exit_code_2_and_a_clear_line(arguments: list[str], message: str, tmp_path: Path) -> None:

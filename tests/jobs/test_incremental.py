@@ -45,7 +45,7 @@ def test_a_night_with_nothing_new_is_published_empty_without_ray(folder: Path) -
     sets = ("--set", "dataset.select=new", "--set", "lake.format=iceberg")
     done = alfa("score", *where, *sets, RAY_ADDRESS="127.0.0.1:1")  # no Ray answers there
     assert done.returncode == 0, done.stderr
-    assert "6 images listed: 6 have a score from another night" in done.stderr
+    assert "6 images listed: 6 were scored in another night" in done.stderr
     assert "new  0; 6 listed, 6 scored in other nights, 0 given up" in done.stdout
     assert "images  0, 0 ok; errors: none" in done.stdout and "nothing was left to score" in done.stdout
     output = Store(str(folder / "out"))
@@ -54,7 +54,7 @@ def test_a_night_with_nothing_new_is_published_empty_without_ray(folder: Path) -
     stats = json.loads(output.read(paths.run_key(commit.run_id, "stats.json")))
     assert stats["state"] == "done" and stats["selection"] == {"listed": 6, "scored": 6, "given_up": 0}
     page = output.read(paths.report_key(commit.run_id)).decode()
-    assert "Nothing was new." in page and "Of 6 images listed, 6 have a score from another night" in page
+    assert "Nothing was new." in page and "Of 6 images listed, 6 were scored in another night" in page
     assert not list(output.list(f"scores/run_date={SECOND}"))
     assert run_score(job_of(folder, SECOND), Console(quiet=True)) == 0 and not ray.is_initialized()
     assert read_commit(output, SECOND) == commit

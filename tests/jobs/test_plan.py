@@ -116,7 +116,7 @@ def test_classes_that_the_llm_is_asked_for_are_named_with_what_others_have_cost(
         output.write(f"prompts/{name}/x.json", PromptSet.model_validate(made.model_dump()).model_dump_json().encode())
     text, plan = said(job, capsys)
     assert plan["usage_a_class"] == {"calls": 1, "prompt_tokens": 200, "completion_tokens": 10, "cost_usd": 0.002}
-    assert "about 420 tokens, about 0.0040 USD, as for the classes before" in text
+    assert "about 420 tokens, about 0.0040 USD, going by earlier classes" in text
 
 
 def test_a_run_that_is_published_or_under_way_is_recognised(folder: Path) -> None:

@@ -44,7 +44,7 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     assert re.search(r"^   time  [\d.]+ s in total", done.stdout, re.MULTILINE)
     assert "12 ok; errors: 1" in done.stdout and "model  alfa-small" in done.stdout
     assert "left out by suffix: 1 .nef" in done.stderr and "skipped  by suffix: 1 .nef" in done.stdout
-    assert "Left out by suffix, as no images: 1 .nef." in next(folder.rglob("index.html")).read_text()
+    assert "Left out by suffix, as not being images: 1 .nef." in next(folder.rglob("index.html")).read_text()
     assert json.loads(next(folder.rglob("stats.json")).read_text())["left_out"] == {".nef": 1}
     return folder / "in", folder / "out"
 

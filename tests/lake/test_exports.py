@@ -169,7 +169,7 @@ def test_by_default_an_export_lies_in_the_output(night: tuple[Path, Path, list[d
     ("arguments", "message"),
     [
         (["2026-01-03", "--to", "coco"], "night 2026-01-03 is not published"),
-        ([f"{NIGHT}-bbb", "--to", "coco"], f"belongs to {NIGHT}-aaa"),
+        ([f"{NIGHT}-bbb", "--to", "coco"], f"published by {NIGHT}-aaa"),
         (["yesterday", "--to", "coco"], "neither a night"),
         ([NIGHT, "--to", "voc"], "'coco', 'fiftyone', 'labelstudio'"),
     ],

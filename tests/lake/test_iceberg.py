@@ -161,7 +161,7 @@ def test_a_catalog_that_is_away_is_waited_for(tmp_path: Path, caplog: pytest.Log
 
     class Back(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            if "is away or busy" in record.getMessage():
+            if "does not answer or is busy" in record.getMessage():
                 catalog.rollback()
 
     handler = Back()

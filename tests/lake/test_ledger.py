@@ -139,7 +139,7 @@ def test_rebuilding_finds_no_difference_or_mends_it(tmp_path: Path, capsys: pyte
     publish(output, SECOND, {b: "ok", c: "ok"}, run="another")
     console = Console(file=text, width=120)
     assert run_ledger(output, console, rebuild=True) == 0
-    assert "3 nights were made from their rows anew: no difference" in text.getvalue()
+    assert "3 nights were made anew from their rows: no difference" in text.getvalue()
     assert "1 files belong to no commit" in text.getvalue()
     first, second = (ledger.key for ledger in find_ledgers(output)[:2])
     output.write(second, output.read(first))

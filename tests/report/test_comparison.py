@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.report import gather, render
+from pipeline.report import load_report, render
 from pipeline.report.loading import MOST_CHANGES
 from pipeline.storage import Store
 from schemas.records import Commit
@@ -33,7 +33,7 @@ def night(folder: Path, date: str, scores: Mapping[str, float | None], **stats: 
 
 
 def read(folder: Path, commit: Commit) -> tuple[Any, Page]:
-    report = gather(Store(str(folder / "out")), commit)
+    report = load_report(Store(str(folder / "out")), commit)
     return report.comparison, Page(render(report))
 
 
@@ -78,7 +78,7 @@ def test_the_first_night_has_nothing_to_be_compared_with(two_nights: tuple[Path,
     folder, (first, _) = two_nights
     found, page = read(folder, first)
     assert found.before is None and found.fault is None and not found.trend
-    assert "The first night here: there is none to compare it with yet." in page.words and "Since" not in page.words
+    assert "This is the first night, so there is none to compare it with." in page.words and "Since" not in page.words
 
 
 def test_a_night_is_compared_with_the_last_published_one(two_nights: tuple[Path, list[Commit]]) -> None:

@@ -146,7 +146,7 @@ def test_a_night_of_other_photos_is_compared_by_rates_and_not_by_verdicts(tmp_pa
     said = dict(zip(head, row, strict=True))
     assert (said["anomalous"], said["share"], said["verdict"]) == ("5 > 7", "50.0% > 77.8%", "steady")
     assert "1 was normal, 0 new photo, 0 normal again" in text.getvalue()
-    assert "mostly other photos than the night before" in text.getvalue()
+    assert "most photos are new since the night before" in text.getvalue()
 
 
 def test_diff_compares_the_last_two_nights_and_fails_on_drift_alone_when_asked(tmp_path: Path) -> None:

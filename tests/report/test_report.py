@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from jobs.report import report_night, run_report
-from pipeline.report import ReportError, gather, render, write_report
+from pipeline.report import ReportError, load_report, render, write_report
 from pipeline.report.loading import MOST_EXHIBITS, MOST_FAILURES, MOST_IMAGES, fair_shares, shrink_map
 from pipeline.storage import Store
 from schemas.records import Commit
@@ -21,7 +21,7 @@ from tests.report.page import HOSTILE, Page
 
 
 def read(folder: Path, commit: Commit) -> Page:
-    return Page(render(gather(Store(str(folder)), commit)))
+    return Page(render(load_report(Store(str(folder)), commit)))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_text_from_outside_stays_text(tmp_path: Path, text: str) -> None:
     commit = publish(
         tmp_path / "out", photos, rows, [described.model_copy(update={"model": text})], versions={text: text}
     )
-    html = render(gather(Store(str(tmp_path / "out")), commit))
+    html = render(load_report(Store(str(tmp_path / "out")), commit))
     page = Page(html)
     tags = [tag for tag, _ in page.elements]
     assert tags.count("script") == 2 and "img" not in tags and html.count("</script") == 2
@@ -177,7 +177,7 @@ def test_the_page_is_bounded_and_says_what_it_leaves_out(tmp_path: Path) -> None
     rows += [failed(f"bad/{n}.jpg", "nut", photos, "x" * 400) for n in range(600)]
     save_photo(photos / "10999.jpg", 1)
     save_photo(photos / "10998.jpg", 2)
-    report = gather(Store(str(tmp_path / "out")), publish(tmp_path / "out", photos, rows))
+    report = load_report(Store(str(tmp_path / "out")), publish(tmp_path / "out", photos, rows))
     assert (len(report.images), len(report.failures), len(report.exhibits)) == (
         MOST_IMAGES,
         MOST_FAILURES,
@@ -218,7 +218,7 @@ def test_a_finished_night_is_rendered_anew_and_what_is_not_published_is_refused(
     place.write_text("old")
     assert report_night(output, commit, anew=False) == str(place) and place.read_text() == "old"
     assert run_report(output, commit.run_id, None, console) == 0 and "Night of" in place.read_text()
-    with pytest.raises(ReportError, match="is published by run"):
+    with pytest.raises(ReportError, match="was published by run"):
         run_report(output, f"{NIGHT}-{'b' * 12}", None, console)
     with pytest.raises(ReportError, match="is not published"):
         run_report(output, None, "2025-01-01", console)
@@ -227,7 +227,7 @@ def test_a_finished_night_is_rendered_anew_and_what_is_not_published_is_refused(
 def test_a_report_that_fails_is_a_warning(night: tuple[Path, Commit], caplog: pytest.LogCaptureFixture) -> None:
     (night[0] / "runs" / night[1].run_id / "job.yaml").unlink()
     output = Store(str(night[0]))
-    with pytest.raises(ReportError, match=r"job\.yaml is not there"):
+    with pytest.raises(ReportError, match=r"job\.yaml is missing"):
         write_report(output, night[1])
     assert report_night(output, night[1], anew=True) is None
     assert "the night is published, but its report could not be written" in caplog.text

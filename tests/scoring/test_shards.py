@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.scoring import HASHED, cut_shards, identify_shards, write_manifest
+from pipeline.scoring import SHARD_ID_COLUMNS, cut_shards, identify_shards, write_manifest
 from schemas.tables import MANIFEST
 
 
@@ -33,7 +33,7 @@ def test_shards_depend_on_images_not_on_how_they_were_listed() -> None:
 def test_shards_are_identified_as_they_are_cut() -> None:
     """Also by the two columns alone, and by the very ids that finished nights are stored under."""
     batches = [batch(0, 10), batch(10, 0), batch(10, 11)]
-    ids = list(identify_shards((item.select(HASHED) for item in batches), 8))
+    ids = list(identify_shards((item.select(SHARD_ID_COLUMNS) for item in batches), 8))
     assert ids == [shard.shard_id for shard in cut_shards(batches, 8)]
     assert ids == ["4822610ec8fbd510", "8c91dbf1a7121902", "1eb65abb10927e83"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import list_images, measure_image, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.scoring import SAMPLED, choose_samples, cut_shards, score_shard, write_manifest, write_samples
+from pipeline.scoring import SAMPLE_COLUMNS, choose_samples, cut_shards, score_shard, write_manifest, write_samples
 from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig, parse_job
 from tests.images.deep_files import as_png, as_pnm, as_tiff, deep
@@ -40,7 +40,7 @@ def score(detector: Detector, job: JobConfig, scratch: Path) -> dict[str, dict[s
     output = Store(job.output.uri)
     manifest = write_manifest(list_images(open_dataset(job.dataset, job.storage)), scratch)
     if job.dataset.bit_depth is None:
-        write_samples("run", choose_samples(manifest.batches(SAMPLED)), output)
+        write_samples("run", choose_samples(manifest.batches(SAMPLE_COLUMNS)), output)
     known = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="t"), lambda _: True))
     prompts, run = dict.fromkeys(manifest.classes, known), Run("run", job, "alfa-small", "0" * 64)
     rows = []

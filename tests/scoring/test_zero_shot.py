@@ -127,7 +127,7 @@ def test_what_cannot_be_scored_is_an_error_that_names_it(detector: ZeroShotDetec
     with pytest.raises(FileNotFoundError, match="gone"):
         detector.predict(tmp_path / "gone.jpg", "hazelnut")
     for pixels in (np.zeros((8, 8, 3)), np.zeros((8, 8, 2), np.uint8), np.zeros(8, np.uint8)):
-        with pytest.raises(ValueError, match=r"uint8 \[height, width, 3\].*these are"):
+        with pytest.raises(ValueError, match=r"uint8, \[height, width, 3\].*these are"):
             detector.predict(pixels, "hazelnut")  # type: ignore[type-var]
     assert detector.predict([], "hazelnut") == []
 

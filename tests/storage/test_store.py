@@ -145,7 +145,7 @@ def test_an_address_leads_to_its_own_store_and_none_to_a_disk_from_elsewhere(tmp
     other = store.store_of("s3://photos/line 1/a.jpg")
     assert (other.uri("x"), other.is_s3) == ("s3://photos/x", True)
     for uri in ("file:///etc/passwd", "http://127.0.0.1:9/a.jpg", "nonsense://a/b.jpg"):
-        with pytest.raises(AddressError, match=f"{uri} is not read from s3://photos"):
+        with pytest.raises(AddressError, match=f"{uri} is not read: images must lie in s3://photos"):
             other.read_uri(uri)
 
 

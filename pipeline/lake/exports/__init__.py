@@ -1,4 +1,4 @@
-"""A published night in the formats of annotation and dataset tools; rows stream, no step holds a night."""
+"""Exports a published night in the formats of annotation and dataset tools. Rows are streamed."""
 
 from pipeline.lake.exports.rows import ExportError, find_night, read_rows
 from pipeline.lake.exports.writers import FORMATS, ExportCount, export_rows

@@ -1,4 +1,4 @@
-"""Rows of a published night, with the masks that they name."""
+"""Reads the rows of a published night with their masks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from schemas.records import Commit
 Row = dict[str, Any]
 
 _BATCH = 64
-"""Rows whose masks are fetched at once."""
+"""Rows whose masks are read ahead."""
 
 _COLUMNS = [
     "image_id",
@@ -37,25 +37,25 @@ _COLUMNS = [
 
 
 class ExportError(ValueError):
-    """There is nothing that could be exported; the message says what is there."""
+    """A night cannot be exported; the message says why."""
 
 
 def find_night(output: Store, run: str) -> Commit:
-    """The commit of a night, by its date or by the id of the run that it belongs to. Raises ExportError."""
+    """Finds the commit of a night by its date, or by the id of the run that published it. Raises ExportError."""
     if not re.match(r"\d{4}-\d\d-\d\d(-|$)", run):
         raise ExportError(f"{run!r} is neither a night (YYYY-MM-DD) nor a run id (YYYY-MM-DD-...)")
     commit = read_commit(output, run[:10])
     if commit is None:
         raise ExportError(f"night {run[:10]} is not published at {output.uri('')}")
     if run not in (run[:10], commit.run_id):
-        raise ExportError(f"run {run} is not published; night {run[:10]} belongs to {commit.run_id}")
+        raise ExportError(f"run {run} is not published; night {run[:10]} was published by {commit.run_id}")
     return commit
 
 
 def read_rows(output: Store, commit: Commit, *, masks: bool) -> Iterator[Row]:
-    """The rows that a commit names, with their class_name and, if asked for, their mask, bool [height, width].
+    """Yields the rows that a commit names, with their class_name and a key `mask`, bool [height, width].
 
-    Only rows with status ok have a mask; the others' is None.
+    `mask` is None for rows with status error, and for all rows if masks is False.
     """
 
     def complete(row: Row) -> Row:

@@ -1,4 +1,4 @@
-"""The formats: COCO results, a FiftyOne dataset, Label Studio tasks."""
+"""Writes exports: COCO results, a FiftyOne dataset, Label Studio tasks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pipeline.lake.exports.rows import ExportError, Row
 from schemas.records import Commit
 
 ANOMALY = "anomaly"
-"""Name of a region whose defect nobody has described."""
+"""The name of a region without a described defect."""
 
 
 @dataclass
 class ExportCount:
-    """What went into an export, and what was left out because it has no scores."""
+    """Counts of an export. errors: rows that were left out because they have no score."""
 
     images: int = 0
     regions: int = 0
@@ -33,9 +33,10 @@ class ExportCount:
 def export_rows(
     kind: str, rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path
 ) -> ExportCount:
-    """Writes the files of a format into a local folder; error rows are left out and counted.
+    """Writes the files of a format into a local folder. Error rows are left out and counted.
 
-    kind: one of FORMATS; rows: of read_rows; key_of: the key of an image's address below the dataset, None elsewhere.
+    kind: one of FORMATS. rows: from read_rows. key_of: returns the key of an image's address below the dataset; None
+    for an address elsewhere. Raises ExportError where a package for the format is missing.
     """
     count = ExportCount()
 
@@ -53,9 +54,9 @@ def export_rows(
 
 
 def _write_coco(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
-    """images.json (what pycocotools' COCO reads) and results.json (for its loadRes): a result a region, as RLE.
+    """Writes images.json (for pycocotools' COCO) and results.json (for its loadRes), with one result (RLE) per region.
 
-    The union of an image's results is its mask. Category: class and defect; score: the region's peak.
+    The union of an image's results is its mask. The category is class and defect, the score the region's peak.
     """
     try:
         from pycocotools import mask as coco
@@ -96,9 +97,9 @@ def _write_coco(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str
 
 
 def _write_fiftyone(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
-    """A FiftyOneDataset: metadata.json without `version`, so that fields are inferred, and samples.json.
+    """Writes a FiftyOneDataset: samples.json, and metadata.json without `version`, so that fields are inferred.
 
-    Photos and masks stay where they are. Boxes are relative to the image: x, y, width, height in 0 to 1.
+    Photos and masks stay where they are. Boxes are x, y, width, height relative to the image, 0 to 1.
     """
     info = {"run_id": commit.run_id, "run_date": str(commit.run_date)}
     (folder / "metadata.json").write_text(json.dumps({"media_type": "image", "info": info}, indent=2))
@@ -136,9 +137,9 @@ def _write_fiftyone(rows: Iterable[Row], commit: Commit, key_of: Callable[[str],
 
 
 def _write_label_studio(rows: Iterable[Row], commit: Commit, key_of: Callable[[str], str | None], folder: Path) -> None:
-    """tasks.json with a prediction a photo (rectangles in per cent of the image) and label_config.xml for the project.
+    """Writes tasks.json, with one prediction per photo (rectangles in percent of the image), and label_config.xml.
 
-    A local photo is addressed as Label Studio serves local files, with the document root /.
+    Local photos get the address at which Label Studio serves local files with document root /.
     """
     labels: dict[str, None] = {}
     with _json_list(folder / "tasks.json") as add_task:
@@ -191,7 +192,7 @@ def _rectangle(number: int, region: Mapping[str, Any], row: Row) -> dict[str, An
 
 @contextmanager
 def _json_list(path: Path, before: str = "", after: str = "") -> Iterator[Callable[[Any], None]]:
-    """A JSON list in a file, an item a line, written as its items come."""
+    """Writes a JSON list to a file, one item per line, as the items come. Yields the function that adds an item."""
     with path.open("w", encoding="utf-8") as file:
         separator = "\n"
 
