@@ -161,11 +161,11 @@ def test_a_backfill_submits_the_nights_that_are_missing_and_goes_on_where_it_sto
         for photo in photos:
             shutil.copy(photo, tmp_path / night / "hazelnut")
 
-    def backfill() -> tuple[int, dict[str, str]]:
+    def backfill(*more: str) -> tuple[int, dict[str, str]]:
         done = alfa_alone(
             "backfill", "--images", tmp_path / "{run_date}", "--output", tmp_path / "out", "--set", "engine.lease_s=1",
             "--from", first, "--to", third, "--submit", "--address", head.address, "--stop-on-error",
-            limit_s=600, **head.environment,
+            *more, limit_s=600, **head.environment,
         )  # fmt: skip
         return done.returncode, dict(re.findall(r"│ (2026-\d\d-\d\d) │ (.*?)\s*│", done.stdout))
 
@@ -176,6 +176,9 @@ def test_a_backfill_submits_the_nights_that_are_missing_and_goes_on_where_it_sto
     assert backfill() == (0, dict.fromkeys(nights, "was published"))
     names = sorted(name.removeprefix("alfa-")[:10] for name in jobs_of(head, tmp_path / "out"))
     assert names == [first, first, second, second, third] and rows(tmp_path / "out") == 6
+    before = len(jobs_of(head, tmp_path / "out"))
+    assert backfill("--again") == (0, dict.fromkeys(nights, "published"))
+    assert len(jobs_of(head, tmp_path / "out")) == before + 3 and rows(tmp_path / "out") == 6
 
 
 @pytest.mark.slow
