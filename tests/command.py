@@ -1,4 +1,4 @@
-"""The command line as its users run it: in this process, or in one of its own."""
+"""Runs the command line as users do: in this process, or in a new one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loopback server that speaks the OpenAI chat protocol, counts requests, and fails as it is told."""
+"""A loopback server that speaks the OpenAI chat protocol, counts requests, and fails on demand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished shards of rows that nothing has scored: what all made nights are made of."""
+"""Writes generated rows as finished shards, without scoring anything."""
 
 from __future__ import annotations
 

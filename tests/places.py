@@ -1,4 +1,4 @@
-"""Where tests find what they share with the project."""
+"""Paths of the project's files that tests use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding and killing processes by what they are called."""
+"""Finds and kills processes by name."""
 
 from __future__ import annotations
 

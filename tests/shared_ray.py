@@ -1,4 +1,4 @@
-"""One Ray for the tests of a process, for those that neither kill it nor want one of their own."""
+"""One Ray that the tests of a process share, unless they kill it or need their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom. See pipeline/README.md for the rooms."""
+"""Tests which rooms may import which others. pipeline/README.md describes the rooms."""
 
 from __future__ import annotations
 

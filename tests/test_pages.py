@@ -1,4 +1,4 @@
-"""The pages: short enough to be read, linked from the README, and without links to nowhere."""
+"""Tests the pages: the README is short and links all of them, and no link is broken."""
 
 from __future__ import annotations
 

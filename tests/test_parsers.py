@@ -1,4 +1,4 @@
-"""Whatever people, files or an LLM write: it is understood, or refused with the parser's own error."""
+"""Tests that any input of people, files or an LLM is either understood or refused with the parser's own error."""
 
 from __future__ import annotations
 

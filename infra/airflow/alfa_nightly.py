@@ -1,12 +1,12 @@
 """Airflow 3: submits the night to a Ray head and follows it. The worker needs `alfa` and RAY_AUTH_TOKEN in its environment.
 
-A retry joins the night's job where it still runs, and resumes it where it died. A job that cannot be right (exit code 2) is
-not tried again.
+A retry joins the night's job if it still runs, and resumes it if it died. An invalid job (exit code 2) is not tried
+again.
 
-Where the bucket is laid out by date (dataset.images: s3://factory/photos/{run_date}), set catchup=True: Airflow then runs
-each night that it missed as a run of its own, one after the other, with its own retries. `alfa backfill` does the same for
-those who have no scheduler, so it is not used here. Without dates in the address each of those nights would score all that
-lies in the bucket now, so catchup stays off.
+If the bucket has a folder per date (dataset.images: s3://factory/photos/{run_date}), set catchup=True: Airflow then
+runs each missed night by itself, one after the other, with its own retries. `alfa backfill` does the same without a
+scheduler, so it is not used here. Without a date in the address, each of those nights would score the whole bucket as
+it is now, so catchup is off.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Makes the pictures of the README and of the report anew, from a night of the demo: result.jpg and report.jpg.
 
-`make pictures` runs it. The picture of the report needs chromium and chromedriver (Debian: chromium, chromium-driver);
-where they are missing, it is left as it is and a line says so.
+`make pictures` runs it. The picture of the report needs chromium and chromedriver (Debian: chromium, chromium-driver).
+If they are missing, that picture is left unchanged, and a line says so.
 """
 
 from __future__ import annotations

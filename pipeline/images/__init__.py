@@ -1,4 +1,4 @@
-"""Image datasets and pixels: layouts to manifest rows, safe decoding, masks and their PNG.
+"""Lists images as manifest rows, decodes photos safely, and makes masks and regions from anomaly maps.
 
 In: an address, the bytes of a photo, an anomaly map. Out: manifest rows, uint8 pixels, masks and regions.
 May import: storage, tiling, schemas.

@@ -1,4 +1,4 @@
-"""Colours that a photo means by a profile of its own (Display P3, Adobe RGB, CMYK), as sRGB, which the model knows."""
+"""Converts colours from a photo's own profile (Display P3, Adobe RGB, CMYK) to sRGB, which the model was trained on."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import io
 
 from PIL import Image, ImageCms
 
-_MOST_BYTES = 4_000_000
+_MAX_PROFILE_BYTES = 4_000_000
 
 
 def choose_transform(image: Image.Image) -> ImageCms.ImageCmsTransform | None:
-    """How colours of an opened photo become those of sRGB. None where it has no profile, that of sRGB, or a broken one,
-    as in any viewer."""
+    """Returns the transform from the colour profile of an opened photo to sRGB.
+
+    None if the photo has no profile, that of sRGB, or a broken one, which is ignored as viewers do.
+    """
     profile = image.info.get("icc_profile")
-    if not isinstance(profile, bytes) or not 0 < len(profile) <= _MOST_BYTES:
+    if not isinstance(profile, bytes) or not 0 < len(profile) <= _MAX_PROFILE_BYTES:
         return None
     return _transform(profile, "CMYK" if image.mode == "CMYK" else "RGB")
 

@@ -1,4 +1,4 @@
-"""Bytes -> pixels of the model's size. Whatever the bytes are, the outcome is pixels or an ImageError."""
+"""Decodes bytes to pixels of the model's size. For any bytes, the result is pixels or an ImageError."""
 
 from __future__ import annotations
 
@@ -33,16 +33,18 @@ _INTERPOLATIONS = {
 _MOST_TILES = 1024
 
 _DRAFT_MARGIN = 2
-"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its sides while they stay this many times those that are wanted. Measured
-with alfa-tiny against full decoding, the scores of 59 photos of 1500 x 1000 moved by 0.010 at most (0.0007 on average),
-those of the demo's images enlarged to 12 megapixels by 0.003; with a margin of 1 by 0.011 (0.0015) and 0.002."""
+"""A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, as long as its sides stay this many times the wanted ones.
+
+Measured with alfa-tiny against full decoding, the scores of 59 photos of 1500 x 1000 moved by 0.010 at most (0.0007 on
+average), those of the demo's images enlarged to 12 megapixels by 0.003; with a margin of 1 by 0.011 (0.0015) and 0.002.
+"""
 
 _SIDEWAYS = (5, 6, 7, 8)
-"""EXIF orientations that make a photo's width its height."""
+"""EXIF orientations that swap width and height."""
 
-# max_pixels is checked here, before a pixel is decoded; Pillow's own limit is global and cannot be raised by a job.
+# max_pixels is checked before decoding instead; Pillow's own limit is global, so a job could not raise it.
 Image.MAX_IMAGE_PIXELS = None
-# What is wrong with a file is said in its row; decoders would say it once more on stderr, without its name.
+# The row of an image says what is wrong with it; the warnings of decoders would not even name the file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(OSError, AttributeError):
@@ -52,7 +54,7 @@ with contextlib.suppress(OSError, AttributeError):
 
 
 class ImageError(Exception):
-    """Why an image has no pixels: a type from the closed list, and a message for a person."""
+    """An image has no usable pixels. error_type: one of ErrorType; message: the reason, for a person."""
 
     def __init__(self, error_type: ErrorType, message: str) -> None:
         super().__init__(error_type, message)
@@ -62,11 +64,12 @@ class ImageError(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """pixels: uint8 [height, width, 3], RGB, of the model's size; source size in pixels after EXIF orientation.
+    """A decoded image.
 
-    Where tiles were asked for: tiles [T, height, width, 3], each of the model's size, at the places of tiling.
-    bit_depth: bits of a channel that were taken as black to white; None of fractions. clipped: pixels beyond that.
-    frames: how many frames or pages the file has, of which this is the first; None where that cannot be told.
+    pixels: uint8 [height, width, 3], RGB, of the model's size. source_width, source_height: in pixels after EXIF
+    orientation. tiles, tiling: None without tiles; else tiles [T, height, width, 3], each of the model's size, at the
+    places of tiling. bit_depth: bits of a channel from black to white; None for fractions. clipped: number of pixels
+    beyond that. frames: number of frames or pages of the file; None if they cannot be counted.
     """
 
     pixels: NDArray[np.uint8]
@@ -81,7 +84,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Cut:
-    """How tiles are cut: rows and columns of patches of one, its side and overlap in pixels of the photo."""
+    """How tiles are cut. patches: rows and columns of patches of a tile; size, overlap: in pixels of the photo."""
 
     patches: tuple[int, int]
     size: int
@@ -97,12 +100,15 @@ def decode_image(
     cut: Cut | None = None,
     span: Span | None = None,
 ) -> Decoded:
-    """The whole image, squashed to size (height, width) as the model's pre-processing does, and its tiles if asked for.
+    """Decodes an image, squashes it to size (height, width), as the model's pre-processing does, and cuts its tiles.
 
-    Of whatever format of FORMATS; of several frames or pages the first. EXIF orientation is applied; transparency is
-    put on white. A large JPEG that is not cut is decoded at a reduced size. span: which values of a photo of more than
-    8 bits become black and white, where it does not say so itself; default: what holds this one photo. Raises
-    ImageError alone, whatever the bytes. Waits while other threads decode as much as memory is planned for.
+    Any format of FORMATS is read; of several frames or pages the first. EXIF orientation is applied, and transparency
+    is put on white. A large JPEG that is not cut is decoded at a reduced size. Waits while other threads use up the
+    budget of pixels.
+
+    cut: how to cut tiles; None: no tiles. span: the values that become black and white in a photo of more than 8 bits,
+    unless the file states them; default: a span that fits this photo. Raises ImageError, and no other error for any
+    bytes.
     """
     with _opened(data, max_pixels, max(size) if cut is None else None) as (image, stored):
         frames = _count_frames(image, data)
@@ -112,9 +118,9 @@ def decode_image(
 def fit_image(
     image: Image.Image, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
 ) -> Decoded:
-    """As decode_image, of an image that a caller has in memory already; it is left as it is.
+    """Does what decode_image does for an image in memory, which is not changed.
 
-    Raises ImageError where it has more than max_pixels or its tiles are too many.
+    Raises ImageError where it has more than max_pixels, or too many tiles.
     """
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
@@ -122,7 +128,8 @@ def fit_image(
 
 
 def _count_frames(image: Image.Image, data: bytes) -> int | None:
-    """Frames or pages. Pillow walks through a TIFF or GIF to count them, so that is done on one opened anew."""
+    """Counts frames or pages; None if they cannot be counted. To count those of a TIFF or GIF, Pillow moves through the
+    file, so it is opened once more."""
     if image.format not in ("TIFF", "GIF"):
         return getattr(image, "n_frames", 1)
     try:
@@ -130,12 +137,12 @@ def _count_frames(image: Image.Image, data: bytes) -> int | None:
             return getattr(again, "n_frames", 1)
     except MemoryError:
         raise
-    except Exception:  # a later page is broken; the first may be in order
+    except Exception:  # a later page is broken, but the first may be fine
         return None
 
 
 def measure_image(data: bytes, *, max_pixels: int) -> Extremes | None:
-    """The extreme values of a photo of more than 8 bits that does not say its depth itself; None of any other.
+    """Measures the extreme values of a photo of more than 8 bits that does not say its depth; None for other photos.
 
     Raises ImageError as decode_image does.
     """
@@ -153,7 +160,7 @@ def _fit(
     cut: Cut | None,
     span: Span | None,
 ) -> Decoded:
-    """The model's view of an image, which is changed. stored: its width and height in the file."""
+    """Makes the model's view of an image, which may be changed. stored: its width and height in the file."""
     bits: int | None
     transform = choose_transform(image)
     deep = read_deep(image, data, _turn_upright)
@@ -168,7 +175,7 @@ def _fit(
     upright = shallow if transform is not None and shallow.mode == "CMYK" else _to_rgb(shallow)
 
     def view(box: tuple[float, float, float, float] | None = None) -> Image.Image:
-        seen = upright.resize((size[1], size[0]), how, box=box)  # small first: colours cost by the pixel
+        seen = upright.resize((size[1], size[0]), how, box=box)  # colours are converted afterwards, on fewer pixels
         return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
 
     squashed = view()
@@ -183,9 +190,9 @@ def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:
 
 
 def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
-    """The image as a small JPEG, its longer side `longest` pixels at most, upright and in its own proportions.
+    """Makes an upright JPEG thumbnail, whose longer side has at most `longest` pixels.
 
-    For people's eyes alone: large JPEGs are decoded at a reduced size. Raises ImageError as decode_image does.
+    It is for people only: large JPEGs are decoded at a reduced size. Raises ImageError as decode_image does.
     """
     with _opened(data, max_pixels, longest) as (image, _):
         deep = read_deep(image, data, _turn_upright)
@@ -217,7 +224,10 @@ def _cut(
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:
-    """Ground truth [height, width]: a pixel is anomalous where it is above 0 (VisA's masks hold class ids)."""
+    """Decodes a ground truth mask to bool [height, width].
+
+    Pixels above 0 are anomalous (VisA's masks hold class ids).
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         values = np.asarray(image)
     return values.max(axis=2) > 0 if values.ndim == 3 else values > 0
@@ -225,10 +235,10 @@ def decode_mask(data: bytes) -> NDArray[np.bool_]:
 
 @contextlib.contextmanager
 def _opened(data: bytes, max_pixels: int, wanted: int | None) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
-    """An image before its pixels are decoded, and its stored width and height; its pixels are counted until the block
-    ends, and what its decoding raises becomes an ImageError.
+    """Opens an image without decoding its pixels. Yields it, and its stored width and height.
 
-    wanted: the longer side of what its pixels will be squashed to; large JPEGs then come at a reduced size.
+    Its pixels are counted in PIXELS until the block ends, and errors of decoding become ImageError. wanted: the longer
+    side that is needed; large JPEGs are then decoded at a reduced size.
     """
     if not data:
         raise ImageError(ErrorType.EMPTY, "the file has no bytes")
@@ -243,18 +253,20 @@ def _opened(data: bytes, max_pixels: int, wanted: int | None) -> Iterator[tuple[
                 try:
                     yield image, stored
                 finally:
-                    image.close()  # its pixels go while they are still counted
+                    image.close()  # frees the pixels before the budget is released
                     if image.format == "JPEG2000":
                         trim_small_blocks()
     except ImageError:
         raise
-    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
+    except Exception as error:  # decoders raise all kinds of errors for broken files
         raise _classify(error, data) from None
 
 
 def _turn_upright(image: Image.Image) -> bool:
-    """Decodes, and applies EXIF orientation; whether that made its width its height. Broken EXIF says nothing, as in
-    any viewer, and costs no image."""
+    """Loads an image and applies its EXIF orientation. Returns whether width and height were swapped.
+
+    Broken EXIF is ignored, as viewers do.
+    """
     image.load()
     sideways = False
     try:
@@ -262,7 +274,7 @@ def _turn_upright(image: Image.Image) -> bool:
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # the parser of EXIF raises whatever it stumbles over, after it has turned the pixels
+    except Exception:  # Pillow may raise any error for broken EXIF, after it has rotated the pixels
         pass
     return sideways
 
@@ -281,7 +293,7 @@ def _classify(error: Exception, data: bytes) -> ImageError:
     if isinstance(error, UnidentifiedImageError):
         return ImageError(*explain_unknown(data))
     if isinstance(error, MemoryError):
-        return ImageError(ErrorType.INTERNAL, "there was no memory left to decode it; the file may be in order")
+        return ImageError(ErrorType.INTERNAL, "there was no memory left to decode it; the file may be fine")
     if isinstance(error, EOFError) or any(word in text.lower() for word in _TRUNCATION_WORDS):
         return ImageError(ErrorType.TRUNCATED, f"the file ends too early ({text})")
     return ImageError(ErrorType.CORRUPT, f"the file is damaged ({text})")

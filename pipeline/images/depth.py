@@ -1,4 +1,4 @@
-"""Photos of more than 8 bits a channel: their values, and which of these become black and white."""
+"""Reads photos of more than 8 bits per channel, and chooses which of their values become black and white."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from PIL import Image, ImageFile, TiffImagePlugin
 from pipeline.images.formats import FORMATS
 
 BITS = (8, 10, 12, 14, 16)
-"""Depths that cameras have."""
+"""Depths of cameras, in bits per channel."""
 
 _PIECE = 1 << 18
-"""Pixels that are converted at a time: as a whole, their 64-bit numbers would be gigabytes."""
+"""Pixels that are converted at a time: the 64-bit numbers of a whole photo would take gigabytes."""
 
 _WHITE_TAGS = (281, 341, 50717)
-"""MaxSampleValue, SMaxSampleValue, and WhiteLevel of DNG."""
+"""TIFF tags MaxSampleValue, SMaxSampleValue, and WhiteLevel (DNG)."""
 _BITS_PER_SAMPLE, _PLANAR = 258, 284
 
 _LOWER = {f"{mode};16{order}": f"{mode};16{other}" for mode in ("RGB", "RGBA") for order, other in ("BL", "LB", "NB")}
-"""How Pillow is told to take the lower byte of 16 bits, where it is about to take the upper one (N: little-endian)."""
+"""Pillow's raw modes for 16-bit colour take the upper byte; each maps to the mode that takes the lower one."""
 
 
 class Span(NamedTuple):
-    """The values of a file that become black and white; what lies beyond is cut."""
+    """The values of a file that become black and white. Values beyond them are cut."""
 
     low: float
     high: float
 
     @property
     def bits(self) -> int | None:
-        """The bits that it takes, where it is of whole numbers from 0 on."""
+        """The smallest depth of BITS that holds the span, if it consists of whole numbers from 0 on; else None."""
         if self.low or self.high < 2 or not float(self.high).is_integer():
             return None
         return next((bits for bits in BITS if self.high < 2**bits), None)
@@ -52,15 +52,15 @@ class Extremes(NamedTuple):
 
 
 def depth_span(bits: int) -> Span:
-    """Of whole numbers of so many bits."""
+    """Returns the span of whole numbers with so many bits."""
     return Span(0.0, 2.0**bits - 1)
 
 
 def choose_span(found: Sequence[Extremes]) -> Span:
-    """The one span of photos that belong together: the smallest depth of BITS that holds all of them.
+    """Chooses one span for photos that belong together: the smallest depth of BITS that holds all of their values.
 
-    Of fractions, and of whole numbers that no depth holds: 0 to 1 or the smallest depth that holds all where they fill
-    half of it, else from the lowest value to the highest.
+    For fractions, and for whole numbers that no depth holds, it is 0 to 1 or the smallest depth that holds all values,
+    provided that they fill half of it. Otherwise it reaches from the lowest value to the highest.
     """
     low, high = min(item.low for item in found), max(item.high for item in found)
     whole = all(item.whole for item in found)
@@ -73,9 +73,10 @@ def choose_span(found: Sequence[Extremes]) -> Span:
 
 @dataclass(frozen=True, eq=False)
 class DeepPixels:
-    """The values of a deep photo. read: those of a box (left, top, right, bottom) [height, width(, channels)].
+    """The values of a deep photo.
 
-    stated: the span that the file itself names; None where it names none.
+    read: returns the values in a box (left, top, right, bottom) as [height, width(, channels)]. stated: the span that
+    the file itself states; None if it states none.
     """
 
     width: int
@@ -84,7 +85,7 @@ class DeepPixels:
     stated: Span | None
 
     def extremes(self) -> Extremes:
-        """Over all colours; an alpha channel, and what is no number, does not count."""
+        """Finds the lowest and highest value of all colours. Alpha, NaN and infinities do not count."""
         low, high, whole = np.inf, -np.inf, True
         for _, values in self._pieces():
             colours = values[..., :3] if values.ndim == 3 else values
@@ -95,7 +96,7 @@ class DeepPixels:
         return Extremes(low, high, whole) if low <= high else Extremes(0.0, 0.0, whole)
 
     def render(self, span: Span) -> tuple[Image.Image, int]:
-        """The photo in 8 bits a channel, and how many of its pixels the span has cut."""
+        """Converts the photo to 8 bits per channel. Also returns the number of pixels with values beyond the span."""
         result: NDArray[np.uint8] | None = None
         cut, table = 0, _table(span)
         for (rows, columns), values in self._pieces():
@@ -118,14 +119,14 @@ class DeepPixels:
 
 
 def may_be_deep(data: bytes) -> bool:
-    """Whether a file may have more than 8 bits a channel, by its first bytes."""
+    """Whether a file may have more than 8 bits per channel, judging by its first bytes."""
     if data.startswith(b"\x89PNG"):
         return data[24:25] == b"\x10"
     return data.startswith((b"II", b"MM", b"P2", b"P3", b"P5", b"P6", b"Pf", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  "))
 
 
 def states_depth(image: Image.Image, data: bytes) -> bool:
-    """Whether the file of an opened photo says itself how deep its values are."""
+    """Whether the file of an opened photo states the depth of its values."""
     codec = _codec(image)
     if codec in ("ppm", "ppm_plain"):
         return codec == "ppm_plain" or _greatest(image) != 65535
@@ -133,9 +134,9 @@ def states_depth(image: Image.Image, data: bytes) -> bool:
 
 
 def read_deep(image: Image.Image, data: bytes, turn: Callable[[Image.Image], object]) -> DeepPixels | None:
-    """The values of an opened photo, whose pixels are not loaded yet, where it is a deep one.
+    """Reads the values of an opened photo, whose pixels are not loaded yet. None if it has 8 bits per channel.
 
-    turn: loads an image and turns it upright. Raises what decoders raise.
+    turn: loads an image and turns it upright. Raises whatever decoders raise.
     """
     codec = _codec(image)
     if codec == "ppm":
@@ -143,7 +144,7 @@ def read_deep(image: Image.Image, data: bytes, turn: Callable[[Image.Image], obj
     lower = _open_lower(image, data) if codec in ("zip", "raw", "libtiff") else None
     if lower is None and not (image.mode.startswith("I") or image.mode == "F"):
         return None
-    # Pillow itself scales the numbers of plain PGM by the greatest one that is allowed.
+    # Pillow itself scales the values of plain PGM from the maximum in the header to 16 bits.
     stated = depth_span(16) if codec == "ppm_plain" else _stated(image, data)
     turn(image)
     if lower is None:
@@ -164,7 +165,7 @@ def read_deep(image: Image.Image, data: bytes, turn: Callable[[Image.Image], obj
 
 
 def _open_lower(image: Image.Image, data: bytes) -> Image.Image | None:
-    """The same file once more, so that its pixels are the lower bytes; Pillow has no 16 bits in colour."""
+    """Opens the file once more, so that its pixels are the lower bytes, because Pillow has no 16-bit colour."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and image.tag_v2.get(_PLANAR, 1) != 1:
         return None
     lower = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -185,14 +186,14 @@ def _codec(image: Image.Image) -> str | None:
 
 
 def _greatest(image: Image.Image) -> int:
-    """The number that is white in a PGM or PPM, as its header says."""
+    """Returns the value of white in a PGM or PPM, from its header."""
     assert isinstance(image, ImageFile.ImageFile)
     args = image.tile[0].args
     return int(args[-1]) if args else 255
 
 
 def _read_pnm(image: Image.Image, data: bytes) -> DeepPixels:
-    """Binary PGM and PPM of any greatest value; Pillow reads them value by value, in Python."""
+    """Reads binary PGM and PPM with any maximum. Pillow would read them value by value, in Python."""
     assert isinstance(image, ImageFile.ImageFile)
     start, channels, most = image.tile[0].offset, len(image.getbands()), _greatest(image)
     kind = ">u1" if most < 256 else ">u2"
@@ -209,8 +210,11 @@ def _read_pnm(image: Image.Image, data: bytes) -> DeepPixels:
 
 
 def _stated(image: Image.Image, data: bytes) -> Span | None:
-    """What the file says of its depth: PNG by sBIT, TIFF by its tags. A greatest value that is smaller than the
-    container's is taken for that of the camera's depth; many writers put the greatest of the photo there."""
+    """Reads the depth that a PNG states in sBIT, or a TIFF in its tags; None if it states none.
+
+    A stated maximum below that of the file's 16 bits is rounded up to a depth of BITS, because many writers store the
+    maximum of the photo there.
+    """
     if image.format == "PNG":
         bits = _significant_bits(data)
         return None if bits is None else depth_span(min((known for known in BITS if known >= bits), default=16))
@@ -231,7 +235,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def _significant_bits(data: bytes) -> int | None:
-    """The most bits of a colour in the sBIT chunk of a PNG, which comes before its pixels."""
+    """Returns the largest number of bits of a colour in the sBIT chunk of a PNG; None without a valid one."""
     place = 8
     while place + 8 <= len(data):
         length, kind = struct.unpack(">I4s", data[place : place + 8])
@@ -245,9 +249,9 @@ def _significant_bits(data: bytes) -> int | None:
 
 
 def _is_scaled(deep: DeepPixels, stated: Span) -> bool:
-    """Whether values of a PNG fill all 16 bits, as its standard wants it, rather than the lower ones that sBIT names.
+    """Whether the values of a PNG are scaled to 16 bits, as the standard requires, despite the depth in sBIT.
 
-    Then they are above these, or their lower bits are zero or repeat the upper ones.
+    If so, some are larger than that depth allows, or the lower bits of all are zero or repeat the upper ones.
     """
     bits = stated.bits or 16
     if bits == 16:
@@ -264,12 +268,12 @@ def _is_scaled(deep: DeepPixels, stated: Span) -> bool:
 
 
 def _table(span: Span) -> NDArray[np.uint8]:
-    """What each number of 16 bits becomes."""
+    """Returns the 8-bit value of each 16-bit value, [65536]."""
     return _scale(np.arange(65536), span)
 
 
 def _scale(values: NDArray[Any], span: Span) -> NDArray[np.uint8]:
-    """Values in 8 bits; what is no number, or without end, is black."""
+    """Scales values to 8 bits. NaN and infinities become black."""
     with np.errstate(invalid="ignore"):  # a signalling NaN
         known = np.nan_to_num(values.astype(np.float64), nan=span.low, posinf=span.low, neginf=span.low)
     scaled = (known - span.low) * (255 / max(span.high - span.low, 1e-12))

@@ -1,4 +1,4 @@
-"""The image formats that are read, by what files begin with, and what a file is that none of them can be."""
+"""The image formats that are read, and the explanation of files that are in none of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from PIL import AvifImagePlugin, Image
 
 from schemas.tables import ErrorType
 
-# With `formats` given, Pillow does not load the plugins by itself.
+# Image.open does not load the plugins if it is given `formats`.
 Image.init()
-# Photos are decoded side by side already; each decoder's own threads would take memory for nothing.
+# Several photos are decoded at once already, so further threads of a decoder would only cost memory.
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 with contextlib.suppress(ImportError):
     import pillow_heif
@@ -20,10 +20,10 @@ with contextlib.suppress(ImportError):
 FORMATS = tuple(
     name
     for name in ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "PPM", "HEIF")
-    if name in Image.OPEN  # HEIF is there with an extra package alone, AVIF where Pillow was built with it
+    if name in Image.OPEN  # HEIF needs an extra package, AVIF a Pillow that was built with it
 )
-"""Pillow's names. Left out are formats without a signature, which would take any bytes for an image, documents, and
-those whose decoders are programs of their own (EPS, WMF)."""
+"""Pillow's names of the formats. Left out are formats without a signature, which would accept any bytes, documents, and
+formats that are decoded by external programs (EPS, WMF)."""
 
 _MAGIC = (
     *(b"\xff\xd8", b"\x89PNG", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"RIFF", b"GIF8"),
@@ -36,7 +36,7 @@ _CONTAINERS = {
 
 
 def explain_unknown(data: bytes) -> tuple[ErrorType, str]:
-    """Why no decoder has taken the bytes for an image."""
+    """Explains why no decoder accepts the bytes. Returns the error type and a message."""
     container = next((name for name, brands in _CONTAINERS.items() if data[8:12] in brands), None)
     if data[4:8] == b"ftyp" and container is not None and container not in FORMATS:
         return ErrorType.UNREADABLE, (

@@ -1,6 +1,6 @@
-"""Decoding in a process of its own: an image that kills its decoder by a signal takes nothing else with it.
+"""Decodes an image in a process of its own, so that an image that kills its decoder kills nothing else.
 
-It costs a second an image, so it is the way of shards over which a worker has died.
+This costs a second per image, so it is only used for shards over which a worker has died.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def decode_isolated(
     cut: Cut | None = None,
     span: Span | None = None,
 ) -> Decoded:
-    """decode_image in a new process. Raises ImageError, of type crashed where its process did not end well."""
+    """Calls decode_image in a new process. Raises ImageError, with type crashed if the process was killed or hung."""
     tile = None if cut is None else asdict(cut)
     options = {"size": size, "interpolation": interpolation, "max_pixels": max_pixels, "cut": tile, "span": span}
     answer, pixels = _ask(data, options)
@@ -45,7 +45,7 @@ def decode_isolated(
 
 
 def measure_isolated(data: bytes, *, max_pixels: int) -> Extremes | None:
-    """measure_image in a new process. Raises ImageError as decode_isolated does."""
+    """Calls measure_image in a new process. Raises ImageError as decode_isolated does."""
     answer, _ = _ask(data, {"max_pixels": max_pixels})
     return None if answer["extremes"] is None else Extremes(*answer["extremes"])
 
@@ -54,7 +54,7 @@ _FACTS = ("source_width", "source_height", "bit_depth", "clipped", "frames")
 
 
 def _ask(data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
-    """What _serve answers in a new process: facts, and pixels if there are any."""
+    """Runs _serve in a new process. Returns its answer, and the bytes of the pixels if there are any."""
     command = [sys.executable, "-m", "pipeline.images.isolation", json.dumps(options)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     try:
@@ -64,11 +64,11 @@ def _ask(data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ImageError(ErrorType.CRASHED, f"its decoder was killed by {name}, after a worker had died over its shard")
-    if done.returncode > 1:  # Python itself ends with 1
+    if done.returncode > 1:  # an exception in Python gives 1
         raise ImageError(ErrorType.CRASHED, f"its decoder ended its process with exit code {done.returncode}")
     if done.returncode:
         last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise ImageError(ErrorType.INTERNAL, f"the process that should decode it failed: {' '.join(last)[:300]}")
+        raise ImageError(ErrorType.INTERNAL, f"the process that was to decode it failed: {' '.join(last)[:300]}")
     header, _, pixels = done.stdout.partition(b"\n")
     answer = json.loads(header)
     if "error_type" in answer:
@@ -77,7 +77,7 @@ def _ask(data: bytes, options: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
 
 
 def _serve(options: str) -> None:
-    """Bytes on standard input -> a line of JSON, and the pixels if there are any, on standard output."""
+    """Decodes the bytes on standard input. Writes a line of JSON, and the pixels if any, to standard output."""
     out = sys.stdout.buffer
     try:
         arguments, data = json.loads(options), sys.stdin.buffer.read()

@@ -1,4 +1,4 @@
-"""How folders and tables become manifest rows. Listings stream: no step holds all keys in Python objects."""
+"""Turns folders and tables into manifest rows. Listings are streamed: no step holds all keys in Python objects."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 _VISA_SPLIT = "split_csv/1cls.csv"
 _BATCH = 16_384
-_LOOKED_AT = 2000
-"""Keys that `auto` looks at before it decides."""
+_KEYS_EXAMINED = 2000
+"""Keys that layout `auto` examines before it decides."""
 
 
 class _Row(NamedTuple):
-    """An image as the listings name it: a row of the manifest, less its id."""
+    """A listed image: a row of the manifest without its id."""
 
     uri: str
     key: str
@@ -45,7 +45,7 @@ class _Row(NamedTuple):
 
 
 _Columns = Mapping[str, Sequence[Any]]
-"""Rows by column, all of one length: what may be millions is made of lists, without a Python call for each row."""
+"""Rows by column, all of the same length. Millions of rows are handled as lists, without a Python call for each."""
 
 
 class DatasetError(ValueError):
@@ -54,8 +54,12 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Opened images. store: their root (layout table: the table's folder); layout: never `auto`; table_key: the table's
-    file, empty for a folder of parts; suffixes: of what counts as an image, where it is not a table that says so."""
+    """An opened dataset.
+
+    store: the root of the images, or the folder of the table. layout: never `auto`. class_name: see open_dataset.
+    table_key: the table's file; empty for a folder of parts, None for other layouts. may_be_empty: see open_dataset.
+    suffixes: suffixes of images; ignored for tables.
+    """
 
     store: Store
     layout: str
@@ -68,12 +72,14 @@ class ImageSource:
 def open_dataset(
     dataset: Dataset, storage: Storage, output: Store | None = None, *, may_be_empty: bool = False
 ) -> ImageSource:
-    """Finds the root and the layout of the images. dataset.class_name is the class of all in layout flat and in a table
-    that names none; else only that class is listed.
+    """Finds the root and the layout of the images.
 
-    output: where the results go, if they go anywhere. may_be_empty: no images are no fault, here and in list_images.
-    Raises DatasetError where no layout can be told, or where a folder of images and the output are one or lie in each
-    other: the next night would score this one's masks.
+    In layout flat, and in a table without class names, dataset.class_name is the class of all images. In other layouts
+    it selects the class that is listed. output: the store of the results, if there are any. may_be_empty: having no
+    images is no error, here and in list_images.
+
+    Raises DatasetError if no layout is recognised, or if the images and the output overlap: the next night would then
+    score this night's masks.
     """
     store = open_store(dataset.images, storage)
     is_table = dataset.images.lower().endswith(tables.SUFFIXES) and dataset.layout in ("auto", "table")
@@ -81,12 +87,12 @@ def open_dataset(
         folder, _, name = dataset.images.rpartition("/")
         store = open_store(folder or ".", storage)
         if not store.exists(name):
-            raise DatasetError(f"the table {dataset.images} is not there")
+            raise DatasetError(f"the table {dataset.images} does not exist")
         return ImageSource(store, "table", dataset.class_name, name, may_be_empty)
     if output is not None and store.overlaps(output):
         raise DatasetError(
-            f"output.uri {output.uri('')} and dataset.images {store.uri('')} must lie apart, neither in the other: the "
-            f"next night would take masks for photos. Give the results a folder of their own"
+            f"output.uri {output.uri('')} and dataset.images {store.uri('')} must not overlap, or the next night would "
+            f"score masks as photos. Give the results a folder of their own"
         )
     suffixes = resolve_suffixes(dataset.suffixes)
     layout = str(dataset.layout)
@@ -95,15 +101,15 @@ def open_dataset(
     if layout != "table":
         return ImageSource(store, layout, dataset.class_name, None, may_be_empty, suffixes)
     if not tables.has_parts(store):
-        raise DatasetError(f"layout table wants a {_TABLES_HELP}, not {dataset.images}")
+        raise DatasetError(f"layout table needs a {_TABLES_HELP}, not {dataset.images}")
     return ImageSource(store, layout, dataset.class_name, "", may_be_empty)
 
 
 def list_images(source: ImageSource, left_out: Counter[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """Manifest rows in batches, in a steady order; each image once.
+    """Yields manifest rows in batches, always in the same order, and each image once.
 
-    left_out: counts objects that are no images by their suffix, see describe_left_out. Raises DatasetError for a faulty
-    table, and where folders hold nothing to score.
+    left_out: counts objects that are no images, by suffix, see describe_left_out. Raises DatasetError for a faulty
+    table, and if there are no images unless source.may_be_empty.
     """
     left_out = Counter() if left_out is None else left_out
     listed = _list_columns(source, left_out)
@@ -124,9 +130,9 @@ def list_images(source: ImageSource, left_out: Counter[str] | None = None) -> It
 def list_references(
     references: References, dataset: Dataset, source: ImageSource, storage: Storage
 ) -> list[dict[str, Any]]:
-    """Manifest rows of the known-good images that a job names, of every class, in a steady order.
+    """Lists the known-good images that a job names, as manifest rows of all classes, always in the same order.
 
-    source: the opened dataset. Raises DatasetError where there are none, or the layout has no train images.
+    source: the opened dataset. Raises DatasetError if there are none, or the layout has no train images.
     """
     if references.images == "train":
         if source.layout not in _TRAIN_LISTERS:
@@ -164,9 +170,9 @@ def _recognise(store: Store, class_name: str | None, suffixes: tuple[str, ...], 
     left_out: Counter[str] = Counter()
     listed = chain.from_iterable(page.keys for page in image_pages(store, suffixes, left_out))
     try:
-        keys = list(islice(listed, _LOOKED_AT))
+        keys = list(islice(listed, _KEYS_EXAMINED))
     except NotADirectoryError:
-        raise DatasetError(f"{store.uri('')} is a file, and no table that alfa reads; {_LAYOUTS_HELP}") from None
+        raise DatasetError(f"{store.uri('')} is a file, but not a table that alfa reads; {_LAYOUTS_HELP}") from None
     if not keys and tables.has_parts(store):
         return "table"
     if not keys and may_be_empty:
@@ -181,7 +187,7 @@ def _recognise(store: Store, class_name: str | None, suffixes: tuple[str, ...], 
     if any(len(part) > 1 for part in parts):
         return "folders"
     raise DatasetError(
-        f"{store.uri('')} holds images, but no folders that would name their class; name it (--class), or use another "
+        f"{store.uri('')} has images, but no folders that name their classes; name the class (--class), or use another "
         f"layout; {_LAYOUTS_HELP}"
     )
 
@@ -191,10 +197,10 @@ def _list_keys(source: ImageSource, left_out: Counter[str]) -> Iterator[ObjectIn
 
 
 def _list_columns(source: ImageSource, left_out: Counter[str], *, train: bool = False) -> Iterator[_Columns]:
-    """The listed images, some at a time. left_out: counts what is none. train: the train images instead, where the
-    layout tells them from the others.
+    """Lists the images, some at a time. left_out: counts other objects. train: list the train images instead, if the
+    layout has any.
 
-    Raises DatasetError where a table or split file names what is no address, or lies outside the data set.
+    Raises DatasetError where a table or split file is faulty.
     """
     lister = _TRAIN_LISTERS.get(source.layout) if train else None
     try:
@@ -211,7 +217,7 @@ def _list_columns(source: ImageSource, left_out: Counter[str], *, train: bool = 
 
 
 def _by_column(list_rows: Callable[..., Iterator[_Row]]) -> Callable[..., Iterator[_Columns]]:
-    """For layouts that list row by row."""
+    """Decorates a lister that yields single rows, so that it yields them by column."""
 
     @functools.wraps(list_rows)
     def list_columns(*arguments: Any) -> Iterator[_Columns]:
@@ -228,7 +234,7 @@ def _list_flat(source: ImageSource, left_out: Counter[str]) -> Iterator[_Columns
 
 
 def _list_folders(source: ImageSource, left_out: Counter[str]) -> Iterator[_Columns]:
-    """root/class/**; an image that lies in the root itself gets class `unsorted`, so that it is not lost."""
+    """Lists root/class/**. Images directly in the root get class `unsorted`, so that they are not lost."""
     for page in image_pages(source.store, source.suffixes, left_out):
         classes = [key.partition("/")[0] if "/" in key else "unsorted" for key in page.keys]
         yield _describe_page(source.store, page, classes)
@@ -241,7 +247,7 @@ def _describe_page(store: Store, page: Page, classes: Sequence[str]) -> _Columns
 
 @_by_column
 def _list_mvtec(source: ImageSource, left_out: Counter[str]) -> Iterator[_Row]:
-    """class/test/kind/image, with the ground truth at class/ground_truth/kind/image_mask.png; train is not scored."""
+    """Lists class/test/kind/image with the masks at class/ground_truth/kind/image_mask.png, without train images."""
     for class_name, infos in groupby(_list_keys(source, left_out), key=lambda info: info.key.partition("/")[0]):
         tests: list[ObjectInfo] = []
         masks: dict[str, str] = {}
@@ -260,7 +266,7 @@ def _list_mvtec(source: ImageSource, left_out: Counter[str]) -> Iterator[_Row]:
 
 @_by_column
 def _list_mvtec_train(source: ImageSource, left_out: Counter[str]) -> Iterator[_Row]:
-    """class/train/good/image."""
+    """Lists class/train/good/image."""
     for info in _list_keys(source, left_out):
         parts = info.key.split("/")
         if len(parts) == 4 and parts[1:3] == ["train", GOOD]:
@@ -269,7 +275,7 @@ def _list_mvtec_train(source: ImageSource, left_out: Counter[str]) -> Iterator[_
 
 @_by_column
 def _list_visa(source: ImageSource, _: Counter[str], split: str = "test") -> Iterator[_Row]:
-    """A split of split_csv/1cls.csv; an image that the file names and that is not there gets its row too."""
+    """Lists a split of split_csv/1cls.csv. An image that the file names gets a row even if it is missing."""
     table = pa.csv.read_csv(io.BytesIO(source.store.read(_VISA_SPLIT)), convert_options=_STRINGS)
     tables.require_columns(
         table.column_names, ("object", "split", "label", "image", "mask"), source.store.uri(_VISA_SPLIT)
@@ -289,7 +295,7 @@ def _list_visa(source: ImageSource, _: Counter[str], split: str = "test") -> Ite
 
 @_by_column
 def _list_table(source: ImageSource, _: Counter[str]) -> Iterator[_Row]:
-    """Rows of a table; an uri is absolute, or relative to the table's folder. Its class_name may be the job's."""
+    """Lists the rows of a table. A uri is absolute, or relative to the table's folder. The job may name the class."""
     labels, number = tables.Labels(), 0
     wanted = ("uri",) if source.class_name else ("uri", "class_name")
     for rows in tables.read_table(source.store, str(source.table_key), wanted):
@@ -326,7 +332,7 @@ _STRINGS = pa.csv.ConvertOptions(
 
 
 def _resolve(store: Store, uri: str) -> str:
-    """The absolute address of one that may be relative to the store's root."""
+    """Makes an address absolute that may be relative to the store's root. Raises ValueError if it has credentials."""
     if "@" in uri or "?" in uri:
         without_credentials(uri)
     if "://" in uri or uri.startswith("/"):
@@ -336,7 +342,8 @@ def _resolve(store: Store, uri: str) -> str:
 
 
 def _locate(store: Store, uri: str) -> tuple[str, str]:
-    """An address in the store's spelling, and its key: the path below the root; from elsewhere `/` and the whole path.
+    """Returns an address in the store's spelling, and its key: the path below the root, or for an address elsewhere `/`
+    and the whole path.
 
     Different addresses never have the same key, so two images never share a mask.
     """
@@ -347,7 +354,7 @@ def _locate(store: Store, uri: str) -> tuple[str, str]:
 
 
 def _unique(listed: Iterator[_Columns]) -> Iterator[_Columns]:
-    """The first row of each uri: an image has exactly one row. Holds a digest of 16 bytes an image."""
+    """Keeps the first row of each uri, so that an image has exactly one row. Memory: a digest of 16 bytes per image."""
     seen: set[bytes] = set()
     repeated = 0
     for columns in listed:
@@ -363,12 +370,12 @@ def _unique(listed: Iterator[_Columns]) -> Iterator[_Columns]:
 
 
 def _where(columns: _Columns, wanted: Sequence[bool]) -> _Columns:
-    """The rows for which it is true."""
+    """Keeps the rows for which `wanted` is true."""
     return columns if all(wanted) else {name: list(compress(values, wanted)) for name, values in columns.items()}
 
 
 def _merge(listed: Iterator[_Columns]) -> Iterator[_Columns]:
-    """Joins small pages into larger ones, and drops those without rows."""
+    """Joins small batches of rows into larger ones, and drops empty ones."""
     merged: defaultdict[str, list[Any]] = defaultdict(list)
     for columns in listed:
         for name, values in columns.items():

@@ -1,4 +1,4 @@
-"""Anomaly map on the patch grid -> map of the image's size -> mask, regions, PNG bytes."""
+"""Turns an anomaly map on the patch grid into a map of the image's size, a mask, regions and PNG bytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from scipy.sparse import csgraph
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.int8)
 _BAND = 32
-"""Rows that are upsampled at a time: they stay in the cache of a core."""
+"""Rows that are upsampled at a time, so that they stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
 class Region:
-    """A connected region of a mask: box and area in pixels of the source image, highest map value, nearest defect, and
-    the address of the photo that is most alike there."""
+    """A connected region of a mask.
+
+    x, y, width, height, area: in pixels of the source image. peak: highest map value. defect: the best-fitting
+    described defect. peer_uri: address of the peer that is most similar there.
+    """
 
     x: int
     y: int
@@ -37,18 +40,18 @@ class Region:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom in pixels, right and bottom exclusive, as Pillow's crop takes them."""
+        """Left, top, right and bottom in pixels; right and bottom are exclusive, as in Pillow's crop."""
         return self.x, self.y, self.x + self.width, self.y + self.height
 
 
 def upsample(grid: NDArray[np.float32], width: int, height: int, least: float | None = None) -> NDArray[np.float32]:
-    """Bilinear from the patch grid [gh, gw] to the image [height, width] (pixel centres, edges held).
+    """Upsamples a map bilinearly from the patch grid [gh, gw] to the image [height, width] (pixel centres, edges held).
 
-    Never above the highest patch or below the lowest. least: rows between patches that are all below it are left at
-    minus infinity, which saves most of the time where a mask is all that is wanted.
+    Values are never above the highest patch or below the lowest. least: rows between patches that are all below this
+    value are set to minus infinity; that saves most of the time if only a mask is needed.
 
-    Some rows are made at a time, so that there is but one array of the image's size: to have the memory of more from
-    the system takes longer than the arithmetic.
+    Rows are made in bands, so that there is only one array of the image's size: getting memory for more from the system
+    takes longer than the arithmetic.
     """
     rows, weights = _blend(height, grid.shape[0])
     columns, shares = _blend(width, grid.shape[1])
@@ -74,7 +77,7 @@ def upsample(grid: NDArray[np.float32], width: int, height: int, least: float | 
 
 
 def _blend(length: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """For each pixel of an axis the patch whose centre is before its own, and the weight of the next patch."""
+    """Returns, for each pixel of an axis, the patch whose centre is before it, and the weight of the next patch."""
     place: NDArray[np.float64] = ((np.arange(length) + 0.5) * count / length - 0.5).clip(0, count - 1)
     before = place.astype(np.int64)
     return before, place - before
@@ -88,12 +91,14 @@ def find_regions(
     peer_uris: Sequence[str] = (),
     peer_grid: NDArray[np.int16] | None = None,
 ) -> list[Region]:
-    """Regions (8 neighbours) of a mask [h, w], highest peak first.
+    """Finds the regions (8 neighbours) of a mask [h, w], the highest peak first.
 
-    The defect of a region is the one whose prompts are nearest to the region's mean local embedding: cosines with the
-    defects, defect_grid [K, gh, gw], are averaged over the region's pixels, which ranks them alike (the mean is linear
-    and its length is common to all defects). None where no defect is described. The peer of a region is the one that is
-    nearest on most of its pixels: peer_grid [gh, gw] has the number, in peer_uris, of the nearest one of each patch.
+    The defect of a region is the one whose prompts are nearest to the mean local embedding of the region; None if no
+    defect is described. It has the highest mean cosine over the region's pixels, because the mean is linear and its
+    length is common to all defects. The peer of a region is the one that is nearest on most of its pixels.
+
+    defect_grid: cosines of each patch with the K defects, [K, gh, gw]. peer_grid: for each patch the index in peer_uris
+    of its nearest peer, [gh, gw].
     """
     runs = _find_runs(mask)
     if not len(runs.row):
@@ -125,9 +130,9 @@ def find_regions(
 def split_regions(
     mask: NDArray[np.bool_], regions: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[Mapping[str, Any], NDArray[np.bool_]]]:
-    """Each of a row's regions with its own part of the mask [h, w]: parts are disjoint, and their union is the mask.
+    """Yields each region with its part of the mask [h, w]. The parts are disjoint, and their union is the mask.
 
-    regions: as find_regions gave them; a region is known by its box and area.
+    regions: those of a row, from find_regions; they are matched by box and area.
     """
     labels, _ = ndimage.label(mask, structure=_EIGHT_NEIGHBOURS)
     numbers: dict[tuple[int, ...], list[int]] = {}
@@ -141,13 +146,13 @@ def split_regions(
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
-    """8-bit greyscale PNG, 255 where the mask [h, w] is set, else 0.
+    """Encodes a mask [h, w] as an 8-bit greyscale PNG: 255 where it is set, else 0.
 
-    Lines are not filtered and only runs of equal bytes are packed, for which Pillow has no option: for masks this takes
-    half of its time and a third of its bytes.
+    Lines are not filtered, and only runs of equal bytes are compressed. Pillow has no option for that; for masks it
+    takes half of Pillow's time, and the file has a third of the bytes.
     """
     height, width = mask.shape
-    lines = np.zeros((height, 1 + width), dtype=np.uint8)  # a line begins with its filter, 0: none
+    lines = np.zeros((height, 1 + width), dtype=np.uint8)  # the first byte of a line is its filter; 0 means none
     np.negative(mask, out=lines[:, 1:], casting="unsafe", dtype=np.uint8)
     packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
@@ -159,18 +164,18 @@ def encode_mask(mask: NDArray[np.bool_]) -> bytes:
 
 @functools.lru_cache(maxsize=64)
 def encode_empty_mask(width: int, height: int) -> bytes:
-    """encode_mask of a mask without a pixel set: that of most images of a night, which have few sizes."""
+    """Encodes a mask without set pixels. It is cached, because most masks of a night are empty and of few sizes."""
     return encode_mask(np.zeros((height, width), dtype=np.bool_))
 
 
 def encode_map(anomaly_map: NDArray[np.float32]) -> bytes:
-    """16-bit greyscale PNG; value / 65535 is the map, cut at 1 (with references it may go beyond)."""
+    """Encodes a map as a 16-bit greyscale PNG. value / 65535 is the map, cut at 1 (with references it may exceed 1)."""
     return _png(Image.fromarray(np.rint(np.clip(anomaly_map, 0.0, 1.0) * 65535).astype(np.uint16)))
 
 
 @dataclass(frozen=True)
 class _Runs:
-    """Runs of set pixels, line by line, int64 [N] each: its row, its first column, and the column after its last."""
+    """Runs of set pixels, row by row, int64 [N] each. row; start: first column; stop: the column after the last."""
 
     row: NDArray[np.int64]
     start: NDArray[np.int64]
@@ -179,7 +184,7 @@ class _Runs:
 
 def _find_runs(mask: NDArray[np.bool_]) -> _Runs:
     height, width = mask.shape
-    pixels = np.zeros(1 + height * (width + 1), dtype=np.bool_)  # one before all, and one after each row: not set
+    pixels = np.zeros(1 + height * (width + 1), dtype=np.bool_)  # with an unset pixel before all, and after each row
     pixels[1:].reshape(height, width + 1)[:, :width] = mask
     edges = np.flatnonzero(pixels[1:] != pixels[:-1])
     row, start = np.divmod(edges[::2], width + 1)
@@ -187,7 +192,10 @@ def _find_runs(mask: NDArray[np.bool_]) -> _Runs:
 
 
 def _label_runs(runs: _Runs, width: int) -> NDArray[np.int32]:
-    """The region [N] of each run: runs touch where they, or their corners, meet those of the row below."""
+    """Returns the region of each run, [N].
+
+    Runs of neighbouring rows belong together if their sides or corners touch.
+    """
     starts, stops = (runs.row * (width + 1) + edge for edge in (runs.start, runs.stop))
     first = np.searchsorted(stops, starts + width + 1, side="left")
     count = np.searchsorted(starts, stops + width + 1, side="right") - first
@@ -215,10 +223,10 @@ def _nearest_peer(
 
 
 def _count_in_patches(runs: _Runs, shape: tuple[int, ...], patches: tuple[int, ...]) -> NDArray[np.float64]:
-    """Pixels of runs in each patch [gh, gw] of an image of this shape.
+    """Counts the pixels of runs in each patch, [gh, gw]. shape: of the image.
 
-    Up to a column x, which lies in some patch, a row has the whole width of the patches before it and a part of its
-    own; a run has what there is up to its end, less what there is up to its start.
+    The pixels of a row up to a column x are those of all patches before the patch of x, and a part of that patch. A run
+    has the pixels up to its end without those up to its start.
     """
     (height, width), (rows, columns) = shape, patches
     lefts = -(-np.arange(columns + 1) * width // columns)

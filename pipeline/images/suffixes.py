@@ -1,4 +1,4 @@
-"""Which listed objects count as images by their names, and a tally of those that do not."""
+"""Selects images from listed objects by their suffixes, and counts the objects that are left out."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".tif", ".tiff", ".webp", ".gif"),
     *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
 )
-"""Of the formats that are read; HEIC and HEIF need an extra package."""
+"""The suffixes of the formats that are read; HEIC and HEIF need an extra package."""
 
 NONE = "none"
 OTHER = "other"
-"""In a tally: all that is too long or too odd for a suffix."""
+"""Counts names whose suffix is too long or too odd to be shown."""
 
-_LONGEST = 10
-_MOST_KINDS = 200
-_SHOWN = 8
+_LONGEST_SUFFIX = 10
+_MOST_SUFFIXES = 200
+"""Number of different suffixes that are counted; names can be anything, so further ones count as OTHER."""
+_SUFFIXES_SHOWN = 8
 
 
 def resolve_suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
-    """The suffixes that dataset.suffixes asks for: `default` stands for SUFFIXES, `none` for names without one."""
+    """Resolves dataset.suffixes: `default` stands for SUFFIXES, `none` is kept for names without a suffix."""
     wanted: list[str] = []
     for suffix in ["default"] if suffixes is None else suffixes:
         wanted += SUFFIXES if suffix == "default" else [suffix]
@@ -36,7 +37,7 @@ def resolve_suffixes(suffixes: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def image_pages(store: Store, suffixes: tuple[str, ...], left_out: Counter[str]) -> Iterator[Page]:
-    """The images of a store; what is none is counted by its suffix. Hidden files and folders are passed over."""
+    """Lists the images of a store. Other objects are counted in left_out by suffix; hidden ones are skipped."""
     for page in store.pages():
         is_image = [_is_image(key, suffixes) for key in page.keys]
         if not all(is_image):
@@ -59,16 +60,16 @@ def _suffix_of(key: str) -> str:
 
 
 def _count(keys: Sequence[str], left_out: Counter[str]) -> None:
-    """The tally stays small whatever the names are."""
+    """Counts the suffixes of keys. The number of different suffixes in left_out is bounded."""
     for key in keys:
         if not _is_hidden(key):
             suffix = _suffix_of(key)
-            usual = len(suffix) <= _LONGEST and suffix.isprintable() and " " not in suffix
-            left_out[suffix if usual and (suffix in left_out or len(left_out) < _MOST_KINDS) else OTHER] += 1
+            usual = len(suffix) <= _LONGEST_SUFFIX and suffix.isprintable() and " " not in suffix
+            left_out[suffix if usual and (suffix in left_out or len(left_out) < _MOST_SUFFIXES) else OTHER] += 1
 
 
 def _in_unicode(key: str) -> str:
-    """A local file whose name is no UTF-8 fits in no table: under a readable name it gets its row, as an error."""
+    """Replaces a local name that is not UTF-8, which no table can hold, so that the file gets a row with an error."""
     readable = os.fsencode(key).decode("utf-8", "backslashreplace")
     if readable != key:
         logger.warning("%s: the name of this file is not UTF-8, so it cannot be scored; rename it", readable)
@@ -76,10 +77,10 @@ def _in_unicode(key: str) -> str:
 
 
 def describe_left_out(left_out: Mapping[str, int]) -> str:
-    """Such as `12 .raw, 3 without suffix`, the most frequent first; empty where nothing was left out."""
+    """Describes the counts, such as `12 .raw, 3 without suffix`, the most frequent first; empty if there are none."""
     ranked = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
     words = {NONE: "without suffix", OTHER: "of other kinds"}
-    shown = [f"{count} {words.get(suffix, suffix)}" for suffix, count in ranked[:_SHOWN]]
-    if rest := sum(count for _, count in ranked[_SHOWN:]):
+    shown = [f"{count} {words.get(suffix, suffix)}" for suffix, count in ranked[:_SUFFIXES_SHOWN]]
+    if rest := sum(count for _, count in ranked[_SUFFIXES_SHOWN:]):
         shown.append(f"{rest} more")
     return ", ".join(shown)

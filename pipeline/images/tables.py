@@ -1,4 +1,4 @@
-"""Tables of images: a Parquet, CSV or JSON Lines file, or a folder of Parquet parts as Spark, Athena and Ray write."""
+"""Reads tables of images: Parquet, CSV and JSON Lines files, and folders of Parquet parts (Spark, Athena, Ray)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipeline.storage import ObjectInfo, Store
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson")
 GOOD = "good"
 GOOD_WORDS = frozenset((GOOD, "normal", "nominal", "ok", "pass", "passed", "no defect", "defect-free"))
-"""Labels, in lower case, that say of a photo that it is good."""
+"""Labels that mean that a photo is good, in lower case."""
 
 COLUMNS = ("uri", "class_name", "size", "etag", "label", "mask_uri")
-"""What is read of a table."""
+"""The columns that are read; others are ignored."""
 _TEXTS = {name: pa.string() for name in COLUMNS if name != "size"}
 _SWITCHES = {"false": GOOD, "true": "true"}
 _BATCH = 16_384
@@ -31,7 +31,7 @@ _MAGIC = b"PAR1"
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Rows = dict[str, Sequence[Any]]
-"""Some rows of a table by column: those of COLUMNS that it has."""
+"""Some rows of a table, by column. It has those of COLUMNS that the table has."""
 
 
 def has_parts(store: Store) -> bool:
@@ -43,10 +43,10 @@ def has_parts(store: Store) -> bool:
 
 
 def read_table(store: Store, name: str, wanted: Sequence[str]) -> Iterator[Rows]:
-    """The rows of a file below the store's root, or, without a name, of all Parquet parts in it, some at a time.
+    """Yields the rows of a file below the store's root, some at a time; without a name, those of all Parquet parts.
 
-    wanted: the columns that there must be; `name=value` folders are columns too. Raises ValueError with what is wrong,
-    and where.
+    wanted: columns that the table must have; `name=value` folders count as columns. Raises ValueError, which says what
+    is wrong and where.
     """
     if name:
         yield from _read_file(store, name, wanted)
@@ -61,15 +61,20 @@ def read_table(store: Store, name: str, wanted: Sequence[str]) -> Iterator[Rows]
 
 
 class Labels:
-    """Reads the labels of one table: words, of which GOOD_WORDS mean good and others are kinds of defects; or numbers,
-    of which 0 means good; or false (good) and true."""
+    """Reads the labels of one table, which are all of one kind.
+
+    They are words, of which GOOD_WORDS mean good and others name a defect; or numbers, of which 0 means good; or false
+    (good) and true.
+    """
 
     def __init__(self) -> None:
         self._kinds: dict[str, str] = {}
 
     def read(self, value: object) -> str | None:
-        """`good`, the kind of defect, or None where there is no label. Raises ValueError where the table mixes words,
-        numbers and truth values, or has a number below zero."""
+        """Returns `good`, the kind of defect, or None if there is no label.
+
+        Raises ValueError if the table mixes words, numbers and truth values, or has a number below zero.
+        """
         text = to_text(value)
         if text is None or not text.strip():
             return None
@@ -78,31 +83,33 @@ class Labels:
         self._kinds.setdefault(kind, text)
         if len(self._kinds) > 1:
             found = " and ".join(f"{example!r} ({kind})" for kind, example in self._kinds.items())
-            raise ValueError(f"column label mixes {found}, so what is good cannot be told; write it one way")
+            raise ValueError(f"column label mixes {found}, so it is unclear what is good; use one way for all")
         return label
 
 
 def to_text(value: object) -> str | None:
-    """A value of a table as text; None where there is none. Raises ValueError for what is no text, number or truth
-    value."""
+    """Converts a value of a table to text; None for a missing value.
+
+    Raises ValueError if it is not text, a number or a truth value.
+    """
     if value is None or value != value:  # NaN
         return None
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # whole numbers become floats where a table has gaps
+        value = int(value)  # whole numbers are read as floats if the column has gaps
     if isinstance(value, bool):
         return str(value).lower()
     if not isinstance(value, (str, int, float)):
-        raise ValueError(f"a column has the wrong type: {str(value)[:80]} is no text")
+        raise ValueError(f"a column has the wrong type: {str(value)[:80]} is not text")
     return str(value)
 
 
 def require_columns(found: Iterable[str], wanted: Iterable[str], place: str) -> None:
-    """Raises ValueError where columns are missing, or two have one name."""
+    """Raises ValueError if columns are missing, or two have the same name."""
     found = list(found)
     if len(set(found)) < len(found):
-        raise ValueError(f"{place} has two columns of one name; its columns: {', '.join(found)}")
+        raise ValueError(f"{place} has two columns with the same name; its columns: {', '.join(found)}")
     for name in wanted:
         if name not in found:
             raise ValueError(f"{place} has no column {name!r}{_hint(name, found)}; its columns: {', '.join(found)}")
@@ -117,7 +124,7 @@ def _hint(name: str, found: Sequence[str]) -> str:
 
 
 def _read_label(text: str) -> tuple[str, str]:
-    """How a label is written, and what it says."""
+    """Returns the kind of a label (word, number or truth value), and its meaning."""
     word = text.lower()
     if word in _SWITCHES:
         return "a truth value", _SWITCHES[word]
@@ -126,7 +133,7 @@ def _read_label(text: str) -> tuple[str, str]:
     except ValueError:
         return "a word", GOOD if word.replace("_", " ") in GOOD_WORDS else text
     if number < 0:
-        raise ValueError(f"column label holds {text}: 0 means good and 1 a defect; write it so, or in words")
+        raise ValueError(f"column label has {text}; use 0 for good and 1 for a defect, or words")
     return "a number", GOOD if number == 0 else text
 
 
@@ -171,23 +178,21 @@ def _read_line(line: bytes, place: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
-        raise ValueError(f"{place} is no JSON object; JSON Lines have one on every line")
+        raise ValueError(f"{place} is not a JSON object; JSON Lines have one on every line")
     return row
 
 
 def _refuse_logs(keys: Iterable[str]) -> None:
-    """Raises ValueError for folders whose log tells which of their files count."""
+    """Raises ValueError for Iceberg and Delta tables, whose logs say which of their files are current."""
     for key in keys:
         iceberg = key.startswith("metadata/") and key.endswith(".metadata.json")
         if iceberg or key.startswith("_delta_log/"):
             kind = "an Iceberg" if iceberg else "a Delta"
-            raise ValueError(
-                f"this is {kind} table, whose folder also holds rows that are gone; export those that are left"
-            )
+            raise ValueError(f"this is {kind} table, whose folder also has deleted rows; export its current rows")
 
 
 def _parts(store: Store, infos: Iterable[ObjectInfo]) -> Iterator[str]:
-    """Keys of Parquet files: by their suffix, or, where they have none, as Athena writes them, by how they begin."""
+    """Yields the keys of Parquet files, by suffix; files without one, as Athena writes them, by their first bytes."""
     for info in infos:
         parts = info.key.split("/")
         if any(part.startswith(("_", ".")) for part in parts):

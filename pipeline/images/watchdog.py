@@ -1,4 +1,4 @@
-"""A decoder that never ends: nothing can stop a thread that hangs in C, so the process is ended."""
+"""A watchdog for decoders that never end. Nothing can stop a thread that hangs in C, so it ends the process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ LIMIT_S = 300.0
 
 
 class HangGuard:
-    """Ends the process where images are being decoded and none gets done for so many seconds, and says on stderr what
-    each thread was at. To be entered around each decoding, by any thread; one for a process."""
+    """Ends the process if images are being decoded, but none is finished for limit_s seconds.
+
+    It then prints the stack of each thread to stderr. Enter it around each decoding, in any thread. Use one per
+    process.
+    """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
@@ -36,6 +39,6 @@ class HangGuard:
                 self._set()
 
     def _set(self) -> None:
-        # Its thread is no Python thread: it also ends a process in which a decoder hangs with the interpreter's lock.
+        # faulthandler's thread needs no interpreter lock, so it works even if the hanging decoder holds the lock.
         self._set_at = time.monotonic()
         faulthandler.dump_traceback_later(self._limit_s, exit=True)

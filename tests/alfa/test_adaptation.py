@@ -1,4 +1,4 @@
-"""Contextual score, options, floor and random filter on an example worked by hand."""
+"""Tests the contextual score and the options of adaptation on an example worked by hand."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""The detector's way through a GPU, on tensors that only pretend to be on one: torch's own fake tensors, which have
-shapes, types and devices, and no values. Operations on tensors of two devices fail, and so does every look at a value,
-for which a real GPU would have to be waited for."""
+"""Tests the detector's use of a GPU without one, on torch's fake tensors, which have shapes, types and devices but no
+values. Operations on tensors of two devices fail, and so does reading a value, which would wait for a real GPU."""
 
 from __future__ import annotations
 

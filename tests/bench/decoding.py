@@ -1,7 +1,7 @@
-"""What a large JPEG costs on its way to the model's size: decode_image against decoding in full and resizing.
+"""Measures the time to decode a large JPEG to the model's size: decode_image against full decoding and resizing.
 
-One thread, runs interleave and medians are compared. The photo is one of the demo's, enlarged, with noise as of a
-sensor, so that it has as many bytes as a photo has.
+One thread is used, runs interleave, and medians are compared. The photo is one of the demo's, enlarged and with sensor
+noise, so that it has as many bytes as a real photo.
 """
 
 from __future__ import annotations

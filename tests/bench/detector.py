@@ -1,7 +1,7 @@
-"""What ALFA costs over CLIP alone: the detector against a bare encode_image loop, side by side in one process.
+"""Measures the time of ALFA over that of CLIP alone: the detector against a bare encode_image loop, in one process.
 
-Runs interleave and medians are compared, so that a busy machine slows both alike. Imports no Ray. The model has random
-weights: only its speed is looked at.
+Runs interleave and medians are compared, so that a busy machine slows both alike. It does not import Ray. The model has
+random weights, because only its speed matters.
 """
 
 from __future__ import annotations

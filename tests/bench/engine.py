@@ -1,10 +1,10 @@
-"""What Ray costs, and how far its actors scale on one machine.
+"""Measures the overhead of Ray, and how its actors scale on one machine.
 
-One actor through Ray takes turns with the same score_shard in a process without Ray: the same threads, as many shards
-at once, the same images, each with an output of its own. Then 1 to 8 actors wait on devices that take a fixed time an
-image: all else of them is real, so that what is lost is what the pool, Ray and the host's cores lose. At last, many
-actors that have nothing to do show what the driver can hand out. The start of Ray and of actors is paid once a night
-and not counted.
+One actor through Ray alternates with the same score_shard in a process without Ray: the same threads, the same number
+of shards at once, the same images, each with its own output. Then 1 to 8 actors use simulated devices that take a fixed
+time per image; everything else is real, so the loss is that of the pool, Ray and the cores. Finally, many actors
+without work show how many shards per second the driver can hand out. The start of Ray and of actors happens once a
+night, and is not counted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What it costs to find the new photos among those that other nights hold, beside the listing that is needed anyway.
+"""Measures the time and memory to find the new photos among those that other nights hold, in addition to the listing.
 
-A bucket is listed that is made up, a thousand keys a page as S3 gives them, so that nothing waits for a network:
-`--known` photos in nights of 100,000 whose ledgers lie on the disk, and `--new` that are in none. Listing alone, and
-planning (listing, ledgers, manifest of what is new), each in a process of its own.
+The listing is simulated, with a thousand keys per page as from S3, so that nothing waits for a network. It has
+`--known` photos in nights of 100,000, whose ledgers are on disk, and `--new` photos that are in none. Listing alone,
+and planning (listing, ledgers, manifest of new photos), each run in their own process.
 """
 
 from __future__ import annotations

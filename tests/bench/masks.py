@@ -1,7 +1,7 @@
-"""What a scored image costs until its mask is written: write_mask against the plain way with SciPy and Pillow.
+"""Measures the time to write the mask of a scored image: write_mask against a plain version with SciPy and Pillow.
 
-One thread, to memory, runs interleave and medians are compared. The plain way: upsample, threshold, ndimage.label,
-boxes, areas and peaks, PNG by Pillow; it names no defects.
+One thread writes to memory, runs interleave, and medians are compared. The plain version upsamples, thresholds, calls
+ndimage.label, computes boxes, areas and peaks, and writes the PNG with Pillow; it does not name defects.
 """
 
 from __future__ import annotations

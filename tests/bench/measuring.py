@@ -1,4 +1,4 @@
-"""What the benches share: runs that take turns, and results with the machine they come from."""
+"""Shared by the benches: interleaved runs, and results that are stored with the machine they come from."""
 
 from __future__ import annotations
 

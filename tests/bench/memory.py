@@ -1,10 +1,9 @@
-"""What a scoring actor takes beyond its model: the peak of its memory over a shard of 12-megapixel photos.
+"""Measures the peak memory of a scoring actor beyond its model, over shards of 12-megapixel photos. Linux only.
 
-Each kind of file is scored in a process of its own that is set up as an actor is, once with as many threads as go with
-2 cores and once with those of 8. Every photo gets a mask; the files of a kind are links to one. The model has random
-weights, and batches are full. Linux alone. The figure: the peak of resident memory while the shard is scored, less
-what was resident when the model was loaded. Two shards of a batch a kind share the model: one is decoded beside it, and
-the masks of the other are written.
+Each kind of file is scored in its own process, which is set up like an actor, once with the threads for 2 cores and
+once with those for 8. Every photo gets a mask; the files of a kind are links to one file. The model has random weights,
+and batches are full. The figure is the peak of resident memory while scoring, less the resident memory after the model
+was loaded. Two shards of one batch share the model: one is decoded while the masks of the other are written.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the benches of the model share: it, with random weights, and how actors score with it. Imports no Ray."""
+"""Shared by the benches of the model: a model with random weights, and scoring as actors do it. Does not import Ray."""
 
 from __future__ import annotations
 

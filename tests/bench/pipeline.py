@@ -1,10 +1,11 @@
-"""What files, masks and rows cost beside the model: shards end to end, as an actor does them, against the model alone.
+"""Measures the cost of files, masks and rows beside the model: whole shards, as actors score them, against the model.
 
-Four runs take turns on the same images: a bare open_clip encode_image loop and the detector, both on decoded pixels in
-memory; all of score_shard, from JPEG files to masks, rows and Parquet, two shards sharing the model; and the same with
-a model that takes no time, which is what an actor can feed to a faster device. With --actors N, a fifth: N processes
-that share the device and divide the cores, as engine.actors_per_gpu does. With --s3, photos and results lie on a
-SeaweedFS that takes its share of the cores. Imports no Ray. The model has random weights: only its speed is looked at.
+Four runs alternate on the same images: a bare open_clip encode_image loop and the detector, both on decoded pixels in
+memory; all of score_shard, from JPEG files to masks, rows and Parquet, with two shards sharing the model; and the same
+with a model that takes no time, which shows how fast an actor can feed a faster device. With --actors N there is a
+fifth run: N processes share the device and divide the cores, as with engine.actors_per_gpu. With --s3, photos and
+results are on a SeaweedFS, which takes its share of the cores. It does not import Ray. The model has random weights,
+because only its speed matters.
 """
 
 from __future__ import annotations

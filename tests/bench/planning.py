@@ -1,7 +1,7 @@
-"""What planning a night costs: a folder of empty files, and a Parquet table, to the manifest and the ids of its shards,
-which is all that comes before the first image is scored; the shards themselves are cut beside the scoring.
+"""Measures the planning of a night: from a folder of empty files, or a Parquet table, to the manifest and shard ids.
 
-Each is planned in processes of its own, so that its peak memory is its own. `--files` and `--rows` set how many.
+That is all that happens before the first image is scored; the shards themselves are cut while others are scored. Each
+is planned in its own processes, so that peak memory can be measured. `--files` and `--rows` set their numbers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What publishing a night costs the driver: a class of many rows from finished shards to the table, the thresholds that
-follow from its scores, the report, and the comparison with the night before.
+"""Measures the end of a night in the driver, for a class with many rows.
 
-Each is done by a process of its own, so that its peak memory is its own; what the imports take is given beside it. The
-shards are written first: rows as the demo has them, with maps of 196 patches and five prompts each, in `--rows` rows.
-`--kept FOLDER` writes them there and leaves them for another time.
+The steps are publishing the finished shards, thresholds that follow from the scores, the report, and the comparison
+with the night before. Each runs in its own process, so that peak memory can be measured; the memory of the imports is
+shown beside it. First, `--rows` rows are written as shards, with maps of 196 patches and five prompts each, as in the
+demo. `--kept FOLDER` writes them there, and keeps them for another run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What an object on S3 costs an actor, which reads a photo and writes a mask: SeaweedFS on this machine, by Store
-(obstore: Rust), by s3fs, which Store falls back on, and by Arrow's client, which is C++ and asks twice for an object.
-The Python of a process runs on one core at a time, so s3fs, which spends nearly all of its time in it, bounds what an
-actor can read and write, however many threads that has.
+"""Measures the cost of reading and writing objects on S3 (SeaweedFS on this machine), as actors do for each photo.
+
+Compared are Store (obstore, in Rust), s3fs, to which Store falls back, and Arrow's client (C++), which sends two
+requests per object. s3fs spends nearly all of its time in Python, of which a process runs only one thread at a time, so
+it limits what an actor can read and write, however many threads it has.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""WinCLIP as the bench runs it, against masks in attention, a hand-made grid and plain loops."""
+"""Tests the bench's WinCLIP against masks in attention, a hand-made grid and plain loops."""
 
 from __future__ import annotations
 

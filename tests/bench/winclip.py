@@ -1,12 +1,12 @@
-"""What ALFA saves over WinCLIP: the detector against zero-shot WinCLIP (arXiv 2303.14814) in the same model.
+"""Measures how much faster ALFA is than zero-shot WinCLIP (arXiv 2303.14814) with the same model.
 
-WinCLIP encodes each image once, and each of its windows of 2 x 2 and 3 x 3 patches by itself: 365 masked passes an
-image in ViT-B-16-plus-240, which has 15 x 15 patches. Here a window's pass takes its own tokens and the class token
-alone. Masking in attention instead, with all 226 tokens in each pass, gives the same embeddings
-(tests/bench/test_winclip.py) and would be far slower, so WinCLIP is compared at its cheapest.
+WinCLIP encodes each image once, and each window of 2 x 2 and 3 x 3 patches separately: 365 masked passes per image in
+ViT-B-16-plus-240, which has 15 x 15 patches. Here the pass of a window only has its own tokens and the class token.
+Masking in attention, with all 226 tokens in each pass, would give the same embeddings (tests/bench/test_winclip.py) but
+be far slower, so WinCLIP is compared at its cheapest.
 
-Runs interleave in one process, on the same batch, and medians are compared. Imports no Ray. The model has random
-weights: only its speed is looked at.
+Runs interleave in one process, on the same batch, and medians are compared. It does not import Ray. The model has
+random weights, because only its speed matters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many actors, of what size, a job wants on which nodes."""
+"""Tests the number and size of the actors that are planned on various nodes."""
 
 from __future__ import annotations
 

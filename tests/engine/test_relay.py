@@ -1,4 +1,4 @@
-"""How warnings of actors come into the driver's log."""
+"""Tests that warnings of actors reach the driver's log."""
 
 from __future__ import annotations
 

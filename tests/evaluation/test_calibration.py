@@ -1,4 +1,4 @@
-"""Thresholds from scores: by hand, and against all possible thresholds."""
+"""Tests calibrated thresholds against values computed by hand, and against all possible thresholds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: names from outside do nothing, pictures are pictures."""
+"""Tests the documents of an evaluation: names from outside are only text, and pictures are valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nights that peers are drawn from, and the average over them."""
+"""Tests the nights from which peers are drawn, and the averages over draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From scores and masks to rows: classes, kinds of defect, means, what is left out, and the worst images."""
+"""Tests the rows that are measured from scores and masks: classes, kinds of defect, means, gaps, and worst images."""
 
 from __future__ import annotations
 

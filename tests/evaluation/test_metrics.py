@@ -1,4 +1,4 @@
-"""Metrics by hand, against scikit-learn, and PRO against a slow and obvious reference."""
+"""Tests metrics against values computed by hand and scikit-learn, and PRO against a slow, obvious reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of more than 8 bits a channel, with just the bits that they are to have."""
+"""Makes files of more than 8 bits per channel, with exactly the wanted bits."""
 
 from __future__ import annotations
 

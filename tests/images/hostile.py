@@ -1,4 +1,4 @@
-"""Images that nobody would take with a camera: what a bucket may hold, from odd but valid to built to harm.
+"""Makes images that no camera takes but a bucket may contain: from odd but valid to built to harm.
 
 `hostile_files(seed)` gives more than 2,000 (name, bytes), always the same for a seed.
 """

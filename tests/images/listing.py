@@ -1,4 +1,4 @@
-"""Listings of images, and what is said where there can be none."""
+"""Lists images for tests, and returns the error where they cannot be listed."""
 
 from __future__ import annotations
 

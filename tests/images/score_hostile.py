@@ -1,9 +1,9 @@
-"""Scores the images of a folder in this process, and prints as JSON what the process took.
+"""Scores the images of a folder in this process, and prints the memory that it took as JSON.
 
     python -m tests.images.score_hostile IMAGES OUTPUT PIXELS
 
-PIXELS: dataset.max_pixels, and what all threads may hold at once. The memory is what the process has ever had, beyond
-what it had after whole photos.
+PIXELS: dataset.max_pixels, and the pixels that all threads may hold at once. The memory is the peak of the process,
+less its memory after scoring valid photos.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def test_faulty_tables_are_said(tmp_path: Path) -> None:
     assert "row 2 has no class_name" in fault_of(str(tmp_path / "b.csv"))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no table")
     assert "cannot be read as a table" in fault_of(str(tmp_path / "c.parquet"))
-    assert "is not there" in fault_of(str(tmp_path / "d.csv"))
+    assert "does not exist" in fault_of(str(tmp_path / "d.csv"))
 
 
 def test_nothing_to_score_is_said(root: str) -> None:

@@ -1,4 +1,4 @@
-"""Tables as other tools write them: folders of parts, partitions, JSON Lines, labels in the words of the field."""
+"""Tests tables as other tools write them: folders of parts, partitions, JSON Lines, and labels in common words."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
 def test_a_file_that_is_no_table_is_said(tmp_path: Path) -> None:
     (tmp_path / "list.xlsx").write_bytes(b"PK")
     fault = fault_of(str(tmp_path / "list.xlsx"))
-    assert "list.xlsx is a file, and no table that alfa reads" in fault
+    assert "list.xlsx is a file, but not a table that alfa reads" in fault
     assert ".parquet, .csv, .jsonl, .ndjson file or a folder of Parquet files" in fault
 
 
@@ -149,9 +149,9 @@ def test_the_words_of_the_field_for_good(tmp_path: Path, values: list[object], l
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
-        (["0", "crack"], "mixes '0' .a number. and 'crack' .a word., so what is good cannot be told"),
+        (["0", "crack"], "mixes '0' .a number. and 'crack' .a word., so it is unclear what is good"),
         (["good", "true"], "mixes 'good' .a word. and 'true' .a truth value."),
-        ([1, -1], "column label holds -1: 0 means good and 1 a defect"),
+        ([1, -1], "column label has -1; use 0 for good and 1 for a defect"),
     ],
 )
 def test_labels_that_cannot_be_told_are_refused(tmp_path: Path, values: list[object], fault: str) -> None:

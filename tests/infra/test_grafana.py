@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that exist: those of the scoring actors, and those of Ray's own dashboards."""
+"""Tests that the dashboard only uses existing metrics: those of scoring actors, and those of Ray's own dashboards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast way to an S3 bucket: the same objects as by s3fs, and s3fs where it fails."""
+"""Tests the fast access to S3 buckets: it gives the same objects as s3fs, and falls back to s3fs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which Ray a job uses: its own, or the one that it names; never one that merely runs here, or once did."""
+"""Tests which Ray a job uses: its own, or the one that it names, but never another that runs or ran on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever dies, and whenever: the same command again ends with every image in one row and every mask there."""
+"""Tests that after any process dies at any time, the same command again gives one row and mask for every image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scoring pool on real Ray whose nodes come late, leave early, or are not fit for work."""
+"""Tests the scoring pool on real Ray whose nodes come late, leave early, or cannot work."""
 
 from __future__ import annotations
 

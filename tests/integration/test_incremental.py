@@ -1,4 +1,4 @@
-"""Three nights of a bucket on a real S3, each of which scores what is new alone."""
+"""Tests three nights of a bucket on a real S3, each of which scores only new photos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many images and many shards: memory stays flat, and what is done already is found by one listing."""
+"""Tests many images and many shards: memory stays flat, and finished shards are found by one listing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prompt actor on real Ray, against a real HTTP server: one request a class, ever."""
+"""Tests the prompt actor on real Ray with a real HTTP server: there is only ever one request per class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing listens to the network, nothing tells a secret, nothing is written outside the output."""
+"""Tests that nothing listens on the network, reveals a secret, or is written outside the output."""
 
 from __future__ import annotations
 

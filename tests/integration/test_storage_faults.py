@@ -1,4 +1,4 @@
-"""Object storage that fails: a proxy between alfa and SeaweedFS spoils a share of the requests."""
+"""Tests failing object storage: a proxy between alfa and SeaweedFS makes a share of the requests fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nights of the demo's photos that are published as if they had been scored: no Ray, no model."""
+"""Publishes nights of the demo's photos as if they had been scored, without Ray and a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nights of a range: in order, what is published left alone, what fails no harm to the others."""
+"""Tests a backfill: nights run in order, published ones are skipped, and a failing one does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: help, versions, completion, terminals, pipes and machines."""
+"""Tests the command line as users see it: help, version, completion, terminals, pipes and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`alfa evaluate` as its users run it, on the demo's real images, and what it has in common with `alfa score`."""
+"""Tests `alfa evaluate` on the demo's real images, and that it scores as `alfa score` does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nights that take what is new alone, as far as that needs neither Ray nor a model."""
+"""Tests nights that score only new photos, as far as that needs neither Ray nor a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What reaches the log, in both formats."""
+"""Tests the log in both formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says is what there is, and it leaves nothing behind."""
+"""Tests that a plan describes the night correctly, and writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log holds alfa's own lines and real warnings, also where something fails; test_score.py looks at nights without."""
+"""Tests that a log only has alfa's own lines and real warnings when something fails; test_score.py covers the rest."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def test_an_output_inside_the_images_is_refused_before_anything_is_written(
     (tmp_path / "link").symlink_to("in")
     before = sorted(tmp_path.rglob("*"))
     refused = score(tmp_path / images, tmp_path / output, "lake.format=iceberg")
-    assert refused.returncode == 2 and "must lie apart" in refused.stderr
+    assert refused.returncode == 2 and "must not overlap" in refused.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 

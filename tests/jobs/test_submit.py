@@ -1,4 +1,4 @@
-"""What a submission is made of."""
+"""Tests the parts of a submission: its id, its command, its code and its log."""
 
 from __future__ import annotations
 

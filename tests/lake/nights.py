@@ -1,4 +1,4 @@
-"""Made nights of a lake: runs of two classes, and nights of photos with their versions."""
+"""Publishes generated nights: runs of two classes, and nights of photos with versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`alfa gc`: what is superseded goes, what a commit names and what may still be in use stays."""
+"""Tests `alfa gc`: it removes superseded files, and keeps those that a commit names or that may be in use."""
 
 from __future__ import annotations
 

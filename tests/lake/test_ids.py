@@ -1,4 +1,4 @@
-"""An id is found if, and only if, it is there."""
+"""Tests that an id is found if, and only if, it is in the set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a night may leave out is what the commits of other nights hold, whatever files lie in the ledger."""
+"""Tests that a night leaves out exactly the photos in other nights' commits, whatever files are in the ledger."""
 
 from __future__ import annotations
 

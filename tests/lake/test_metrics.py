@@ -1,4 +1,4 @@
-"""A run's facts for Prometheus and OpenLineage."""
+"""Tests the metrics of a run for Prometheus, and its events for OpenLineage."""
 
 from __future__ import annotations
 

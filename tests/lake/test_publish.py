@@ -1,4 +1,4 @@
-"""Publishing under readers' eyes, and by several drivers at once."""
+"""Tests publishing while readers read, and by several drivers at once."""
 
 import hashlib
 import io

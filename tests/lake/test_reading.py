@@ -1,4 +1,4 @@
-"""A published class is read by the places and columns that are wanted, whatever its row groups are."""
+"""Tests reading chosen rows and columns of a published class, with any row groups."""
 
 from __future__ import annotations
 

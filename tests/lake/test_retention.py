@@ -1,4 +1,4 @@
-"""`alfa gc --keep-nights` and `--keep-days`: what old nights lose, and that what is left is a whole lake."""
+"""Tests `alfa gc --keep-nights` and `--keep-days`: what is removed of old nights, and that the rest stays valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A class is given back in order whatever came in, and however often the buffer was full."""
+"""Tests that a class is returned in order for any input, however often the buffer was full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers and models as people run them: each refuses some options of a request, or answers in a form of its own."""
+"""Tests servers and models as people use them: some refuse options of a request, or answer in another form."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A report's page as a browser finds it, and texts that try to be more than text in it."""
+"""Parses a report's page as a browser would, and has texts that try to break out of it."""
 
 from __future__ import annotations
 

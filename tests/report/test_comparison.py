@@ -1,4 +1,4 @@
-"""What a report says of the night before, with numbers computed by hand."""
+"""Tests the report's comparison with the night before, with numbers computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two nights side by side, with numbers computed by hand."""
+"""Tests the comparison of two nights, with numbers computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report's page says, what it cannot be made to say, and how large it gets."""
+"""Tests the content of a report's page, that texts cannot break out of it, and its size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents of the lake: read back as written, also of older versions, and refused by name where they are not whole."""
+"""Tests that documents of the lake, also of older versions, are read back as written, and invalid ones are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Photos of 12 megapixels with a defect of 12 pixels, whole and in tiles; in a process of their own, for its memory."""
+"""Tests photos of 12 megapixels with a defect of 12 pixels, whole and in tiles, in processes of measured memory."""
 
 from __future__ import annotations
 

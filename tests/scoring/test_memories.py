@@ -1,4 +1,5 @@
-"""Peers of a run: which photos they are, that they are made once, and that nothing else moves a score."""
+"""Tests the peers of a run: which photos are chosen, that their memory is made once, and that scores depend on nothing
+else."""
 
 from __future__ import annotations
 

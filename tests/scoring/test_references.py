@@ -1,4 +1,4 @@
-"""Which images a class is compared with, and what the lake keeps of them."""
+"""Tests the choice of reference images, and what the lake keeps of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The library's entrance: what the README shows, against the rows and masks of a night."""
+"""Tests the library's entry point: the README's example against the rows and masks of a night."""
 
 from __future__ import annotations
 
