@@ -91,7 +91,7 @@ def adopt_libraries() -> None:
 
 
 def current_format() -> LogFormat:
-    """The format that configure() has set up."""
+    """Returns the format that configure() has set up."""
     return _format
 
 

@@ -1,7 +1,7 @@
 """The method in pure torch: encoder, prompt adaptation, aligner, references, peers, explanation, detector.
 
 In: uint8 pixels and prompts. Out: scores, anomaly maps, explanations.
-May import: tiling, schemas. It knows no storage, no Ray and no files but weights.
+May import: tiling, schemas. It uses no storage, no Ray, and no files except weights.
 """
 
 from pipeline.alfa.detection import Detection, Features, PromptEmbeddings

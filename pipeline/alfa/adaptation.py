@@ -34,7 +34,7 @@ class PromptBatch:
 
 
 def contextual_scores(distances: Tensor, prompts: PromptBatch) -> Tensor:
-    """How much nearer a prompt is to the image than the opposite set is on average: [B, P].
+    """Computes how much nearer a prompt is to the image than the opposite set is on average, [B, P].
 
     C(n_i) = mean_j d(a_j) - d(n_i), C(a_j) = mean_i d(n_i) - d(a_j), with d = 1 - cosine; distances: [B, P].
     """
@@ -43,11 +43,11 @@ def contextual_scores(distances: Tensor, prompts: PromptBatch) -> Tensor:
 
 
 def adapt(similarities: Tensor, prompts: PromptBatch, method: Method) -> Tensor:
-    """Weight of each prompt for each image: [B, P], 0 where removed or padded, else 1 (soft: shares of its side).
+    """Computes the weight of each prompt for each image, [B, P]: 1 if kept, 0 if removed or padded; soft: a share.
 
-    similarities: cosines of image and prompts, [B, P], float32. On the side that the image leans to (smaller mean
-    distance) prompts with C >= 0 are kept, on the other those with C <= 0; each side keeps at least its floor, best
-    first.
+    similarities: cosines of image and prompts, [B, P], float32. On the side that the image leans to (the smaller mean
+    distance), prompts with C >= 0 are kept, on the other side those with C <= 0. Each side keeps at least its floor,
+    the best prompts first.
     """
     if method.adaptation == "none":
         return prompts.valid.float()
@@ -75,7 +75,7 @@ def adapt(similarities: Tensor, prompts: PromptBatch, method: Method) -> Tensor:
 
 
 def random_filter(weights: Tensor, prompts: PromptBatch, generator: torch.Generator) -> Tensor:
-    """The control of every adaptation: keeps as many prompts a side and image as `weights` does, chosen at random."""
+    """Keeps as many prompts per side and image as `weights` does, but chosen at random: a control for adaptations."""
     noise = torch.rand(weights.shape, generator=generator).to(weights.device)
     kept = torch.zeros_like(prompts.valid)
     for side in prompts.sides:
@@ -85,7 +85,7 @@ def random_filter(weights: Tensor, prompts: PromptBatch, generator: torch.Genera
 
 
 def prototypes(weights: Tensor, prompts: PromptBatch) -> Tensor:
-    """Normalised weighted means of both sides: [B, 2, D], the normal prototype first."""
+    """Computes the normalised weighted means of both sides, [B, 2, D], the normal prototype first."""
     sides = torch.stack([weights * side for side in prompts.sides], dim=1)
     return F.normalize(sides @ prompts.embeddings, dim=-1)
 
@@ -96,7 +96,7 @@ def _side_means(distances: Tensor, prompts: PromptBatch) -> tuple[Tensor, Tensor
 
 
 def _share_beaten(distances: Tensor, prompts: PromptBatch) -> Tensor:
-    """Share of the opposite prompts that are farther from the image, ties by half: [B, P]."""
+    """Computes the share of the opposite prompts that are farther from the image, [B, P]; ties count half."""
     nearer = (distances[:, :, None] < distances[:, None, :]).float()
     tied = (distances[:, :, None] == distances[:, None, :]).float()
     opposite = ((prompts.anomalous[:, :, None] != prompts.anomalous[:, None, :]) & prompts.valid[:, None, :]).float()
@@ -104,7 +104,7 @@ def _share_beaten(distances: Tensor, prompts: PromptBatch) -> Tensor:
 
 
 def _overlap(distances: Tensor, prompts: PromptBatch) -> Tensor:
-    """Prompts whose distance lies in both [min d_N, max d_N] and [min d_A, max d_A]: [B, P], bool."""
+    """Finds the prompts whose distance lies in both [min d_N, max d_N] and [min d_A, max d_A]: [B, P], bool."""
     inside = torch.ones_like(prompts.valid)
     for side in prompts.sides:
         low = distances.masked_fill(~side, torch.inf).amin(1, keepdim=True)
@@ -114,17 +114,17 @@ def _overlap(distances: Tensor, prompts: PromptBatch) -> Tensor:
 
 
 def _floor(oriented: Tensor, keep: Tensor, prompts: PromptBatch, count: int, share: float) -> Tensor:
-    """The max(count, ceil(share of the side)) best prompts of each side, those kept anyway first: [B, P], bool."""
+    """Finds the max(count, ceil(share of the side)) best prompts of each side, kept ones first: [B, P], bool."""
     best = torch.zeros_like(prompts.valid)
     for side in prompts.sides:
-        # In double, and less a hair: 0.1 * 30 is 3.0000000000000004, which must stay 3.
+        # A small number is subtracted, because 0.1 * 30 is 3.0000000000000004, and must stay 3.
         least = torch.ceil(side.sum(1, keepdim=True).double() * share - 1e-9).clamp(min=count)
         best |= side & (_rank_within(oriented.masked_fill(keep, torch.inf), side) < least)
     return best
 
 
 def _rank_within(values: Tensor, side: Tensor) -> Tensor:
-    """Place of each prompt among those of its side, 0 the highest: [B, P]; equal values keep their order."""
+    """Ranks each prompt among those of its side, [B, P]; 0 is the highest, and equal values keep their order."""
     order = values.masked_fill(~side, -torch.inf).argsort(dim=1, descending=True, stable=True)
     return order.argsort(dim=1)
 

@@ -1,8 +1,8 @@
-"""Fine-grained aligner, training-free: patches in the space of texts (ALFA, reconstructed from its abstract).
+"""The training-free aligner: embeds patches in the space of texts (ALFA, reconstructed from its abstract).
 
-CLIP aligns only its class token with text. `value` applies to each patch the map that makes the class token; `ridge`
-fits a linear map, per image, from patch tokens to the class embeddings of windows; `raw` projects patch tokens as they
-are.
+CLIP aligns only its class token with text. `value` applies to each patch the map that makes the class token. `ridge`
+fits, for each image, a linear map from patch tokens to the class embeddings of windows. `raw` projects the patch tokens
+unchanged.
 Formulas: pipeline/alfa/README.md, "Fine-grained aligner"; the paper is arXiv 2404.09654.
 """
 
@@ -20,7 +20,7 @@ _WINDOWS = (2, 3)
 
 
 def align(features: ImageFeatures, encoder: Encoder, aligner: str, ridge_lambda: float) -> Tensor:
-    """Local embeddings [L, B, P, D] of the chosen levels, normalised, float32."""
+    """Computes the local embeddings of the chosen levels, [L, B, P, D], normalised, float32."""
     tokens = features.values if aligner == "value" else features.tokens
     if tokens is None:
         raise ValueError(f"features were made for another aligner than {aligner}")
@@ -32,7 +32,7 @@ def align(features: ImageFeatures, encoder: Encoder, aligner: str, ridge_lambda:
 
 
 def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: float) -> Tensor:
-    """Patches mapped by ridge regression from mean region tokens L to region embeddings G: [B, P, D], normalised.
+    """Maps patches by the ridge regression of region embeddings G on mean region tokens L: [B, P, D], normalised.
 
     tokens: [B, P, W]; windows: patch indices of the regions besides the whole image, by size; targets: G [B, R, D], the
     whole image first. x W with W = (L^T L + lambda I)^-1 L^T G, solved in the dual (regions x regions), float32.
@@ -47,7 +47,7 @@ def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: 
 
 
 def window_patches(grid: tuple[int, int]) -> list[Tensor]:
-    """Patch indices of all 2x2 windows [R2, 4] and all 3x3 windows [R3, 9] of a grid (rows, columns), stride 1."""
+    """Lists the patches of all 2x2 windows [R2, 4] and 3x3 windows [R3, 9] of a grid (rows, columns), stride 1."""
     numbers = torch.arange(grid[0] * grid[1]).view(grid)
     return [
         numbers.unfold(0, size, 1).unfold(1, size, 1).reshape(-1, size * size) for size in _WINDOWS if min(grid) >= size
@@ -55,9 +55,9 @@ def window_patches(grid: tuple[int, int]) -> list[Tensor]:
 
 
 def _window_embeddings(embedded: Tensor, windows: list[Tensor], encoder: Encoder) -> Tensor:
-    """Class embedding of each window's tokens with the class token through the same ViT: [B, R, D].
+    """Computes the class embedding of each window's tokens with the class token, by the same ViT: [B, R, D].
 
-    Some images at a time, so that memory does not grow with the batch.
+    It takes some images at a time, so that memory does not grow with the batch.
     """
     parts = []
     for index in windows:

@@ -1,4 +1,4 @@
-"""What a detector is given of a class, and what it gives an image."""
+"""The input of a detector for a class, and its output for an image."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ class PromptEmbeddings:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What a batch of B images looks like before any prompt. local: aligned patches [L, B, P, D], normalised;
-    fingerprints: [B], int64, of the pixels."""
+    """The features of a batch of B images, which do not depend on prompts.
+
+    local: aligned patches [L, B, P, D], normalised. fingerprints: of the pixels, [B], int64.
+    """
 
     image: ImageFeatures
     local: Tensor
@@ -45,16 +47,19 @@ class Features:
 
 @dataclass(frozen=True)
 class Detection:
-    """What one image is given.
+    """The result for one image.
 
     score, score_global, score_local: 0 to 1, raw. grid: anomaly map on the patch grid [gh, gw], float32, probabilities.
-    defect_grid: cosine of each patch with each defect [K, gh, gw], float32, averaged to at most 64 patches a side.
-    kept: [P], which prompts of the ensemble adaptation has left, in its order. shots: reference images that it was
-    compared with; with any, score_reference is the distance of its farthest patch, 0 to 1, and the distances are added
-    to the grid, which then ranges from 0 to 2. peers: photos of the night that it was compared with; with any, all is
-    0 to 1 again and 0.5 is the fence of its class; score_peers is the part of the peers in the score, peer_distances
-    [gh, gw] what follows from them for each patch (D), nearest_peer [gh, gw] the number of the peer that is most alike
-    there. Where the peers are not calibrated yet, score and grid are those without peers, and score_peers is v.
+    defect_grid: cosine of each patch with each defect [K, gh, gw], float32, averaged to at most 64 patches per side.
+    kept: [P], whether adaptation has kept each prompt, in the order of the ensemble.
+
+    shots: number of reference images that it was compared with. With references, score_reference is the distance of the
+    farthest patch, 0 to 1, and the distances are added to the grid, which then ranges from 0 to 2.
+
+    peers: number of photos of the night that it was compared with. With peers, score and grid range from 0 to 1, and
+    0.5 is the fence of the class. score_peers is the part of the peers in the score; peer_distances [gh, gw] is D of
+    each patch; nearest_peer [gh, gw] is the number of the most similar peer. If the peers are not calibrated yet, score
+    and grid are those without peers, and score_peers is v.
     """
 
     score: float

@@ -1,4 +1,4 @@
-"""Tensors to the device and back, without either waiting for the other: a GPU is kept busy by who works ahead of it."""
+"""Copies tensors to the device and back without waiting, so that the CPU can work ahead and keep a GPU busy."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on the device. From memory that is not pinned, the copy would wait for what a GPU is busy
-    with, and the GPU would then wait for what comes next."""
+    """Returns a tensor on the device. It is copied from pinned memory.
+
+    From other memory, the copy would wait until a GPU is idle, and the GPU would then wait for its next work.
+    """
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(tensors: Sequence[Tensor]) -> Callable[[], list[NDArray[Any]]]:
-    """Tensors of one device, copied to the CPU as soon as it has them. The call waits for that, but not for what the
-    device is asked for later."""
+    """Starts copying tensors of one device to the CPU. Returns a function that waits for the copies and returns them.
+
+    It does not wait for work that is given to the device later.
+    """
     copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]  # on a GPU, to pinned memory
     done = None
     if tensors[0].device.type == "cuda":

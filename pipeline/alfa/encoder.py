@@ -1,4 +1,4 @@
-"""An open_clip ViT as ALFA needs it: class embedding, patch tokens of chosen blocks, value path, texts."""
+"""Encodes images and texts with an open_clip ViT: class embedding, patch tokens of chosen blocks, value path, texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEXTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What the model was trained on: the whole image resized to size (height, width), then (x / 255 - mean) / std."""
+    """The model's pre-processing: the whole image is resized to size (height, width), then (x / 255 - mean) / std."""
 
     size: tuple[int, int]
     mean: tuple[float, float, float]
@@ -27,13 +27,13 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One forward pass over B images with P patches; W is the width of the ViT, D its joint dimension.
+    """The result of one forward pass over B images with P patches; W is the width of the ViT, D its joint dimension.
 
     embedding: class embedding [B, D], normalised, float32.
     embedded: tokens that enter the first block [B, 1 + P, W].
-    tokens: patch tokens after each wanted block [L, B, P, W], float32; None where the value path was asked for.
-    values: the value path after each wanted block [L, B, P, W]; None where it was not asked for.
-    compared_tokens: patch tokens after each block wanted for comparisons [C, B, P, W], float32; C may be 0.
+    tokens: patch tokens after each chosen block [L, B, P, W], float32; None with a value path.
+    values: the value path after each chosen block [L, B, P, W]; None without a value path.
+    compared_tokens: patch tokens after each block chosen for comparisons [C, B, P, W], float32; C may be 0.
     """
 
     embedding: Tensor
@@ -44,9 +44,9 @@ class ImageFeatures:
 
 
 class Encoder:
-    """Images and texts to embeddings, in inference mode. All results are float32, whatever the precision inside.
+    """Encodes images and texts in inference mode. All results are float32, whatever the precision inside.
 
-    clip is taken over: the products of its image tower are done in `dtype` from now on.
+    It takes clip over: the weights of its image tower are converted to `dtype`.
 
     grid: rows and columns of patches; blocks: depth of the ViT; logit_scale: 1 / tau; embedding_dim: D.
     """
@@ -72,7 +72,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """Normalised text embeddings [P, D], float32, on the CPU.
+        """Encodes texts to normalised embeddings [P, D], float32, on the CPU.
 
         Raises ValueError for a text that the tokenizer would cut.
         """
@@ -93,10 +93,10 @@ class Encoder:
         value_depth: int | None = None,
         compared_levels: Sequence[int] = (),
     ) -> ImageFeatures:
-        """One forward pass over pixels [B, 3, H, W], uint8, of the model's size; normalised on the device.
+        """Encodes pixels [B, 3, H, W], uint8, of the model's size, in one forward pass; normalises them on the device.
 
-        levels: blocks to keep, from 0, ascending; value_depth: blocks of the value path, counted from the last; None:
-        no path; compared_levels: blocks to keep for the comparison with other images, ascending.
+        levels: blocks to keep, from 0, ascending. value_depth: number of last blocks in the value path; None: no value
+        path. compared_levels: blocks to keep for the comparison with other images, ascending.
 
         Raises ValueError for pixels of another type or size.
         """
@@ -131,12 +131,12 @@ class Encoder:
 
     @torch.inference_mode()
     def project(self, tokens: Tensor) -> Tensor:
-        """The map that CLIP applies to its class token: tokens [..., W] to normalised embeddings [..., D], float32."""
+        """Projects tokens [..., W] to normalised embeddings [..., D], float32, as CLIP does with its class token."""
         return F.normalize(self._visual.ln_post(tokens) @ self._visual.proj, dim=-1)
 
     @torch.inference_mode()
     def encode_tokens(self, tokens: Tensor) -> Tensor:
-        """Normalised class embeddings [N, D], float32, of sequences [N, T, W] of embedded tokens, class token first."""
+        """Encodes sequences [N, T, W] of embedded tokens, class token first, to class embeddings [N, D], normalised."""
         *blocks, last = self._visual.transformer.resblocks
         for block in blocks:
             tokens, _ = run_block(block, tokens)
@@ -154,16 +154,16 @@ class Encoder:
 def run_block(
     block: nn.Module, x: Tensor, *, with_values: bool = False, class_only: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """A residual block of CLIP on x [B, T, W], float32: its output, and with_values its step of the value path,
-    W_o softmax(v v^T / sqrt(d_head)) v [B, T, W] (fine-grained aligner, `value`), else None.
+    """Applies a residual block of CLIP to x [B, T, W], float32. Returns its output, and its step of the value path.
 
-    class_only: the output is that of the class token alone, [B, 1, W]. Both attentions share v, so the value path costs
-    one attention and one product with W_o.
+    The step is W_o softmax(v v^T / sqrt(d_head)) v [B, T, W] (aligner `value`); None unless with_values. Both
+    attentions share v, so it costs one attention and one product with W_o. class_only: return only the output of the
+    class token, [B, 1, W].
     """
     parts: Any = block
     attention = parts.attn
-    # Products in the precision of their weights; the residual stream stays float32: the cosines of normal and anomalous
-    # prompts differ in the third digit.
+    # Products have the precision of their weights, but the residual stream stays float32, because the cosines of normal
+    # and anomalous prompts only differ in the third digit.
     dtype = attention.in_proj_weight.dtype
     projected = F.linear(parts.ln_1(x).to(dtype), attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1))

@@ -1,4 +1,4 @@
-"""Patches of some images, against which those of others are held: what references and peers share."""
+"""Stores the patches of some images, and compares those of others with them. References and peers both use it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from pipeline.alfa.device import to_device
 
 _COSINES_AT_ONCE = 1 << 24
-"""Cosines that are held at a time, 64 MiB of float32."""
+"""Number of cosines in memory at a time, 64 MiB of float32."""
 
 
 def pack(images: Sequence[Tensor]) -> Tensor:
-    """Packs the patch tokens of images for a memory: [L, P, W] each, with a P of its own, to [L, sum of P, W].
+    """Packs the patch tokens of images, [L, P, W] each with any P, for a memory: [L, sum of P, W].
 
     They are normalised and rounded to float16 on the CPU, which halves them and moves a distance by less than 1e-3.
     """
@@ -25,9 +25,9 @@ def pack(images: Sequence[Tensor]) -> Tensor:
 def image_distances(tokens: Tensor, packed: Tensor, patches: Sequence[int]) -> Tensor:
     """Computes min_r (1 - <x_p, r>) / 2 of each patch and each image of a memory: [L, N, M], float32, 0 to 1.
 
-    tokens: [L, N, W], of any length. packed: of M images, as pack() gives it; patches: how many each of them has. Both
-    sides are rounded to float16 alike, so that an image in the memory is at distance 0 from itself. It works in pieces
-    of bounded size, however many patches there are.
+    tokens: [L, N, W], of any length. packed: patches of M images, from pack(). patches: how many each of them has. Both
+    sides are rounded to float16, so that an image in the memory has distance 0 to itself. Memory is bounded for any
+    number of patches.
     """
     highest = torch.empty(*tokens.shape[:2], len(patches), device=tokens.device)
     for level, known, found in zip(tokens, packed, highest, strict=True):
@@ -39,5 +39,5 @@ def image_distances(tokens: Tensor, packed: Tensor, patches: Sequence[int]) -> T
 
 
 def _round(tokens: Tensor) -> Tensor:
-    """Normalises as a memory holds them, and again: rounding leaves lengths that are not quite one."""
+    """Normalises tokens, rounds them as a memory does, and normalises again, because rounding changes their lengths."""
     return F.normalize(F.normalize(tokens, dim=-1).half().float(), dim=-1)

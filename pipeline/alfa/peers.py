@@ -1,4 +1,4 @@
-"""Peers: how far a patch is from those of other photos of the same night (mutual scoring, MuSc, arXiv 2401.16753).
+"""Compares patches with those of other photos of the night, the peers (mutual scoring, MuSc, arXiv 2401.16753).
 
 Formulas: pipeline/alfa/README.md, "Peers".
 """
@@ -16,21 +16,22 @@ from pipeline.alfa.device import to_device
 from pipeline.alfa.patches import image_distances, pack
 
 HIGHEST = 3
-"""Patches whose mean distance is the value of an image."""
+"""The value v of an image is the mean distance of this many patches."""
 
 _MOST_PATCHES = 1 << 15
-"""Patches that a memory holds, all peers together."""
+"""Largest number of patches in a memory, of all peers together."""
 _LEAST_FENCE = 1e-4
-"""What the rounding to float16 can do to a distance: a fence below it would fence off noise."""
+"""Smallest fence: rounding to float16 changes distances by up to this, and a lower fence would only separate noise."""
 _EPSILON = 1e-6
-"""Scores are kept this far from 0 and 1 where their logit is taken."""
+"""Scores are kept this far away from 0 and 1 before their logit is taken."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The fences of a class, by its own peers: median + 3 x 1.4826 x MAD of their values.
+    """The fences of a class, median + 3 x 1.4826 x MAD of the values of its own peers.
 
-    distance: of v, above 0. score, peak: of the logits of score and of the map's highest patches, both with language.
+    distance: fence of v, above 0. score, peak: fences of the logits of the score and of the map's highest patches,
+    language included.
     """
 
     distance: float
@@ -64,10 +65,10 @@ class PeerMemory:
 def remember_peers(
     images: Sequence[Tensor], fingerprints: Sequence[int], uris: Sequence[str], earlier: int = 0
 ) -> PeerMemory:
-    """Makes the memory of peers, without a calibration; each as its patch tokens [L, P, W], averaged over neighbours.
+    """Makes the memory of peers, without a calibration. images: the patches of each, [L, P, W], neighbours averaged.
 
-    Where they have more than 32,768 patches together, each peer keeps an equal number of its own, drawn at random with
-    a fixed seed: time and memory are bounded, and neighbouring patches are much alike.
+    If they have more than 32,768 patches together, each peer keeps an equal number, drawn at random with a fixed seed.
+    This bounds time and memory; neighbouring patches are very similar anyway.
     """
     most = max(1, _MOST_PATCHES // len(images))
     kept = [image if image.shape[1] <= most else image[:, _draw(image.shape[1], most)] for image in images]
@@ -82,8 +83,8 @@ def _draw(count: int, most: int) -> Tensor:
 def fingerprint_pixels(pixels: Tensor) -> Tensor:
     """Hashes the pixels of each image [B, 3, H, W], uint8, to [B], int64, on their device.
 
-    The sum of 8-byte words times fixed odd numbers, modulo 2^64: equal pixels have equal fingerprints, and others have
-    different ones but for accidents. It guards against accidents alone, not against forgery.
+    The hash is the sum of 8-byte words times fixed odd numbers, modulo 2^64. Equal pixels have equal fingerprints;
+    different pixels have different ones, except by very unlikely chance. It does not protect against forgery.
     """
     flat = pixels.permute(0, 2, 3, 1).flatten(1)
     words = F.pad(flat, (0, -flat.shape[1] % 8)).view(torch.int64)
@@ -92,7 +93,7 @@ def fingerprint_pixels(pixels: Tensor) -> Tensor:
 
 
 def average_neighbours(tokens: Tensor, grid: tuple[int, int], neighbourhood: int) -> Tensor:
-    """Averages each patch of tokens [..., P, W] over those of the patches around it that exist. grid: rows, columns."""
+    """Averages each patch of tokens [..., P, W] over the patches around it that exist. grid: rows, columns."""
     if neighbourhood == 1:
         return tokens
     planes = tokens.transpose(-1, -2).unflatten(-1, grid)
@@ -102,11 +103,11 @@ def average_neighbours(tokens: Tensor, grid: tuple[int, int], neighbourhood: int
 
 
 def peer_distance(tokens: Tensor, fingerprints: Tensor, memory: PeerMemory, share: float) -> tuple[Tensor, Tensor]:
-    """D_p of each patch, [B, P], and its distance to each peer, averaged over the levels, [B, P, M]; float32, 0 to 1.
+    """Computes D_p of each patch, [B, P], and its distance to each peer, [B, P, M]; float32, 0 to 1.
 
-    D_p = mean of the distances to the share of the peers for which they are lowest, averaged over the levels. tokens:
-    [L, B, P, W], averaged over neighbours. fingerprints: [B], of the images: a peer with the same pixels, such as the
-    image itself, is left out, its distance is infinite. An image that has no other peers has a D_p of 0.
+    Both are averaged over the levels. D_p is the mean distance to the nearest peers, of which `share` counts. A peer
+    with the same pixels, such as the image itself, is left out, and its distance is infinite. D_p is 0 for an image
+    without other peers. tokens: [L, B, P, W], averaged over neighbours. fingerprints: of the images, [B].
     """
     levels, images, patches = tokens.shape[:3]
     found = image_distances(tokens.flatten(1, 2), memory.tokens, memory.patches).view(levels, images, patches, -1)
@@ -121,29 +122,29 @@ def peer_distance(tokens: Tensor, fingerprints: Tensor, memory: PeerMemory, shar
 
 
 def image_value(distances: Tensor) -> Tensor:
-    """v = mean of the 3 highest D_p of each image: [B, P] to [B]."""
+    """Computes v, the mean of the 3 highest D_p of each image: [B, P] to [B]."""
     return distances.topk(min(HIGHEST, distances.shape[1])).values.mean(1)
 
 
 def combine(language: Tensor, distance: Tensor, fence: Tensor, weight: float) -> Tensor:
-    """(1 - u) S + u d / (d + c): language and peers together, not yet calibrated. All 0 to 1."""
+    """Combines language and peers, not calibrated yet: (1 - u) S + u d / (d + c). All values are 0 to 1."""
     return (1 - weight) * language + weight * distance / (distance + fence)
 
 
 def calibrate(combined: Tensor, fence: Tensor) -> Tensor:
-    """sigmoid(logit s - f): the same order, and 0.5 where s is at the fence f."""
+    """Calibrates scores s: sigmoid(logit s - f) keeps their order, and is 0.5 at the fence f."""
     return torch.sigmoid(torch.logit(combined, _EPSILON) - fence)
 
 
 def find_fence(values: Tensor) -> float:
-    """median + 3 x 1.4826 x MAD of values [M]: bears a third of outliers."""
+    """Computes the fence of values [M], median + 3 x 1.4826 x MAD. It is valid with up to a third of outliers."""
     median = values.quantile(0.5)
     return float(median + 3 * 1.4826 * (values - median).abs().quantile(0.5))
 
 
 @dataclass(frozen=True, eq=False)
 class Unfenced:
-    """What a peer is given when it is scored against the others, before there are fences.
+    """The result of a peer that was scored against the others, before there are fences.
 
     score: S without peers. value: v. language, distances: [P] each, the map without peers, 0 to 1, and D.
     """
@@ -157,7 +158,7 @@ class Unfenced:
 def fence_in(memory: PeerMemory, found: Sequence[Unfenced], weight: float) -> PeerMemory:
     """Returns the memory with the calibration that follows from its own peers.
 
-    found: of each peer. weight: u, of the peers against language.
+    found: the result of each peer. weight: u, the weight of the peers against language.
     """
     values = torch.tensor([item.value for item in found])
     fence = max(find_fence(values), _LEAST_FENCE)

@@ -1,4 +1,4 @@
-"""Few-shot: how far a patch is from every patch of a handful of known-good images.
+"""Few-shot: compares patches with those of a few known-good images.
 
 Formula: pipeline/alfa/README.md, "Few-shot"; the idea is that of PatchCore and WinCLIP+.
 """
@@ -31,7 +31,7 @@ class ReferenceMemory:
         return len(self.patches)
 
     def without(self, number: int) -> ReferenceMemory:
-        """The memory of the other images. Raises ValueError where there are none."""
+        """Returns the memory without one image. Raises ValueError if there is no other image."""
         if self.shots < 2:
             raise ValueError("a memory of one image has no others")
         images = self.tokens.split(self.patches, dim=1)
@@ -40,12 +40,15 @@ class ReferenceMemory:
 
 
 def remember(images: Sequence[Tensor]) -> ReferenceMemory:
-    """The memory of reference images; each as its patch tokens [L, P, W] of the chosen levels, with a P of its own."""
+    """Makes the memory of reference images.
+
+    Each is given by its patch tokens of the chosen levels, [L, P, W], any P.
+    """
     return ReferenceMemory(pack(images), tuple(image.shape[1] for image in images))
 
 
 def reference_distance(tokens: Tensor, memory: ReferenceMemory) -> Tensor:
-    """R_p = min_r (1 - <x_p, r>) / 2, averaged over the levels: [B, P], float32, 0 to 1.
+    """Computes R_p = min_r (1 - <x_p, r>) / 2, averaged over the levels: [B, P], float32, 0 to 1.
 
     tokens: [L, B, P, W], of any length. A reference image itself is at distance 0.
     """

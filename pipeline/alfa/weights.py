@@ -1,6 +1,6 @@
-"""From a model's name to an encoder: its configuration, its weights file, its tokenizer.
+"""Loads the encoder of a model by name: its configuration, its weights file, its tokenizer.
 
-open_clip is imported where it is used: that takes seconds, which a process that loads no model saves.
+open_clip is imported where it is used, because that takes seconds, and not every process loads a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ModelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Weights:
-    """A weights file. `label` names model and weights for rows; is_embedded: it comes with the package."""
+    """A weights file. label: names model and weights in rows. is_embedded: whether it comes with the package."""
 
     path: Path
     sha256: str
@@ -42,9 +42,9 @@ class Weights:
 
 
 def locate_weights(model: Model) -> Weights:
-    """The weights file of a model: embedded, a named file, or an open_clip tag (downloaded on first use).
+    """Finds the weights file of a model: the embedded one, a named file, or that of a tag, which open_clip downloads.
 
-    Builds no model. Raises ModelError for unknown or unsupported models, and for files or tags that cannot be had.
+    Builds no model. Raises ModelError for unknown or unsupported models, and for missing files or tags.
     """
     _config(model.name)
     if model.pretrained is None:
@@ -66,11 +66,11 @@ def text_fits(model: Model) -> Callable[[str], bool]:
 
 
 def load_encoder(model: Model, weights: Weights) -> Encoder:
-    """Builds the model with its weights; nothing is ever left at random.
+    """Builds the model with its weights. It never leaves any weights random.
 
-    A weights file without a tag is taken to expect open_clip's default mean, std and interpolation. QuickGELU is used
-    where the tag or the configuration (ViT-B-16-quickgelu) says so. Raises ModelError where weights are missing,
-    partial or of another model, where the model is no open_clip ViT with a class token, or the device is not there.
+    A weights file without a tag is assumed to expect open_clip's default mean, std and interpolation. QuickGELU is used
+    if the tag or the configuration (ViT-B-16-quickgelu) says so. Raises ModelError if weights are missing, partial or
+    of another model, if the model is not an open_clip ViT with a class token, or if the device is missing.
     """
     import open_clip
     from open_clip.model import CLIPVisionCfg
@@ -112,10 +112,10 @@ def load_encoder(model: Model, weights: Weights) -> Encoder:
 
 
 def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positional embeddings [1 + P, W], the class token first, from one patch grid (rows, columns) to another.
+    """Resizes positional embeddings [1 + P, W], class token first, from one patch grid (rows, columns) to another.
 
-    Bicubic with antialiasing, as open_clip does it, but for grids that need not be square. Raises ValueError where
-    positions do not belong to the old grid.
+    It is bicubic with antialiasing, as in open_clip, but grids need not be square. Raises ValueError if the positions
+    do not fit the old grid.
     """
     if len(positions) != 1 + old[0] * old[1]:
         raise ValueError(f"{len(positions) - 1} positions do not belong to a grid of {old[0]} x {old[1]} patches")
@@ -125,7 +125,7 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
 
 
 def _config(name: str) -> dict[str, Any]:
-    """The open_clip configuration of a model that ALFA can use; ModelError for any other."""
+    """Returns the open_clip configuration of a model. Raises ModelError for a model that ALFA cannot use."""
     if name == EMBEDDED_MODEL:
         config: dict[str, Any] = json.loads((_EMBEDDED / f"{EMBEDDED_MODEL}.json").read_text())
         return config
@@ -185,7 +185,7 @@ def _download(name: str, tag: str) -> Path:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file. Nothing in it is ever executed: safetensors, or torch.load with weights_only."""
+    """Reads the tensors of a weights file, as safetensors or by torch.load with weights_only: no code in it is run."""
     if path.suffix == ".safetensors":
         return dict(load_file(path))
     loaded = torch.load(path, map_location="cpu", weights_only=True)

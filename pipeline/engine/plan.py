@@ -115,7 +115,7 @@ def require_room(job: JobConfig, plan: ActorPlan, nodes: Sequence[Node]) -> None
 
 
 def describe_need(job: JobConfig, plan: ActorPlan) -> str:
-    """What a node must have for a scoring actor, in words."""
+    """Describes what a node must have for a scoring actor."""
     need = [f"{plan.cpus} CPU core{'s' * (plan.cpus > 1)}"]
     if plan.gpus:
         need.append("a GPU" if plan.gpus == 1 else f"{plan.gpus:g} of a GPU")
@@ -125,6 +125,6 @@ def describe_need(job: JobConfig, plan: ActorPlan) -> str:
 
 
 def describe_nodes(nodes: Sequence[Node]) -> str:
-    """What a cluster has, in words."""
+    """Describes the nodes, CPU cores and GPUs of a cluster."""
     cpus, gpus = (sum(node.amount(kind) for node in nodes) for kind in ("CPU", "GPU"))
     return f"{len(nodes)} node{'s' * (len(nodes) != 1)} with {cpus:g} CPU cores and {gpus:g} GPUs in all"

@@ -165,7 +165,7 @@ def clear(store: Store, name: str) -> None:
 
 
 def lease_key(name: str, number: int) -> str:
-    """Where lease `number` (from 1) on a thing lies."""
+    """Returns the key of lease `number` (from 1) of the piece of work `name`."""
     return f"{name}.claim-{number:04}.json"
 
 

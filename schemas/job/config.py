@@ -418,7 +418,7 @@ class JobConfig(Part):
         return self.method.model_copy(update={"aligner": aligner, "levels": levels})
 
     def scoring_facts(self) -> dict[str, Any]:
-        """The options that determine raw scores. Thresholds are only valid for scores that were made with the same."""
+        """Returns the options that determine raw scores. A threshold is only valid for scores with equal options."""
         return {
             "model": self.model.model_dump(mode="json", include={"name", "image_size", "precision"}),
             "method": self.resolved_method.model_dump(mode="json"),
