@@ -58,7 +58,7 @@ def adapt(similarities: Tensor, prompts: PromptBatch, method: Method) -> Tensor:
     mean_normal, mean_anomalous = _side_means(distances, prompts)
     leaning = prompts.anomalous == (mean_anomalous < mean_normal)
     scores = contextual_scores(distances, prompts)
-    # Oriented: how far a prompt lies on its own side of the other set's mean; negative is ambiguous.
+    # oriented: how far a prompt lies on its own side of the other set's mean; a negative value is ambiguous.
     oriented = torch.where(leaning, scores, -scores)
     if method.adaptation == "soft":
         return _soft(oriented, prompts, method.soft_temperature)

@@ -41,7 +41,7 @@ def ridge(tokens: Tensor, windows: list[Tensor], targets: Tensor, ridge_lambda: 
     regions = torch.cat(means, dim=1)
     gram = regions @ regions.transpose(1, 2)
     gram = gram + ridge_lambda * torch.eye(gram.shape[1], device=gram.device)
-    # Positive definite, so Cholesky; the _ex variant lets NaN through to rows that say so instead of raising.
+    # The matrix is positive definite. The _ex variant does not raise for NaN, which becomes an error row.
     factor, _ = torch.linalg.cholesky_ex(gram)
     return F.normalize(tokens @ regions.transpose(1, 2) @ torch.cholesky_solve(targets, factor), dim=-1)
 

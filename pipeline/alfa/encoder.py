@@ -182,6 +182,6 @@ def run_block(
 
 def reads_whole(tokenizer: Any, text: str) -> bool:
     """Whether a tokenizer of open_clip reads a text whole, start and end tokens included."""
-    # It does where one token more than the model reads would be padding.
+    # It does if the token after the last one that the model reads is padding.
     text_end, padding = tokenizer([text, ""], context_length=tokenizer.context_length + 1)[:, -1].tolist()
     return bool(text_end == padding)

@@ -95,7 +95,7 @@ def load_encoder(model: Model, weights: Weights) -> Encoder:
         if size != trained:
             state[_POSITIONS] = resize_positions(state[_POSITIONS], _grid(trained, patch), _grid(size, patch))
         clip.load_state_dict(state, strict=True)
-    except Exception as error:  # torch, safetensors and open_clip fail in many ways on a bad file
+    except Exception as error:  # torch, safetensors and open_clip raise many types for a bad file
         raise ModelError(
             f"{weights.path} does not load as {model.name}: {str(error)[:600]}; name the weights that belong to "
             f"model.name, or the model that belongs to the weights"
@@ -177,7 +177,7 @@ def _download(name: str, tag: str) -> Path:
         raise ModelError(f"{tag!r} is neither a weights file here nor a pretrained tag of {name}; its tags: {known}")
     try:
         return Path(open_clip.download_pretrained(found))
-    except Exception as error:  # every hub client fails in its own way
+    except Exception as error:  # every hub client raises other types
         raise ModelError(
             f"the weights {name}/{tag} could not be downloaded ({type(error).__name__}: {str(error)[:200]}); without "
             f"network, name a weights file: model.pretrained=/path/to/weights.safetensors"

@@ -48,7 +48,7 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(OSError, AttributeError):
-    _decoders = ctypes.CDLL(_imaging.__file__)  # a look-up in it finds libtiff, which it is linked with
+    _decoders = ctypes.CDLL(_imaging.__file__)  # it is linked with libtiff, so its handlers can be looked up here
     _decoders.TIFFSetErrorHandler(None)
     _decoders.TIFFSetWarningHandler(None)
 

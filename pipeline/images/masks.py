@@ -103,7 +103,7 @@ def find_regions(
     runs = _find_runs(mask)
     if not len(runs.row):
         return []
-    # A run whose end is where the next begins makes one entry more; it is among those that are left out.
+    # reduceat also gives an entry for each gap between two runs, even an empty one; [::2] drops those.
     edges = np.stack([runs.row * mask.shape[1] + edge for edge in (runs.start, runs.stop)], axis=1).ravel()
     peaks = np.maximum.reduceat(anomaly_map.ravel(), edges[: -1 if edges[-1] == mask.size else None])[::2]
     labels = _label_runs(runs, mask.shape[1])

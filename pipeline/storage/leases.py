@@ -75,7 +75,7 @@ class Lease:
                 try:
                     self.renew(seconds)
                 except LeaseLostError:
-                    return  # check() tells the one who works
+                    return  # the worker learns of it from check()
                 except OSError as error:
                     logger.warning("the lease %s was not renewed, it is tried again: %s", self.name, error)
 

@@ -188,7 +188,7 @@ class Store:
             except FileExistsError:
                 pass
             except OSError as error:
-                # s3fs has no exception of its own for an If-None-Match that did not match.
+                # s3fs raises a plain OSError if the condition If-None-Match does not hold.
                 if code_of(error) != "PreconditionFailed":
                     raise
         # A request whose answer was lost is repeated (aiohttp does so by itself), and then finds its own object.
@@ -342,12 +342,12 @@ class Store:
                 return False
             return True
         finally:
-            with contextlib.suppress(FileNotFoundError):  # rename has taken it away
+            with contextlib.suppress(FileNotFoundError):  # os.replace has moved it
                 os.unlink(staged)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        import fcntl  # POSIX alone has it
+        import fcntl  # not on Windows
 
         folder = Path(self.path) / STAGING
         folder.mkdir(parents=True, exist_ok=True)
