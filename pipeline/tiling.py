@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_STRIP = 4
+_MOST_STRIP_TILES = 16
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -38,6 +41,24 @@ def plan_tiling(width: int, height: int, tile: tuple[int, int], size: int, overl
         _plan_axis(length, patches, size, overlap) for length, patches in zip((height, width), tile, strict=True)
     )
     return Tiling((rows, columns), tile, tuple((top, left) for top in tops for left in lefts))
+
+
+def plan_strip(width: int, height: int, tile: tuple[int, int], view: int) -> Tiling | None:
+    """Tiles along a strip, 16 at most, that overlap by a quarter; None for a photo that is no strip.
+
+    A tile is as long as the strip is wide, but no shorter than `view`, the pixels a side that the model sees; what is
+    longer than 16 such tiles has longer ones. A photo is a strip where it is longer than 4 such tiles, and its width
+    is a quarter of `view` at least: tiles of a thinner one would be magnified so much that they look like defects.
+    """
+    shorter, longer = sorted((width, height))
+    patches = tile[1] if width > height else tile[0]
+    size = max(shorter, view)
+    if longer <= _STRIP * size or shorter * _STRIP < view:
+        return None
+    shared = min(patches - 1, -(-patches // 4))
+    most = _MOST_STRIP_TILES * (patches - shared) + shared
+    size = max(size, -(-longer * patches // most))
+    return plan_tiling(width, height, tile, size, size // 4)
 
 
 def _plan_axis(length: int, patches: int, size: int, overlap: int) -> tuple[int, list[int]]:

@@ -113,6 +113,7 @@ SCORES = pa.schema(
         _field("bit_depth", pa.int32(), "bits of a channel taken as black to white; null of fractions and on error"),
         _field("frames", pa.int32(), "frames or pages of the file, of which the first is scored; null where unknown"),
         _field("clipped", pa.int64(), "pixels with values beyond bit_depth, cut to black or white; null on error"),
+        _field("tiles", pa.int32(), "tiles that it was scored in, 1: as a whole; null on error"),
         _field("score_peers", pa.float32(), "part of the peers in score, 0 to 1; null without peers"),
         _field("peers", pa.int32(), "photos of the night that it was compared with, 0: too few; null on error"),
         _field("peers_earlier", pa.int32(), "how many of the peers are photos of earlier nights; null on error"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.tiling import plan_tiling
+from pipeline.tiling import plan_strip, plan_tiling
 from schemas.job import JobError, parse_job
 
 
@@ -50,3 +50,26 @@ def test_an_overlap_of_more_than_half_is_refused() -> None:
     document = {"dataset": {"images": "x"}, "output": {"uri": "y"}}
     with pytest.raises(JobError, match=r"method.tile: overlap must be at most half of size \(250\)"):
         parse_job(document, ["method.tile.size=500", "method.tile.overlap=251"])
+
+
+def test_strips_by_hand() -> None:
+    """Tiles of 14 patches overlap by 4. 1,120 pixels are 70 patches of 16 pixels where a tile has 224; 16 tiles reach
+    over 164 patches, so 30,000 pixels have tiles of 30,000 x 14 / 164 = 2,561 pixels."""
+    assert plan_strip(896, 224, (14, 14), 224) is None  # 4:1 is no strip
+    assert plan_strip(4000, 55, (14, 14), 224) is None  # too thin
+    assert plan_strip(512, 1, (14, 14), 224) is None
+    tiling = plan_strip(1120, 100, (14, 14), 224)
+    assert tiling is not None and tiling.grid == (14, 70)
+    assert [left for _, left in tiling.places] == [0, 9, 19, 28, 37, 47, 56]
+    upright = plan_strip(64, 30_000, (14, 14), 224)
+    assert upright is not None and upright.grid == (164, 14) and len(upright.places) == 16
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(1, 500), st.integers(1, 200_000), st.integers(1, 37), st.integers(32, 700))
+def test_strips_have_16_tiles_at_most(width: int, height: int, patches: int, view: int) -> None:
+    tiling = plan_strip(width, height, (patches, patches), view)
+    assert (tiling is not None) == (
+        max(width, height) > 4 * max(min(width, height), view) and 4 * min(width, height) >= view
+    )
+    assert tiling is None or 4 <= len(tiling.places) <= 16

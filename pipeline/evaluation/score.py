@@ -163,12 +163,13 @@ def _score_batch(
     scores: Mapping[str, list[Score | None]],
 ) -> None:
     good = [(number, item) for number, item in batch if isinstance(item, Decoded)]
+    in_tiles = any(item.tiles is not None for _, item in good)
     pixels = to_tensor([item.pixels for _, item in good]) if good else None
     seen: dict[Any, Features] = {}
     for scorer in scorers:
         prompts = [scorer.prompts[images[number].class_name] for number, _ in good]
         detections: Iterator[Detection] = iter(())
-        if scorer.job.method.tile is not None:
+        if in_tiles:
             detections = iter(detect(scorer.detector, [item for _, item in good], prompts, scorer.job))
         elif pixels is not None:
             key = scorer.detector.features_key

@@ -19,7 +19,7 @@ from pipeline.images.budget import PIXELS, trim_small_blocks
 from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
-from pipeline.tiling import Tiling, plan_tiling
+from pipeline.tiling import Tiling, plan_strip, plan_tiling
 from schemas.tables import ErrorType
 
 _TRUNCATION_WORDS = ("truncated", "not enough", "broken data stream", "unexpected end", "incomplete", "read length")
@@ -84,11 +84,20 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Cut:
-    """How tiles are cut. patches: rows and columns of patches of a tile; size, overlap: in pixels of the photo."""
+    """How tiles are cut. patches: rows and columns of patches of a tile; size, overlap: in pixels of the photo.
+
+    size: None cuts strips only, see plan_strip; other photos stay whole.
+    """
 
     patches: tuple[int, int]
-    size: int
-    overlap: int
+    size: int | None = None
+    overlap: int = 0
+
+    def plan(self, width: int, height: int, view: int) -> Tiling | None:
+        """Where the tiles of a photo lie; None where it stays whole. view: pixels a side that the model sees."""
+        if self.size is None:
+            return plan_strip(width, height, self.patches, view)
+        return plan_tiling(width, height, self.patches, self.size, self.overlap)
 
 
 def decode_image(
@@ -103,14 +112,14 @@ def decode_image(
     """Decodes an image, squashes it to size (height, width), as the model's pre-processing does, and cuts its tiles.
 
     Any format of FORMATS is read; of several frames or pages the first. EXIF orientation is applied, and transparency
-    is put on white. A large JPEG that is not cut is decoded at a reduced size. Waits while other threads use up the
-    budget of pixels.
+    is put on white. A large JPEG is decoded at a reduced size, unless its tiles have a size of their own. Waits while
+    other threads use up the budget of pixels.
 
     cut: how to cut tiles; None: no tiles. span: the values that become black and white in a photo of more than 8 bits,
     unless the file states them; default: a span that fits this photo. Raises ImageError, and no other error for any
     bytes.
     """
-    with _opened(data, max_pixels, max(size) if cut is None else None) as (image, stored):
+    with _opened(data, max_pixels, max(size) if cut is None or cut.size is None else None) as (image, stored):
         frames = _count_frames(image, data)
         return replace(_fit(image, data, stored, size, interpolation, cut, span), frames=frames)
 
@@ -179,7 +188,8 @@ def _fit(
         return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
 
     squashed = view()
-    tiles, tiling = (None, None) if cut is None else _cut(upright, cut, size, view)
+    tiling = None if cut is None else cut.plan(width, height, max(size))
+    tiles = None if tiling is None else _cut(upright, tiling, size, view)
     return Decoded(np.asarray(squashed), width, height, tiles, tiling, bits, clipped)
 
 
@@ -208,19 +218,18 @@ def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
 
 
 def _cut(
-    image: Image.Image, cut: Cut, size: tuple[int, int], view: Callable[[Any], Image.Image]
-) -> tuple[NDArray[np.uint8], Tiling]:
-    tiling = plan_tiling(image.width, image.height, cut.patches, cut.size, cut.overlap)
+    image: Image.Image, tiling: Tiling, size: tuple[int, int], view: Callable[[Any], Image.Image]
+) -> NDArray[np.uint8]:
     if len(tiling.places) > _MOST_TILES:
         message = (
             f"{image.width} x {image.height} pixels make {len(tiling.places)} tiles, more than {_MOST_TILES}; "
-            f"method.tile.size {cut.size} is too small for it"
+            "method.tile.size is too small for it"
         )
         raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
     tiles = np.empty((len(tiling.places), *size, 3), dtype=np.uint8)
     for tile, box in zip(tiles, tiling.boxes(image.width, image.height), strict=True):
         tile[:] = np.asarray(view(box))
-    return tiles, tiling
+    return tiles
 
 
 def decode_mask(data: bytes) -> NDArray[np.bool_]:

@@ -18,7 +18,6 @@ import numpy as np
 from pipeline.images.decoding import Cut, Decoded, ImageError, decode_image, measure_image
 from pipeline.images.depth import Extremes, Span
 from pipeline.images.watchdog import LIMIT_S
-from pipeline.tiling import plan_tiling
 from schemas.tables import ErrorType
 
 
@@ -37,11 +36,8 @@ def decode_isolated(
     answer, pixels = _ask(data, options)
     image, *tiles = np.split(np.frombuffer(pixels, dtype=np.uint8).reshape(-1, *size, 3), [1])
     facts = {name: answer[name] for name in _FACTS}
-    if cut is None:
-        return Decoded(image[0], **facts)
-    width, height = answer["source_width"], answer["source_height"]
-    tiling = plan_tiling(width, height, cut.patches, cut.size, cut.overlap)
-    return Decoded(image[0], **facts, tiles=tiles[0], tiling=tiling)
+    tiling = None if cut is None else cut.plan(answer["source_width"], answer["source_height"], max(size))
+    return Decoded(image[0], **facts, tiles=None if tiling is None else tiles[0], tiling=tiling)
 
 
 def measure_isolated(data: bytes, *, max_pixels: int) -> Extremes | None:

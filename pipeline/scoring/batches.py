@@ -28,7 +28,7 @@ def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
 
 
 def batch_size(job: JobConfig) -> int:
-    """Returns how many photos are scored at a time: one if it is cut into tiles, because those fill a batch."""
+    """Returns how many photos are scored at a time: one if method.tile cuts it, because its tiles fill a batch."""
     return 1 if job.method.tile is not None else job.model.batch_size
 
 
@@ -51,7 +51,7 @@ def _view(job: JobConfig, detector: Detector) -> dict[str, Any]:
         "size": preprocess.size,
         "interpolation": preprocess.interpolation,
         "max_pixels": job.dataset.max_pixels,
-        "cut": None if tile is None else Cut(detector.encoder.grid, tile.size, tile.overlap),
+        "cut": Cut(detector.encoder.grid, *(() if tile is None else (tile.size, tile.overlap))),
     }
 
 
@@ -84,7 +84,7 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | I
 def detect(
     detector: Detector, images: Sequence[Decoded], prompts: Sequence[PromptEmbeddings], job: JobConfig
 ) -> list[Detection]:
-    """Scores decoded images: all in one pass, or one after the other if they are cut into tiles."""
+    """Scores decoded images: all whole ones in one pass, and those in tiles one after the other."""
     return start(detector, images, prompts, job)()
 
 
@@ -94,14 +94,22 @@ def start(
     """Starts scoring as detect does. Returns a function that waits for the device and returns the detections."""
     if not images:
         return list
-    if job.method.tile is None:
-        return detector.start(to_tensor([image.pixels for image in images]), prompts)
-    waiting = []
-    for image, known in zip(images, prompts, strict=True):
-        assert image.tiles is not None and image.tiling is not None
-        views = to_tensor([image.pixels, *image.tiles])
-        waiting.append(detector.start_tiled(views[0], views[1:], image.tiling, known, job.model.batch_size))
-    return lambda: [detection for pending in waiting for detection in pending()]
+    whole = [number for number, image in enumerate(images) if image.tiles is None]
+    waiting: list[tuple[list[int], Pending]] = []
+    if whole:
+        pixels = to_tensor([images[number].pixels for number in whole])
+        waiting.append((whole, detector.start(pixels, [prompts[number] for number in whole])))
+    for number, image in enumerate(images):
+        if image.tiles is not None and image.tiling is not None:
+            views = to_tensor([image.pixels, *image.tiles])
+            tiled = detector.start_tiled(views[0], views[1:], image.tiling, prompts[number], job.model.batch_size)
+            waiting.append(([number], tiled))
+
+    def conclude() -> list[Detection]:
+        found = {number: item for numbers, ready in waiting for number, item in zip(numbers, ready(), strict=True)}
+        return [found[number] for number in range(len(images))]
+
+    return conclude
 
 
 def to_tensor(pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:

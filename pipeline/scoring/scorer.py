@@ -238,6 +238,7 @@ def _new_rows(
         detection = next(waiting)
         row |= {"width": item.source_width, "height": item.source_height}
         row |= {"bit_depth": item.bit_depth, "clipped": item.clipped, "frames": item.frames}
+        row["tiles"] = 1 if item.tiles is None else len(item.tiles)
         if not (np.isfinite(detection.score) and np.isfinite(detection.grid).all()):
             message = f"{run.model} gave a score that is not a number; check the weights and model.precision"
             yield {**row, **_failure(ImageError(ErrorType.INTERNAL, message))}

@@ -223,7 +223,7 @@ class Method(Part):
     ridge_lambda: PositiveFloat = 1.0
     local_weight: Share = Field(0.5, description="w: score = (1 - w) global + w local")
     local_top_k: PositiveInt = Field(1, description="local score: mean of the k highest patches")
-    tile: Tile | None = Field(None, description="score large photos in overlapping tiles; none: score each as a whole")
+    tile: Tile | None = Field(None, description="score large photos in overlapping tiles; none: score all but strips as a whole")
 
 
 class References(Part):
