@@ -157,7 +157,7 @@ def plan_night(job: JobConfig) -> NightPlan:
     chosen = choose_all_references(job, source)
     left_out: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(prefix="alfa-") as scratch:
-        manifest, selection = list_night(job, weights, source, chosen, Path(scratch), output, left_out)
+        manifest, selection, _ = list_night(job, weights, source, chosen, Path(scratch), output, left_out)
         classes = list(manifest.classes)
         table, _ = read_thresholds(job, weights, classes)
         references = select_references(job, chosen, classes)

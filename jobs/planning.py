@@ -75,6 +75,8 @@ class Plan:
     """JobConfig.class_fingerprint of each class."""
     selection: Selection | None
     """Counts of the images left out; None unless dataset.select is new."""
+    spans: Mapping[str, tuple[float, float]]
+    """CommitFile.span of each class in its latest night; empty unless dataset.select is new."""
     left_out: Mapping[str, int]
     """Number of objects that are no images, by suffix."""
 
@@ -101,7 +103,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
     chosen = choose_all_references(job, source)
     left_out: Counter[str] = Counter()
     choice = LowestIds(CANDIDATES_PER_PEER * job.peers.images) if job.peers is not None else None
-    manifest, selection = list_night(job, weights, source, chosen, scratch, output, left_out, choice)
+    manifest, selection, spans = list_night(job, weights, source, chosen, scratch, output, left_out, choice)
     classes = list(manifest.classes)
     table, thresholds = read_thresholds(job, weights, classes)
     references = select_references(job, chosen, classes)
@@ -128,6 +130,7 @@ def plan_run(job: JobConfig, source: ImageSource, scratch: Path, output: Store) 
         table,
         fingerprints,
         selection,
+        spans,
         left_out,
     )
 
@@ -141,23 +144,26 @@ def list_night(
     output: Store,
     left_out: Counter[str],
     choice: LowestIds | None = None,
-) -> tuple[Manifest, Selection | None]:
-    """Lists the images to score. Returns their manifest, and the counts of what `dataset.select: new` left out.
+) -> tuple[Manifest, Selection | None, Mapping[str, tuple[float, float]]]:
+    """Lists the images to score. Returns their manifest, the counts of what `dataset.select: new` left out, and the
+    spans of the classes in their latest nights (KnownPhotos.spans).
 
     Writes nothing to the output. left_out: counts objects that are no images, by suffix. choice: watches the images
     to score.
     """
     listed, selection = list_images(source, left_out), None
+    spans: Mapping[str, tuple[float, float]] = {}
     if job.dataset.select == "new":
         selection = Selection()
-        listed = read_known_photos(job, weights, references, scratch, output).leave_out(listed, selection)
+        known = read_known_photos(job, weights, references, scratch, output)
+        listed, spans = known.leave_out(listed, selection), known.spans
     manifest = write_manifest(listed if choice is None else choice.watch(listed), scratch)
     if selection is not None:
         _log_selection(selection, manifest.images, job.dataset.error_nights)
     if left_out:
         logger.info("left out by suffix: %s; dataset.suffixes changes that", describe_left_out(left_out))
     logger.info("%d images of %d classes: %s", manifest.images, len(manifest.classes), _shorten(manifest.classes))
-    return manifest, selection
+    return manifest, selection, spans
 
 
 def read_known_photos(

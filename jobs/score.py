@@ -41,6 +41,7 @@ from pipeline.scoring import (
     fixed_thresholds,
     identify_shards,
     quantile_thresholds,
+    read_spans,
     reference_thresholds,
     write_samples,
 )
@@ -123,7 +124,7 @@ def _execute(
         output.write(paths.run_key(run.run_id, "thresholds.json"), plan.table)
     output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path)
     if job.dataset.bit_depth is None:
-        write_samples(run.run_id, choose_samples(manifest.batches(SAMPLE_COLUMNS)), output)
+        write_samples(run.run_id, choose_samples(manifest.batches(SAMPLE_COLUMNS)), plan.spans, output)
     size = job.engine.shard_size
     shard_ids = list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), size))
     finished = paths.finished_shards(output, run.shards) & set(shard_ids)
@@ -167,7 +168,10 @@ def _execute(
                         lease.check()
                 folder = _mask_all(plan, pool, shard_ids, output, lease)
                 lease.check()
-                commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints)
+                spans = read_spans(run.run_id, manifest.classes, output)
+                commit = publish_night(
+                    run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints, spans
+                )
                 return commit, progress.write("done", commit=commit)
         finally:
             pool.close()

@@ -38,7 +38,10 @@ class CommitFile(Record):
 
     class_name: str
     scored_as: str | None = Field(
-        None, description="JobConfig.class_fingerprint under which its photos were scored; null: unknown"
+        None, description="JobConfig.class_fingerprint, joined with span, of its photos; null: unknown"
+    )
+    span: tuple[float, float] | None = Field(
+        None, description="what became black and white in deep photos that do not say it themselves; null: none was met"
     )
     rows: Count
     errors: Mapping[str, Count] = Field(description="images without a score, by error_type")

@@ -42,6 +42,11 @@ class Span(NamedTuple):
             return None
         return next((bits for bits in BITS if self.high < 2**bits), None)
 
+    @property
+    def extremes(self) -> Extremes:
+        """Those of a photo that fills it."""
+        return Extremes(self.low, self.high, self.bits is not None)
+
 
 class Extremes(NamedTuple):
     """The lowest and highest value of a photo, and whether its values are whole numbers."""

@@ -6,7 +6,8 @@ commit leads to it, so the ledger never says more than the commits, whenever a d
 from the rows that the commit names.
 
 Two photos are the same if address and ETag are equal (image_id). They were scored alike if the fingerprints of their
-classes are equal (JobConfig.class_fingerprint): model, weights, method, prompts, references.
+classes are equal (JobConfig.class_fingerprint): model, weights, method, prompts, references; and if the span of the
+class (CommitFile.span), where a night has decided one, is that of its latest night.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from pipeline.lake.ids import Ids, IdSet
 from pipeline.lake.reading import open_file, read_groups
 from pipeline.lake.sorting import regroup
 from pipeline.storage import Store, leases, map_ahead, paths
-from schemas.job import parse_job, read_job_yaml
+from schemas.job import add_span, parse_job, read_job_yaml
 from schemas.prompts import RunPrompts
 from schemas.records import Commit, CommitFile
 from schemas.tables import LEDGER
@@ -65,12 +66,14 @@ class KnownPhotos:
     """The photos that need not be scored again: about 17 bytes for each row of the ledgers.
 
     scored: photos that have a score. given_up: photos that failed in too many nights. In both, each id is combined with
-    the fingerprint under which the photo was scored. fingerprints: tonight's, by class.
+    the fingerprint under which the photo was scored. fingerprints: tonight's, by class. spans: CommitFile.span of each
+    class in its latest night.
     """
 
     scored: IdSet
     given_up: IdSet
     fingerprints: Mapping[str, str]
+    spans: Mapping[str, tuple[float, float]]
 
     def find(self, images: pa.RecordBatch) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Returns, for each image (a manifest row), whether it is scored already, and whether it is given up."""
@@ -110,16 +113,19 @@ def read_known(
     Args:
         output: the store of the results.
         ledgers: the ledgers to read.
-        fingerprints: JobConfig.class_fingerprint of each class tonight.
+        fingerprints: JobConfig.class_fingerprint of each class tonight, without a span.
         error_nights: after how many nights of failure a photo is given up.
         mended: the store to which missing ledgers are written; default: the output.
     """
     there = {info.key for info in output.list(paths.LEDGER)}
-    wanted = sorted(set(fingerprints.values()))
+    spans = _latest_spans(ledgers, fingerprints)
+    tonight = {name: add_span(mark, spans.get(name)) for name, mark in fingerprints.items()}
+    # A night without a span has met no photo whose score depends on one.
+    wanted = {**{fingerprints[name]: mark for name, mark in tonight.items()}, **{m: m for m in tonight.values()}}
     parts: list[tuple[Store, str, int]] = []
     rows = 0
     for ledger in ledgers:
-        if not set(ledger.fingerprints.values()) & set(wanted):
+        if not set(ledger.fingerprints.values()) & wanted.keys():
             continue
         store = output
         if ledger.key not in there:
@@ -137,7 +143,19 @@ def read_known(
             count += len(good)
             failed.append(bad)
     ids, nights = np.unique(np.concatenate(failed), return_counts=True)
-    return KnownPhotos(IdSet(scored[:count]), IdSet(ids[nights >= error_nights]), fingerprints)
+    return KnownPhotos(IdSet(scored[:count]), IdSet(ids[nights >= error_nights]), tonight, spans)
+
+
+def _latest_spans(ledgers: Sequence[Ledger], fingerprints: Mapping[str, str]) -> dict[str, tuple[float, float]]:
+    """By class, the span of the latest of its nights that differ from `fingerprints` in nothing but a span."""
+    return {
+        entry.class_name: entry.span
+        for ledger in ledgers
+        for entry in ledger.entries
+        if entry.span is not None
+        and (mark := fingerprints.get(entry.class_name)) is not None
+        and ledger.fingerprints[entry.class_name] == add_span(mark, entry.span)
+    }
 
 
 @dataclass(frozen=True)
@@ -281,19 +299,25 @@ def _to_ledger(fingerprint: str, rows: pa.Table) -> pa.Table:
     return pa.table(columns, schema=LEDGER)
 
 
-def _read_part(store: Store, key: str, number: int, wanted: Sequence[str]) -> tuple[Ids, Ids]:
-    """Reads the photos of a row group whose fingerprint is in `wanted`: those with a score, and those without."""
+def _read_part(store: Store, key: str, number: int, wanted: Mapping[str, str]) -> tuple[Ids, Ids]:
+    """Reads the photos of a row group whose fingerprint is in `wanted`: those with a score, and those without.
+
+    wanted: maps fingerprints to those of tonight that mean the same.
+    """
     with (
         store.open(key) as source,
         pq.ParquetFile(source, pre_buffer=True, read_dictionary=["scored_as"]) as file,
     ):
         table = file.read_row_group(number).combine_chunks()
-    table = table.filter(pc.is_in(table.column("scored_as"), value_set=pa.array(wanted, pa.string()))).combine_chunks()
+    table = table.filter(
+        pc.is_in(table.column("scored_as"), value_set=pa.array(list(wanted), pa.string()))
+    ).combine_chunks()
     scored_as = table.column("scored_as").combine_chunks()
     photos = table.column("photo").combine_chunks()
     first = 16 * photos.offset
     data = memoryview(photos.buffers()[1] or b"")[first : first + 16 * len(photos)]
-    ids = _combine(data, _marks(scored_as.dictionary.to_pylist())[scored_as.indices.to_numpy()])
+    marks = _marks([wanted.get(mark, mark) for mark in scored_as.dictionary.to_pylist()])
+    ids = _combine(data, marks[scored_as.indices.to_numpy()])
     ok = table.column("ok").to_numpy()
     return ids[ok], ids[~ok]
 

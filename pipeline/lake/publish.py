@@ -33,6 +33,7 @@ from pipeline.lake.commits import read_commit
 from pipeline.lake.ledger import COLUMNS, build_ledger, describe_ledger
 from pipeline.lake.sorting import RowSorter
 from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
+from schemas.job import add_span
 from schemas.records import Commit, CommitFile, dump_record
 from schemas.tables import FENCE, SCHEMA_VERSION, SCORES
 
@@ -51,6 +52,7 @@ def publish_night(
     output: Store,
     owner: str,
     fingerprints: Mapping[str, str] | None = None,
+    spans: Mapping[str, tuple[float, float]] | None = None,
 ) -> Commit:
     """Publishes the shards of a run as its night. Returns the commit. Doing it again changes nothing.
 
@@ -66,9 +68,12 @@ def publish_night(
         output: the store to publish in.
         owner: name of this process, for the lease.
         fingerprints: JobConfig.class_fingerprint by class, for the ledger; a class without one is not in it.
+        spans: what became black and white in deep photos, by class, as read_spans of the scoring room returns it.
 
     Raises LeaseLostError where another process has published the night meanwhile.
     """
+    spans = spans or {}
+    marks = {name: add_span(mark, spans.get(name)) for name, mark in (fingerprints or {}).items()}
     lease_s = run.job.engine.lease_s
     lease = leases.acquire(output, paths.night_lease(run.job.run_date), owner, lease_s)
     assert lease is not None  # acquire waits, because is_done is never true
@@ -76,7 +81,7 @@ def publish_night(
         before = read_commit(output, run.job.run_date)
         if before and before.run_id != run.run_id:
             logger.warning("night %s was published by run %s; this run replaces it", run.job.run_date, before.run_id)
-        return _publish(run, manifest_digest, folder, shard_ids, output, lease, fingerprints or {})
+        return _publish(run, manifest_digest, folder, shard_ids, output, lease, marks, spans)
 
 
 def _publish(
@@ -87,13 +92,17 @@ def _publish(
     output: Store,
     lease: leases.Lease,
     fingerprints: Mapping[str, str],
+    spans: Mapping[str, tuple[float, float]],
 ) -> Commit:
     run_date = run.job.run_date
     commit_version = output.version(paths.commit_key(run_date))
     found = {info.key: output.version(info.key) for info in output.list(f"{paths.TABLE}/run_date={run_date}")}
     with tempfile.TemporaryDirectory(prefix="alfa-publish-") as scratch:
         files = _write_files(run, read_shards(output, folder, shard_ids, _COLUMNS), Path(scratch))
-        entries = [_entry(run, manifest_digest, file, fingerprints.get(file.class_name)) for file in files]
+        entries = [
+            _entry(run, manifest_digest, file, fingerprints.get(file.class_name), spans.get(file.class_name))
+            for file in files
+        ]
         commit = _commit(run, manifest_digest, folder, entries)
         for file, entry in zip(files, entries, strict=True):
             if not output.exists(entry.key):
@@ -222,11 +231,14 @@ def _read_columns(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
             yield file.read_row_group(number, list(columns))
 
 
-def _entry(run: Run, manifest_digest: str, file: _File, fingerprint: str | None) -> CommitFile:
+def _entry(
+    run: Run, manifest_digest: str, file: _File, fingerprint: str | None, span: tuple[float, float] | None
+) -> CommitFile:
     run_date, counts = run.job.run_date, file.counts
     return CommitFile(
         class_name=file.class_name,
         scored_as=fingerprint,
+        span=span,
         rows=counts.rows,
         errors=dict(sorted(counts.errors.items())),
         anomalies=counts.anomalies,

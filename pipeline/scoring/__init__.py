@@ -17,7 +17,15 @@ from pipeline.scoring.memories import (
 from pipeline.scoring.references import choose_references, describe_choice
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
 from pipeline.scoring.shards import SHARD_ID_COLUMNS, Manifest, Shard, cut_shards, identify_shards, write_manifest
-from pipeline.scoring.spans import SAMPLE_COLUMNS, RunSpans, Spans, choose_samples, sample_photos, write_samples
+from pipeline.scoring.spans import (
+    SAMPLE_COLUMNS,
+    RunSpans,
+    Spans,
+    choose_samples,
+    read_spans,
+    sample_photos,
+    write_samples,
+)
 from pipeline.scoring.thresholds import (
     ThresholdError,
     Thresholds,
@@ -62,6 +70,7 @@ __all__ = [
     "prepare_class",
     "quantile_thresholds",
     "read_image",
+    "read_spans",
     "reference_thresholds",
     "require_two",
     "sample_photos",

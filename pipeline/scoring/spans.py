@@ -31,6 +31,9 @@ from schemas.job import JobConfig
 Samples = Mapping[str, Sequence[str]]
 """Addresses, by class, of the photos from which the span of the class is decided."""
 
+Earlier = Mapping[str, tuple[float, float]]
+"""The span of each class in its latest night."""
+
 SAMPLE_COLUMNS = ("uri", "key", "class_name", "image_id")
 """The columns of the manifest that choose_samples needs."""
 
@@ -109,29 +112,55 @@ class RunSpans(Spans):
         super().__init__(job, source, {}, isolate=isolate)
         self._run_id = run_id
         self._output = output
+        self._earlier: Earlier = {}
 
     def _obtain(self, class_name: str, own: Extremes) -> Span:
+        if (kept := _read_span(self._run_id, class_name, self._output)) is not None:
+            return kept
+        if not self._samples:
+            self._samples, self._earlier = _read_samples(self._run_id, self._output)
         key = paths.span_key(self._run_id, class_name)
-        try:
-            return Span(*json.loads(self._output.read(key)))
-        except FileNotFoundError:
-            self._samples = self._samples or read_samples(self._run_id, self._output)
-            span = self._decide(class_name, own)
-        if not self._output.create(key, json.dumps(span).encode()):
-            return Span(*json.loads(self._output.read(key)))
-        return span
+        self._output.create(key, json.dumps(self._decide(class_name, own)).encode())
+        kept = _read_span(self._run_id, class_name, self._output)
+        assert kept is not None, key
+        return kept
+
+    def _decide(self, class_name: str, own: Extremes) -> Span:
+        """A depth grows where tonight's sample exceeds that of earlier nights; a range of fractions stays, as it would
+        be another every night."""
+        if class_name not in self._earlier:
+            return super()._decide(class_name, own)
+        earlier = Span(*self._earlier[class_name])
+        if earlier.bits is None:
+            return earlier
+        return choose_span([super()._decide(class_name, own).extremes, earlier.extremes])
 
 
-def write_samples(run_id: str, samples: Samples, output: Store) -> None:
-    """Stores the samples in the run's folder, so that photos that arrive later do not change them."""
-    if samples:
-        output.create(paths.run_key(run_id, "samples.json"), json.dumps(samples).encode())
-
-
-def read_samples(run_id: str, output: Store) -> Samples:
-    """Reads the samples that write_samples has stored; empty if there are none."""
+def _read_span(run_id: str, class_name: str, output: Store) -> Span | None:
+    """Reads the span that a run has chosen for a class; None if no photo has needed one."""
     try:
-        samples: Samples = json.loads(output.read(paths.run_key(run_id, "samples.json")))
+        return Span(*json.loads(output.read(paths.span_key(run_id, class_name))))
     except FileNotFoundError:
-        return {}
-    return samples
+        return None
+
+
+def read_spans(run_id: str, classes: Iterable[str], output: Store) -> dict[str, Span]:
+    """Reads the spans that a run has chosen, by class; a class whose photos need none is left out."""
+    there = {info.key for info in output.list(paths.run_key(run_id, "spans"))}
+    found = {name: _read_span(run_id, name, output) for name in classes if paths.span_key(run_id, name) in there}
+    return {name: span for name, span in found.items() if span is not None}
+
+
+def write_samples(run_id: str, samples: Samples, earlier: Earlier, output: Store) -> None:
+    """Stores the samples, and the spans of earlier nights, in the run's folder, so that nothing later changes them."""
+    if samples:
+        output.create(paths.run_key(run_id, "samples.json"), json.dumps([samples, earlier]).encode())
+
+
+def _read_samples(run_id: str, output: Store) -> tuple[Samples, Earlier]:
+    """Reads what write_samples has stored; empty if there is nothing."""
+    try:
+        samples, earlier = json.loads(output.read(paths.run_key(run_id, "samples.json")))
+    except FileNotFoundError:
+        return {}, {}
+    return samples, earlier

@@ -13,6 +13,7 @@ from schemas.job.config import (
     Prompts,
     References,
     Storage,
+    add_span,
     without_credentials,
 )
 from schemas.job.parsing import JobError, dump_job_yaml, parse_job, read_job_yaml
@@ -31,6 +32,7 @@ __all__ = [
     "Prompts",
     "References",
     "Storage",
+    "add_span",
     "dump_job_yaml",
     "parse_job",
     "read_job_yaml",

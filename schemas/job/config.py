@@ -223,7 +223,9 @@ class Method(Part):
     ridge_lambda: PositiveFloat = 1.0
     local_weight: Share = Field(0.5, description="w: score = (1 - w) global + w local")
     local_top_k: PositiveInt = Field(1, description="local score: mean of the k highest patches")
-    tile: Tile | None = Field(None, description="score large photos in overlapping tiles; none: score all but strips as a whole")
+    tile: Tile | None = Field(
+        None, description="score large photos in overlapping tiles; none: score all but strips as a whole"
+    )
 
 
 class References(Part):
@@ -478,6 +480,14 @@ class JobConfig(Part):
             **self.scoring_facts(),
             "threshold": self.threshold.model_dump(mode="json"),
         }
+
+
+def add_span(fingerprint: str, span: tuple[float, float] | None) -> str:
+    """Joins a class_fingerprint and what became black and white in the class's deep photos, where a night has decided
+    that: photos of another depth were not scored alike."""
+    return (
+        fingerprint if span is None else _digest({"scored_as": fingerprint, "span": [float(end) for end in span]}, 32)
+    )
 
 
 def _digest(facts: Mapping[str, Any], digits: int = 12) -> str:

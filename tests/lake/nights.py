@@ -78,6 +78,7 @@ def publish(
     fingerprints: Mapping[str, str] | None = None,
     run: str = "run",
     class_of: Mapping[Photo, str] | None = None,
+    spans: Mapping[str, tuple[float, float]] | None = None,
 ) -> Commit:
     """Publishes photos with their status as a night."""
     made = run_of(output, hashlib.sha256(run.encode()).hexdigest()[:12], night)
@@ -94,7 +95,7 @@ def publish(
     ]
     write_shard(output, made, "one", rows)
     marks = {"nut": METHOD} if fingerprints is None else fingerprints
-    return publish_night(made, "m", made.shards, ["one"] if rows else [], output, "test", marks)
+    return publish_night(made, "m", made.shards, ["one"] if rows else [], output, "test", marks, spans)
 
 
 def left(

@@ -23,6 +23,7 @@ from pipeline.lake import (
     find_ledgers,
     ledger,
     read_commit,
+    read_known,
     write_ledger,
 )
 from pipeline.prompts import compose_ensemble, make_offline, record_prompts
@@ -54,6 +55,22 @@ def test_classes_and_methods_that_take_turns_are_told_apart(tmp_path: Path) -> N
     assert left(output, [a, b], marks) == [b]  # listed as a nut, b was scored as another class, or by another method
     assert left(output, [a, b], marks, class_name="bolt") == [a]
     assert left(output, [a, b], {"nut": OTHER}) == [a]
+
+
+def test_photos_of_another_depth_are_scored_again(tmp_path: Path) -> None:
+    """A class was taken for 10 bits one night and for 12 the next; photos of 8 bits depend on neither."""
+    output = Store(str(tmp_path))
+    ten, shallow, twelve, late = photos_named("ten", "shallow", "twelve", "late")
+    marks = {"nut": METHOD}
+    publish(output, FIRST, {ten: "ok"}, marks, spans={"nut": (0, 1023)})
+    assert left(output, [ten, late]) == [late]
+    publish(output, SECOND, {shallow: "ok"}, marks)
+    assert left(output, [ten, shallow, late]) == [late]
+    publish(output, THIRD, {twelve: "ok"}, marks, spans={"nut": (0, 4095)})
+    assert left(output, [ten, shallow, twelve, late]) == [ten, late]
+    publish(output, FIRST, {ten: "ok"}, {"nut": OTHER}, spans={"nut": (0, 1023)})
+    known = [read_known(output, find_ledgers(output), {"nut": mark}, 1).spans for mark in (METHOD, OTHER, "c" * 32)]
+    assert known == [{"nut": (0, 4095)}, {"nut": (0, 1023)}, {}]
 
 
 def test_the_night_itself_does_not_count_so_that_it_can_be_done_again(tmp_path: Path) -> None:

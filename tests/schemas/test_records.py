@@ -14,6 +14,7 @@ from schemas.records import Commit, RecordError, RunStats, dump_record, parse_re
 FILE = {
     "class_name": "nut",
     "scored_as": "a" * 32,
+    "span": [0.0, 4095.0],
     "rows": 5,
     "errors": {"corrupt": 1, "empty": 1},
     "anomalies": 2,

@@ -14,7 +14,15 @@ from PIL import Image
 from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import list_images, measure_image, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.scoring import SAMPLE_COLUMNS, choose_samples, cut_shards, score_shard, write_manifest, write_samples
+from pipeline.scoring import (
+    SAMPLE_COLUMNS,
+    choose_samples,
+    cut_shards,
+    read_spans,
+    score_shard,
+    write_manifest,
+    write_samples,
+)
 from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig, parse_job
 from tests.images.deep_files import as_png, as_pnm, as_tiff, deep
@@ -35,12 +43,14 @@ def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:
     return parse_job(document, overrides)
 
 
-def score(detector: Detector, job: JobConfig, scratch: Path) -> dict[str, dict[str, Any]]:
+def score(
+    detector: Detector, job: JobConfig, scratch: Path, earlier: dict[str, tuple[float, float]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Rows by key, scored as a night scores them, each photo in a shard of its own."""
     output = Store(job.output.uri)
     manifest = write_manifest(list_images(open_dataset(job.dataset, job.storage)), scratch)
     if job.dataset.bit_depth is None:
-        write_samples("run", choose_samples(manifest.batches(SAMPLE_COLUMNS)), output)
+        write_samples("run", choose_samples(manifest.batches(SAMPLE_COLUMNS)), earlier or {}, output)
     known = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="t"), lambda _: True))
     prompts, run = dict.fromkeys(manifest.classes, known), Run("run", job, "alfa-small", "0" * 64)
     rows = []
@@ -100,6 +110,24 @@ def test_a_class_has_one_depth_and_keeps_it(detector: Detector, tmp_path: Path) 
     save(tmp_path / "in" / "nut", "late.png", as_png(late))
     row = score(detector, job, tmp_path)["nut/late.png"]
     assert (row["bit_depth"], row["clipped"]) == (12, 10)
+
+
+def test_a_depth_is_never_smaller_than_that_of_earlier_nights(detector: Detector, tmp_path: Path) -> None:
+    pixels = pixels_of(PHOTOS[0], "L")
+    fractions = (pixels / 255).astype(np.float32)
+    for name, data in (("dark", as_png(deep(pixels // 5, 12))), ("bright", as_png(deep(pixels, 12)))):
+        save(tmp_path / "in" / name, "a.png", data)
+    (tmp_path / "in/range").mkdir()
+    Image.fromarray(fractions * 3).save(tmp_path / "in/range/a.tif")
+    earlier = {"dark": (0.0, 4095.0), "bright": (0.0, 1023.0), "range": (0.0, 1.0)}
+    rows = score(detector, job_for(tmp_path / "in", tmp_path / "out"), tmp_path, earlier)
+    assert {key: row["bit_depth"] for key, row in rows.items()} == {
+        "bright/a.png": 12, "dark/a.png": 12, "range/a.tif": None,
+    }  # fmt: skip
+    assert rows["dark/a.png"]["clipped"] == rows["bright/a.png"]["clipped"] == 0
+    assert rows["range/a.tif"]["clipped"] == (fractions * 3 > 1).sum() > 0
+    found = read_spans("run", ["dark", "bright", "range", "none"], Store(str(tmp_path / "out")))
+    assert found == {"dark": (0, 4095), "bright": (0, 4095), "range": (0, 1)}
 
 
 def test_a_job_may_say_the_depth(detector: Detector, tmp_path: Path) -> None:
