@@ -123,6 +123,34 @@ def test_fiftyone_samples_follow_the_importer(night: tuple[Path, Path, list[dict
             assert (x * row["width"], height * row["height"]) == pytest.approx((region["x"], region["height"]))
 
 
+@pytest.mark.slow
+def test_fiftyones_own_importer_reads_the_samples(
+    night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader that Dataset.from_dir takes for such folders; a dataset itself would need a MongoDB."""
+    monkeypatch.setenv("FIFTYONE_DO_NOT_TRACK", "1")
+    monkeypatch.setenv("FIFTYONE_CONFIG_PATH", str(tmp_path / "config.json"))
+    reason = "pip install fiftyone 'graphql-core<3.3' (about 1 GB)"
+    importers = pytest.importorskip("fiftyone.utils.data.importers", reason=reason, exc_type=ImportError)
+    output, _, rows = night
+    importer = importers.LegacyFiftyOneDatasetImporter(str(export(output, tmp_path / "night", "fiftyone")))
+    with importer:
+        samples = {sample.filepath: sample for sample in importer}
+    assert sorted(samples) == sorted(row["image_uri"] for row in rows if row["status"] == "ok")
+    for row in (row for row in rows if row["status"] == "ok"):
+        sample = samples[row["image_uri"]]
+        assert sample.tags == ["nut"] and sample["score"] == pytest.approx(row["score"])
+        assert sample["verdict"].label == ("anomalous" if row["is_anomalous"] else "normal")
+        np.testing.assert_array_equal(sample["mask"].get_mask() > 0, np.asarray(Image.open(row["mask_uri"])) > 0)
+        assert [box.label for box in sample["regions"].detections] == [
+            region["defect"] or "anomaly" for region in row["regions"]
+        ]
+        marked = [box.bounding_box for box in sample["regions"].detections]
+        size = (row["width"], row["height"]) * 2
+        wanted = [[region[key] for key in ("x", "y", "width", "height")] for region in row["regions"]]
+        np.testing.assert_allclose(np.reshape(marked, (-1, 4)) * size, np.reshape(wanted, (-1, 4)))
+
+
 def test_label_studio_tasks_have_predictions_in_per_cent(
     night: tuple[Path, Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
