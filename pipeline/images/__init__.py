@@ -14,6 +14,7 @@ from pipeline.images.decoding import (
     decode_thumbnail,
     fit_image,
     measure_image,
+    measure_loaded,
 )
 from pipeline.images.depth import Extremes, Span, choose_span, depth_span, may_be_deep
 from pipeline.images.isolation import decode_isolated, measure_isolated
@@ -62,6 +63,7 @@ __all__ = [
     "may_be_deep",
     "measure_image",
     "measure_isolated",
+    "measure_loaded",
     "open_dataset",
     "split_regions",
     "upsample",

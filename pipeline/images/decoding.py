@@ -125,7 +125,13 @@ def decode_image(
 
 
 def fit_image(
-    image: Image.Image, *, size: tuple[int, int], interpolation: str, max_pixels: int, cut: Cut | None = None
+    image: Image.Image,
+    *,
+    size: tuple[int, int],
+    interpolation: str,
+    max_pixels: int,
+    cut: Cut | None = None,
+    span: Span | None = None,
 ) -> Decoded:
     """Does what decode_image does for an image in memory, which is not changed.
 
@@ -133,7 +139,7 @@ def fit_image(
     """
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
-        return _fit(image.copy(), b"", image.size, size, interpolation, cut, None)
+        return _fit(image.copy(), b"", image.size, size, interpolation, cut, span)
 
 
 def _count_frames(image: Image.Image, data: bytes) -> int | None:
@@ -158,6 +164,12 @@ def measure_image(data: bytes, *, max_pixels: int) -> Extremes | None:
     with _opened(data, max_pixels, None) as (image, _):
         deep = None if states_depth(image, data) else read_deep(image, data, _turn_upright)
         return None if deep is None else deep.extremes()
+
+
+def measure_loaded(image: Image.Image) -> Extremes | None:
+    """As measure_image, of an image that a caller has in memory already; it is left as it is."""
+    deep = read_deep(image.copy(), b"", _turn_upright)
+    return None if deep is None else deep.extremes()
 
 
 def _fit(
@@ -199,10 +211,11 @@ def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:
         raise ImageError(ErrorType.TOO_MANY_PIXELS, message)
 
 
-def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
+def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int, span: Span | None = None) -> bytes:
     """Makes an upright JPEG thumbnail, whose longer side has at most `longest` pixels.
 
-    It is for people only: large JPEGs are decoded at a reduced size. Raises ImageError as decode_image does.
+    It is for people only: large JPEGs are decoded at a reduced size. span: as decode_image takes it. Raises ImageError
+    as decode_image does.
     """
     with _opened(data, max_pixels, longest) as (image, _):
         deep = read_deep(image, data, _turn_upright)
@@ -210,7 +223,7 @@ def decode_thumbnail(data: bytes, *, longest: int, max_pixels: int) -> bytes:
             _turn_upright(image)
             small = _to_rgb(image)
         else:
-            small = _to_rgb(deep.render(deep.stated or choose_span([deep.extremes()]))[0])
+            small = _to_rgb(deep.render(deep.stated or span or choose_span([deep.extremes()]))[0])
         small.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=80, optimize=True)

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pipeline.images import Span, depth_span
 from pipeline.lake import find_night_before, published_nights, read_groups, read_stats, take_rows
 from pipeline.report import drift
 from pipeline.report.model import ChangedImage, ClassFacts, Comparison, Exhibit, ListedImage, Report
@@ -82,7 +83,7 @@ def load_report(output: Store, commit: Commit) -> Report:
         errors=commit.errors,
         images=[_listed(row, root) for row in _by_rank([part.rows for part in parts])],
         failures=[_listed(row, root) for row in failed],
-        exhibits=_exhibits(shown, root, job, Run(run_id, job, "", ""), output, masks=not commit.cleared_at),
+        exhibits=_exhibits(shown, root, Run(run_id, job, "", ""), commit, output),
         comparison=_compare(output, str(commit.run_date), root, shown),
         prompts=_read_prompts(output, run_id),
         model=first["model"],
@@ -172,12 +173,15 @@ def _listed(row: Row, root: str) -> ListedImage:
     )
 
 
-def _exhibits(rows: Sequence[Row], root: str, job: JobConfig, run: Run, output: Store, *, masks: bool) -> list[Exhibit]:
-    """Makes the images of the gallery. masks: whether the night still has its masks."""
+def _exhibits(rows: Sequence[Row], root: str, run: Run, commit: Commit, output: Store) -> list[Exhibit]:
+    """Makes the images of the gallery."""
+    job, masks = run.job, not commit.cleared_at
     photos = Photos(open_store(job.dataset.images, job.storage), job.dataset.max_pixels)
+    spans = {entry.class_name: Span(*entry.span) for entry in commit.files if entry.span is not None}
+    fixed = None if job.dataset.bit_depth is None else depth_span(job.dataset.bit_depth)
     page = posixpath.dirname(paths.report_key(run.run_id))
     with ThreadPoolExecutor(_THREADS, "report") as pool:
-        pictures = pool.map(lambda row: photos.thumbnail(row["image_uri"]), rows)
+        pictures = pool.map(lambda row: photos.thumbnail(row["image_uri"], fixed or spans.get(row["class_name"])), rows)
         details = _read_details(rows, run, output, pool)
         exhibits = []
         for row, (photo, fault) in zip(rows, pictures, strict=True):

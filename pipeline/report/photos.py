@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.images import ImageError, decode_thumbnail
+from pipeline.images import ImageError, Span, decode_thumbnail
 from pipeline.storage import Store, redact
 
 LONGEST = 360
@@ -17,12 +17,13 @@ class Photos:
         self._max_pixels = max_pixels
         self._outage: str | None = None
 
-    def thumbnail(self, uri: str) -> tuple[bytes | None, str | None]:
-        """Returns a JPEG, or None and the reason. May be called by several threads."""
+    def thumbnail(self, uri: str, span: Span | None) -> tuple[bytes | None, str | None]:
+        """Returns a JPEG, or None and the reason. span: of its class. May be called by several threads."""
         if self._outage is not None:
             return None, self._outage
         try:
-            return decode_thumbnail(self._source.read_uri(uri), longest=LONGEST, max_pixels=self._max_pixels), None
+            data = self._source.read_uri(uri)
+            return decode_thumbnail(data, longest=LONGEST, max_pixels=self._max_pixels, span=span), None
         except FileNotFoundError:
             return None, "the photo is no longer there"
         except ImageError as error:

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL.Image import Image
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
 from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated, fit_image
@@ -40,8 +39,9 @@ def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) 
     return functools.partial(decode_isolated if isolate else decode_image, **_view(job, detector))
 
 
-def image_fitter(job: JobConfig, detector: Detector) -> Callable[[Image], Decoded]:
-    """Returns a function that converts an image in memory to the detector's input."""
+def image_fitter(job: JobConfig, detector: Detector) -> Callable[..., Decoded]:
+    """Returns a function that converts an image in memory (and by name the span of a deep one) to the detector's
+    input."""
     return functools.partial(fit_image, **_view(job, detector))
 
 

@@ -9,6 +9,7 @@ import functools
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +28,8 @@ from pipeline.scoring.batches import read_image
 from pipeline.scoring.choice import LowestIds
 from pipeline.storage import Store, paths
 from schemas.job import JobConfig
+
+_T = TypeVar("_T")
 
 Samples = Mapping[str, Sequence[str]]
 """Addresses, by class, of the photos from which the span of the class is decided."""
@@ -61,7 +64,12 @@ def sample_photos(photos: Iterable[tuple[str, str]]) -> Samples:
     found: dict[str, list[str]] = {}
     for name, uri in photos:
         found.setdefault(name, []).append(uri)
-    return {name: uris[:: max(1, len(uris) // _SAMPLE_SIZE)][:_SAMPLE_SIZE] for name, uris in found.items()}
+    return {name: spread(uris) for name, uris in found.items()}
+
+
+def spread(photos: Sequence[_T]) -> Sequence[_T]:
+    """Chooses the photos of a class that decide, from all over it."""
+    return photos[:: max(1, len(photos) // _SAMPLE_SIZE)][:_SAMPLE_SIZE]
 
 
 class Spans:

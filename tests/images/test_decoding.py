@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.images import Decoded, ImageError, decode_image, decode_mask, decode_thumbnail, decoding, formats
+from pipeline.images import (
+    Decoded,
+    ImageError,
+    Span,
+    decode_image,
+    decode_mask,
+    decode_thumbnail,
+    decoding,
+    formats,
+)
 from schemas.tables import ErrorType
 from tests.images.hostile import grey_tags, tiff
 
@@ -224,6 +233,13 @@ def test_a_thumbnail_is_small_upright_and_in_proportion() -> None:
     assert small.format == "JPEG" and small.size == (50, 100)
     top, bottom = (np.asarray(small)[row, 25].astype(int) for row in (10, 90))
     assert top[0] > 200 > 60 > top[2] and bottom[2] > 200 > 60 > bottom[0]
+
+
+def test_a_thumbnail_of_a_deep_photo_is_as_bright_as_its_class() -> None:
+    dark = encode(Image.fromarray(np.full((40, 40), 1000, np.uint16)), "PNG")
+    for span, value in ((None, 249), (Span(0, 4095), 62)):  # alone, 1000 of 1023
+        small = Image.open(io.BytesIO(decode_thumbnail(dark, longest=20, max_pixels=10_000, span=span)))
+        assert small.getpixel((9, 9)) == pytest.approx((value,) * 3, abs=2)
 
 
 def test_a_thumbnail_of_what_is_no_image_or_too_large_is_an_error() -> None:

@@ -93,6 +93,7 @@ def publish(
     sets: Sequence[PromptSet] = (),
     night: str = NIGHT,
     overrides: Sequence[str] = (),
+    spans: Mapping[str, tuple[float, float]] | None = None,
     **stats: Any,
 ) -> Commit:
     """Publishes rows as a night, with a job of these overrides; returns the commit."""
@@ -119,4 +120,4 @@ def publish(
             part.append({"image_id": image_id, "prompts_kept": kept or None, **row})
         write_shard(output, run, shard, part)
         shards.append(shard)
-    return publish_night(run, "m" * 12, run.shards, shards, output, "test")
+    return publish_night(run, "m" * 12, run.shards, shards, output, "test", spans=spans)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from jobs.report import report_night, run_report
@@ -80,6 +81,19 @@ def test_an_image_is_shown_with_its_map_regions_and_prompts(night: tuple[Path, C
     assert second["photo"] is None and second["photo_fault"] == "the photo is no longer there"
     dropped = [prompt for prompt, kept in zip(data["prompts"]["0"], first["kept"], strict=True) if kept == "0"]
     assert [side for _, side, _ in dropped] == [0, 1] and "a photo of a bolt" in dropped[0][0]
+
+
+def test_deep_photos_are_shown_at_the_depth_of_their_class(tmp_path: Path) -> None:
+    """1000 is 249 of 255 in 10 bits, as the photo alone would be shown, and 62 in 12."""
+    (tmp_path / "in/nut").mkdir(parents=True)
+    Image.fromarray(np.full((40, 40), 1000, np.uint16)).save(tmp_path / "in/nut/a.png")
+    rows = [scored("nut/a.png", "nut", 0.9, tmp_path / "in")]
+    for overrides, spans, value in (([], {"nut": (0, 4095)}, 62), (["dataset.bit_depth=10"], {}, 249)):
+        commit = publish(tmp_path / f"{value}", tmp_path / "in", rows, overrides=overrides, spans=spans)
+        (exhibit,) = load_report(Store(str(tmp_path / f"{value}")), commit).exhibits
+        assert exhibit.photo is not None
+        with Image.open(io.BytesIO(exhibit.photo)) as photo:
+            assert photo.convert("L").getpixel((20, 20)) == pytest.approx(value, abs=2)
 
 
 def test_classes_that_look_alike_stay_apart(tmp_path: Path) -> None:

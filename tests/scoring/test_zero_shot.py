@@ -99,6 +99,36 @@ def test_grey_photos_are_photos(detector: ZeroShotDetector) -> None:
     assert same(detector.predict(grey, "hazelnut"), detector.predict(np.stack([grey] * 3, axis=2), "hazelnut"))
 
 
+def deep_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_deep_photos_have_one_depth_a_class(detector: ZeroShotDetector, tmp_path: Path) -> None:
+    """12 bits of the same photo score as its 8 bits; a dark one alone would be taken for 10 bits."""
+    grey = np.asarray(Image.open(PHOTO).convert("L"))
+    bright = (grey.astype(np.uint16) << 4) | (grey >> 4)
+    dark = bright // 5
+    assert dark.max() < 1024 <= bright.max()
+    (tmp_path / "bright.png").write_bytes(deep_png(bright))
+    plain = detector.predict(np.round(dark / 4095 * 255).astype(np.uint8), "hazelnut")
+    (alone,) = detector.predict([deep_png(dark)], "hazel nut")
+    assert (alone.bit_depth, alone.clipped) == (10, 0)
+    for number, photo in enumerate((deep_png(dark), Image.fromarray(dark))):
+        first, second = detector.predict([photo, tmp_path / "bright.png"], f"class {number}")
+        assert (first.bit_depth, second.bit_depth) == (12, 12)
+        assert first.grid == pytest.approx(
+            detector.predict(np.round(dark / 4095 * 255).astype(np.uint8), f"class {number}").grid, abs=0.02
+        )
+        assert detector.predict(photo, f"class {number}").grid == pytest.approx(first.grid, abs=1e-4)
+    assert (plain.bit_depth, plain.clipped) == (8, 0)
+    late = detector.predict(deep_png(bright), "hazel nut")
+    assert (late.bit_depth, late.clipped) == (10, int((bright > 1023).sum()))
+    fixed = ZeroShotDetector.from_pretrained(device="cpu", bit_depth=12)
+    assert fixed.predict(deep_png(dark), "hazel nut").bit_depth == 12
+
+
 def test_large_photos_are_scored_in_tiles() -> None:
     image = Image.open(PHOTO).resize((900, 600))
     tiled = ZeroShotDetector.from_pretrained(device="cpu", method=Method.model_validate({"tile": {"size": 300}}))
