@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -23,6 +24,9 @@ from pipeline.alfa.encoder import Encoder, Preprocess, reads_whole
 from schemas.job import EMBEDDED_MODEL, FORMER_EMBEDDED_MODELS, Model
 
 _EMBEDDED = Path(__file__).parent / "models" / EMBEDDED_MODEL
+_LFS_POINTER = b"version https://git-lfs"
+_WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+")
+"""What distributed training and torch.compile put before the names of a model's tensors."""
 _POSITIONS = "visual.positional_embedding"
 _CUSTOM_BLOCKS = ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc")
 
@@ -186,11 +190,15 @@ def _download(name: str, tag: str) -> Path:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Reads the tensors of a weights file, as safetensors or by torch.load with weights_only: no code in it is run."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ValueError("it is a pointer of Git LFS and not the weights themselves, which git lfs pull fetches")
     if path.suffix == ".safetensors":
-        return dict(load_file(path))
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    state = loaded.get("state_dict", loaded)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+        state = load_file(path)
+    else:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        state = loaded.get("state_dict", loaded)
+    return {_WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
 
 
 def _sha256(path: Path) -> str:

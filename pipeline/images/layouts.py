@@ -112,7 +112,7 @@ def list_images(source: ImageSource, left_out: Counter[str] | None = None) -> It
     table, and if there are no images unless source.may_be_empty.
     """
     left_out = Counter() if left_out is None else left_out
-    listed = _list_columns(source, left_out)
+    listed, classes = _list_columns(source, left_out), set[str]()
     empty = source.layout != "table" and not source.may_be_empty
     for columns in _merge(_unique(listed) if source.layout == "table" else listed):
         try:
@@ -121,6 +121,13 @@ def list_images(source: ImageSource, left_out: Counter[str] | None = None) -> It
             place = source.store.uri(source.table_key or "")
             raise DatasetError(f"{place}: a column has the wrong type: {one_line(str(error))[:300]}") from None
         empty = False
+        classes.update(columns["class_name"])
+    if source.layout == "folders" and classes and tables.are_parts(classes):
+        logger.warning(
+            "the classes would be %s, each compared within itself; if they are of one class, name the folder above, or "
+            "take dataset.layout=flat with dataset.class_name",
+            ", ".join(sorted(classes)),
+        )
     if empty:
         wanted = f" of class {source.class_name!r}" if source.class_name else ""
         place = f"{source.store.uri('')} in layout {source.layout}{_but_for(left_out)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,6 +22,9 @@ SUFFIXES = (
 NONE = "none"
 OTHER = "other"
 """Counts names whose suffix is too long or too odd to be shown."""
+
+_OF_SYSTEMS = re.compile(r"(?:^|/)(?:@eaDir|#recycle|\$RECYCLE\.BIN|System Volume Information|lost\+found|__MACOSX)/")
+"""Folders that storage systems and archives make by themselves: thumbnails, deleted files."""
 
 _LONGEST_SUFFIX = 10
 _MOST_SUFFIXES = 200
@@ -52,7 +56,7 @@ def _is_image(key: str, suffixes: tuple[str, ...]) -> bool:
 
 
 def _is_hidden(key: str) -> bool:
-    return key.startswith(".") or "/." in key
+    return key.startswith(".") or "/." in key or _OF_SYSTEMS.search(key) is not None
 
 
 def _suffix_of(key: str) -> str:

@@ -22,12 +22,18 @@ GOOD = "good"
 GOOD_WORDS = frozenset((GOOD, "normal", "nominal", "ok", "pass", "passed", "no defect", "defect-free"))
 """Labels that mean that a photo is good, in lower case."""
 
+_PARTS = frozenset(
+    ("bad", "ng", "nok", "defect", "defective", "anomaly", "abnormal", "fail", "failed", "train", "test")
+)
+"""Names of folders that hold a verdict, or a part of a data set, and no class."""
+
 COLUMNS = ("uri", "class_name", "size", "etag", "label", "mask_uri")
 """The columns that are read; others are ignored."""
 _TEXTS = {name: pa.string() for name in COLUMNS if name != "size"}
 _SWITCHES = {"false": GOOD, "true": "true"}
 _BATCH = 16_384
 _MAGIC = b"PAR1"
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _NULL = "__HIVE_DEFAULT_PARTITION__"
 
 Rows = dict[str, Sequence[Any]]
@@ -105,6 +111,11 @@ def to_text(value: object) -> str | None:
     return str(value)
 
 
+def are_parts(classes: Iterable[str]) -> bool:
+    """Whether classes have the names of verdicts or parts of a data set, all of them."""
+    return all(name.lower() in GOOD_WORDS | _PARTS for name in classes)
+
+
 def require_columns(found: Iterable[str], wanted: Iterable[str], place: str) -> None:
     """Raises ValueError if columns are missing, or two have the same name."""
     found = list(found)
@@ -119,8 +130,9 @@ def _hint(name: str, found: Sequence[str]) -> str:
     delimiter = next((mark for mark in ";\t|" if len(found) == 1 and mark in found[0]), None)
     if delimiter is not None:
         return f" (its columns are separated by {delimiter!r}; alfa reads commas)"
-    near = difflib.get_close_matches(name, found, n=1)
-    return f" (is {near[0]!r} meant?)" if near else ""
+    folded = {column.strip().lower(): column for column in found}
+    near = difflib.get_close_matches(name, folded, n=1)
+    return f" (is {folded[near[0]]!r} meant?)" if near else ""
 
 
 def _read_label(text: str) -> tuple[str, str]:
@@ -144,6 +156,8 @@ def _read_file(store: Store, name: str, wanted: Sequence[str]) -> Iterator[Rows]
         if suffix in (".jsonl", ".ndjson"):
             yield from _read_json_lines(data, wanted, name)
         elif suffix == ".csv":
+            if data.getbuffer()[:2] in _UTF_16:
+                raise ValueError(f"{name} is UTF-16, as Excel writes Unicode text; save it as UTF-8")
             reader = pa.csv.open_csv(
                 data,
                 parse_options=pa.csv.ParseOptions(newlines_in_values=True),

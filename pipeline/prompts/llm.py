@@ -248,6 +248,8 @@ class _Conversation:
             logger.warning("%s refuses a request (%s); asking again with %s", model, _describe(error), self._options)
             raise _AskAgain(_describe(error)) from None
         self.usage = _add(self.usage, _usage(self._litellm, response))
+        if not response.choices:  # some providers send none where a filter has taken the answer
+            return ""
         choice = response.choices[0]
         cut = choice.finish_reason == "length"
         if cut and not self._more_asked:

@@ -63,7 +63,9 @@ def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | I
     try:
         data = source.read_uri(uri)
     except FileNotFoundError:
-        return ImageError(ErrorType.VANISHED, f"{uri} is no longer there; it was when the images were listed")
+        return ImageError(
+            ErrorType.VANISHED, f"there is no {uri}; it has gone since it was listed, or its table is wrong"
+        )
     except PermissionError as error:
         return ImageError(ErrorType.UNREADABLE, f"{uri} may not be read: {error}")
     except IsADirectoryError:

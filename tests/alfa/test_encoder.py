@@ -196,11 +196,20 @@ def test_code_in_a_weights_file_never_runs(tmp_path: Path, square: Model, load: 
         load(square.model_copy(update={"pretrained": str(tmp_path / "evil.pt")}))
 
 
-def test_a_wrapped_state_dict_loads(tmp_path: Path, square: Model, load: Any, encoder: Encoder) -> None:
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_a_wrapped_state_dict_loads(tmp_path: Path, square: Model, load: Any, encoder: Encoder, wrapper: str) -> None:
     state = torch.load(str(square.pretrained), weights_only=True)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, tmp_path / "wrapped.pt")
+    torch.save({"state_dict": {wrapper + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "wrapped.pt")
     wrapped = load(square.model_copy(update={"pretrained": str(tmp_path / "wrapped.pt")}))
     assert torch.equal(wrapped.encode_texts(["a nut"]), encoder.encode_texts(["a nut"]))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path, square: Model, load: Any, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(ModelError, match="a pointer of Git LFS"):
+        load(square.model_copy(update={"pretrained": str(path)}))
 
 
 @pytest.mark.parametrize(

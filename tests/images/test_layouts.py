@@ -44,6 +44,37 @@ def test_a_folder_below_the_root_is_a_class(root: str) -> None:
     assert listed(root, class_name="nut") == ("folders", [("nut/c.tiff", "nut")])
 
 
+def test_what_storage_systems_leave_among_photos_is_passed_over(root: str) -> None:
+    fill(
+        root,
+        "nut/a.jpg",
+        "nut/@eaDir/a.jpg/SYNOPHOTO_THUMB_M.jpg",
+        "#recycle/nut/old.jpg",
+        "$RECYCLE.BIN/b.jpg",
+        "System Volume Information/c.jpg",
+        "lost+found/d.jpg",
+        "__MACOSX/nut/e.jpg",
+        "nut/lost+found.jpg",
+    )
+    assert listed(root) == ("folders", [("nut/a.jpg", "nut"), ("nut/lost+found.jpg", "nut")])
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["OK/a.jpg", "NG/b.jpg"], "the classes would be NG, OK, each compared within itself"),
+        (["train/good/a.jpg", "test/good/b.jpg", "test/crack/c.jpg"], "the classes would be test, train"),
+        (["good/a.jpg", "nut/b.jpg"], ""),
+    ],
+)
+def test_folders_that_are_verdicts_or_parts_are_doubted(
+    root: str, caplog: pytest.LogCaptureFixture, keys: list[str], said: str
+) -> None:
+    fill(root, *keys)
+    assert listed(root)[0] == "folders"
+    assert said in caplog.text if said else not caplog.text
+
+
 def test_what_is_no_image_by_its_name_is_counted_and_suffixes_decide(root: str) -> None:
     names = ["a.jfif", "b.JPE", "c.avif", "d.heic", "e.jp2", "f.gif", "g.pgm", "h.mpo", "i", "j.nef", "k.NEF", "l.dat"]
     fill(root, *(f"bolt/{name}" for name in names), "bolt/.hidden.nef", "bolt/m.4711 of this morning")
@@ -153,6 +184,11 @@ def test_faulty_tables_are_said(tmp_path: Path) -> None:
     assert "no column 'uri' (is 'url' meant?)" in fault_of(str(tmp_path / "a.csv"))
     (tmp_path / "b.csv").write_text("uri,class_name\nx.jpg,nut\ny.jpg,\n")
     assert "row 2 has no class_name" in fault_of(str(tmp_path / "b.csv"))
+    (tmp_path / "e.csv").write_text("URI,Class_Name\nx.jpg,nut\n")
+    assert "no column 'uri' (is 'URI' meant?)" in fault_of(str(tmp_path / "e.csv"))
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "f.csv").write_bytes("\ufeffuri,class_name\nx.jpg,nut\n".encode(encoding))
+        assert "f.csv is UTF-16, as Excel writes Unicode text; save it as UTF-8" in fault_of(str(tmp_path / "f.csv"))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 no table")
     assert "cannot be read as a table" in fault_of(str(tmp_path / "c.parquet"))
     assert "does not exist" in fault_of(str(tmp_path / "d.csv"))

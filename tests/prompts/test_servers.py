@@ -205,6 +205,15 @@ def test_what_lacks_substance_is_not_accepted(answer: dict[str, object], fault: 
         read_description(json.dumps({**ANSWER, **answer}))
 
 
+def test_an_answer_without_choices_is_an_empty_one() -> None:
+    """Gemini's and Azure's filters take the whole answer away, with status 200."""
+    body = {"id": "x", "object": "chat.completion", "created": 1, "model": "test", "choices": []}
+    with LLMServer([(200, {}, json.dumps(body))]) as server:
+        assert llm.describe_class("nut", config(server))[1].calls == 2
+    with LLMServer([(200, {}, json.dumps(body))] * 2) as server, pytest.raises(LLMError, match="no valid description"):
+        llm.describe_class("nut", config(server))
+
+
 def test_broken_json_is_told_where_it_breaks() -> None:
     with pytest.raises(ValueError, match="Expecting ',' delimiter at character 59 of the object"):
         read_description("Here: " + TEXT.replace('0", "', '0" "', 1))
