@@ -16,7 +16,7 @@ from pipeline.storage import Store
 from tests.lake.nights import ODD, ROWS, make_run, odd_partitions
 
 NIGHTS = ("2026-01-01", "2026-01-02")
-REGION = {"x": 3, "y": 4, "width": 5, "height": 6, "area": 30, "peak": 0.75, "defect": "crack"}
+REGION = {"x": 3, "y": 4, "width": 5, "height": 6, "area": 30, "peak": 0.75, "defect": "crack", "peer_uri": "a"}
 
 pytestmark = [
     pytest.mark.slow,
