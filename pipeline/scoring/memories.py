@@ -231,9 +231,7 @@ def _make_peers(
 def _is_unchanged(row: Row, source: Store) -> bool:
     """Whether a photo of an earlier night is still the one that was scored then."""
     try:
-        store = source.store_of(row["uri"])
-        key = store.key_of(row["uri"])
-        return row["etag"] is None or (key is not None and store.info(key).etag == row["etag"])
+        return row["etag"] is None or source.info_uri(row["uri"]).etag == row["etag"]
     except (FileNotFoundError, AddressError):
         return False
 

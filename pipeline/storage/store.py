@@ -247,12 +247,15 @@ class Store:
 
     def info(self, key: str) -> ObjectInfo:
         """Returns size, version and time of one object, as a listing gives them."""
-        if self.is_local:
-            status = os.stat(self._path(key))
-            return ObjectInfo(key, status.st_size, local_etag(status.st_mtime_ns, status.st_size), status.st_mtime)
-        with _as_store_error(self, key):
-            self.fs.invalidate_cache()
-            return describe(key, patiently(self.fs.info)(self._path(key)))
+        return self._info(key, self._path(key))
+
+    def info_uri(self, uri: str) -> ObjectInfo:
+        """Returns the same for the object at an address, inside or outside this root; its key is the address.
+
+        Raises AddressError as store_of does.
+        """
+        store = self.store_of(uri)
+        return store._info(uri, store.path_of(uri))
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Streams every object below a folder and its sub-folders, always in the same order.
@@ -298,6 +301,14 @@ class Store:
 
     def _path(self, key: str) -> str:
         return posixpath.join(self.path, _inside(key))
+
+    def _info(self, key: str, path: str) -> ObjectInfo:
+        if self.is_local:
+            status = os.stat(path)
+            return ObjectInfo(key, status.st_size, local_etag(status.st_mtime_ns, status.st_size), status.st_mtime)
+        with _as_store_error(self, key):
+            self.fs.invalidate_cache()
+            return describe(key, patiently(self.fs.info)(path))
 
     def _read(self, path: str) -> bytes:
         with _as_store_error(self, path):

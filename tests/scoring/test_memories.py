@@ -146,13 +146,18 @@ def test_a_class_with_too_few_readable_images_stays_with_language(
 def test_unchanged_photos_of_earlier_nights_fill_up_and_are_counted(
     detector: Detector, prompts: PromptEmbeddings, images: Path, tmp_path: Path
 ) -> None:
+    """Earlier nights may lie in other folders than tonight's, as in buckets that are laid out by date."""
+    shutil.copytree(images, tmp_path / "earlier")
+    _, before = night(job_for(tmp_path / "earlier", tmp_path / "before"))
     job = job_for(images, tmp_path / "out", *SMALL)
     _, found = night(job)
-    changed, *others = found.peers[2:]
+    taken = {Path(row["uri"]).name for row in found.peers[:2]}
+    changed, *others = [row for row in before.peers if Path(row["uri"]).name not in taken]
     neighbours = Neighbours(peers=found.peers[:2], earlier=[{**changed, "etag": "another"}, *others])
     rows = score(detector, prompts, job, neighbours)
     assert {(row["peers"], row["peers_earlier"]) for row in rows.values()} == {(6, 4)}
-    assert rows[changed["key"]]["peer_uris"] == [row["uri"] for row in (*found.peers[:2], *others[:4])]
+    assert next(iter(rows.values()))["peer_uris"] == [row["uri"] for row in (*found.peers[:2], *others[:4])]
+    assert not Path(others[0]["uri"]).is_relative_to(images)
 
 
 def test_one_of_many_makes_the_memory_and_all_score_against_it(
