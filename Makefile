@@ -44,6 +44,7 @@ lint: $(READY)
 # prints ratios measured side by side in one run
 bench: $(READY)
 	$(BIN)/python -m tests.bench.detector
+	$(BIN)/python -m tests.bench.detector --model alfa-small --batch 8
 	$(BIN)/python -m tests.bench.winclip
 	$(BIN)/python -m tests.bench.pipeline
 	$(BIN)/python -m tests.bench.decoding

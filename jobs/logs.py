@@ -80,9 +80,11 @@ def configure(log_format: LogFormat) -> None:
 def adopt_libraries() -> None:
     """Sends the logs of Ray and huggingface_hub through alfa's handlers, and drops all but warnings and errors.
 
-    Call it after they are imported, because they set up their own handlers then. Of huggingface_hub only errors are
-    kept: it warns of every retry, and if all fail, alfa's own error says so.
+    Both set up their own handlers when they are imported; so call it after the import of ray. Of huggingface_hub only
+    errors are kept: it warns of every retry, and if all fail, alfa's own error says so.
     """
+    import huggingface_hub.utils.logging  # noqa: F401  # else open_clip imports it later
+
     for name, level in (("ray", logging.WARNING), ("huggingface_hub", logging.ERROR)):
         library = logging.getLogger(name)
         library.handlers.clear()

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 
 from pipeline.alfa import Calibration, Detector, Encoder, PromptEmbeddings
-from schemas.job import Method, Peers
+from schemas.job import EMBEDDED_MODEL, Method, Peers
 from schemas.prompts import PromptEnsemble
 from tests.bench.measuring import measure, print_table, write_results
 from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device
@@ -45,7 +45,9 @@ def main() -> None:
         detector = Detector(encoder, Method.model_validate({"aligner": aligner}))
         prompts = [detector.embed(ensemble)] * options.batch
         runs[f"detector, {aligner}"] = functools.partial(run_detector, detector, prompts)
-    runs["detector, value, 32 peers"] = functools.partial(run_detector, *with_peers(encoder, ensemble, options.batch))
+    aligner = "raw" if options.model == EMBEDDED_MODEL else "value"
+    compared = with_peers(encoder, Method.model_validate({"aligner": aligner}), ensemble, options.batch)
+    runs[f"detector, {aligner}, 32 peers"] = functools.partial(run_detector, *compared)
     seconds = measure(runs, options.repetitions, SETTLE)
     where = name_device()
     rows = [
@@ -53,7 +55,7 @@ def main() -> None:
         for name, value in seconds.items()
     ]
     print_table(f"{options.model}, batch {options.batch}, {where}", ("run", "images/s", "time / bare"), rows)
-    ratio = seconds["detector, value, 32 peers"] / seconds["detector, value"]
+    ratio = seconds[f"detector, {aligner}, 32 peers"] / seconds[f"detector, {aligner}"]
     print(f"32 peers take {ratio:.2f} times as long as language alone")
     facts = {
         "model": options.model,
@@ -62,12 +64,14 @@ def main() -> None:
         "machine": where,
         "seconds": seconds,
     }
-    write_results(f"detector-{DEVICE.type}", facts)
+    write_results(f"detector-{options.model}-{DEVICE.type}", facts)
 
 
-def with_peers(encoder: Encoder, ensemble: PromptEnsemble, batch: int) -> tuple[Detector, Sequence[PromptEmbeddings]]:
+def with_peers(
+    encoder: Encoder, method: Method, ensemble: PromptEnsemble, batch: int
+) -> tuple[Detector, Sequence[PromptEmbeddings]]:
     """A detector, and prompts of a class with 32 peers, for each image of a batch."""
-    detector = Detector(encoder, Method(aligner="value"), None, Peers())
+    detector = Detector(encoder, method, None, Peers())
     photos = torch.randint(0, 256, (32, 1, 3, *encoder.preprocess.size), dtype=torch.uint8)
     memory = detector.remember_peers(list(photos), range(32), [str(number) for number in range(32)])
     known = replace(detector.embed(ensemble), peers=replace(memory, calibration=Calibration(0.1, 0.0, 0.0)))

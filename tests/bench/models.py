@@ -14,7 +14,9 @@ from pipeline.alfa import Detector, Encoder, Preprocess, PromptEmbeddings
 from pipeline.prompts import compose_ensemble
 from pipeline.scoring import Shard, ShardStats, score_shard
 from pipeline.storage import Run, Store
+from schemas.job import EMBEDDED_MODEL
 from schemas.prompts import PromptEnsemble, PromptSet
+from tests.places import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
@@ -29,6 +31,8 @@ def name_device() -> str:
 def build(name: str) -> tuple[open_clip.CLIP, Encoder]:
     """A model with random weights, always the same, bare and as alfa's encoder."""
     torch.manual_seed(0)
+    if name == EMBEDDED_MODEL:
+        open_clip.add_model_config(ROOT / "pipeline" / "alfa" / "models" / name / f"{name}.json")
     clip = open_clip.create_model(name, device=DEVICE).eval().requires_grad_(False)
     preprocess = Preprocess(
         clip.visual.image_size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic"

@@ -45,6 +45,7 @@ def cpus_of_own_ray() -> int:
         return int(ray.cluster_resources()["CPU"])
 
 
+@pytest.mark.slow
 def test_a_job_joins_the_cluster_that_it_names(head: Head, tmp_path: Path) -> None:
     # The head listens on the loopback address alone; this is Ray's switch for clients of such a head.
     environment = {**head.environment, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}

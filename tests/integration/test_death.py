@@ -255,6 +255,7 @@ def start(*command: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*COMMAND, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_the_same_night_submitted_twice_at_once_is_scored_once(
     images: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:

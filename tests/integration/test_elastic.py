@@ -101,6 +101,7 @@ def work_until(pool: ScoringPool, actors: int) -> Iterator[str]:
         yield f"works-{number}"
 
 
+@pytest.mark.slow
 def test_nodes_that_come_late_take_part(cluster: Cluster, tmp_path: Path) -> None:
     """The head has no cores: nothing runs before the first node has come; and the shards end when the second has."""
     pool = make_pool(cluster, tmp_path, 10_000)

@@ -128,6 +128,7 @@ HOSTILE_KEYS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hostile_names_stay_in_the_output_and_share_no_mask(tmp_path: Path) -> None:
     """Every key in every kind of reference: below the table's folder, above it, and absolute."""
     photo = (DEMO / "hazelnut/test/good/00.jpg").read_bytes()
