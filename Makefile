@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo pictures local-up local-down test test-all lint bench clean
+.PHONY: setup demo pictures local-up local-down test quick-tests test-all lint bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -29,9 +29,13 @@ local-up: $(READY)
 local-down: $(READY)
 	$(BIN)/python -m infra.local.stack down
 
-test: $(READY) lint
-	# two workers; the tests of a file share what it has prepared, so they stay together
-	$(BIN)/pytest -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# side by side, because tests mostly wait: for Ray, for servers, for processes
+test: $(READY)
+	$(MAKE) --jobs 2 lint quick-tests
+
+quick-tests: $(READY)
+	# the tests of a file share what it has prepared, so they stay together
+	$(BIN)/pytest -m 'not slow' --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 test-all: $(READY) lint
 	$(BIN)/pytest
