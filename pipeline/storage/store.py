@@ -132,14 +132,8 @@ class Store:
 
         Raises AddressError where the address names another bucket that does not exist: this store can still be used.
         """
-        store = self.store_of(uri)
-        path = store.path_of(uri)
-        try:
+        with self._at(uri) as (store, path):
             return store._read(path)
-        except NoBucketError:
-            if store is self and path.partition("/")[0] == self.path.partition("/")[0]:
-                raise
-            raise AddressError(f"{uri}: there is no such bucket") from None
 
     def store_of(self, uri: str) -> Store:
         """Returns the store to read an address from: this one for its own file system, else the named object store.
@@ -252,10 +246,10 @@ class Store:
     def info_uri(self, uri: str) -> ObjectInfo:
         """Returns the same for the object at an address, inside or outside this root; its key is the address.
 
-        Raises AddressError as store_of does.
+        Raises AddressError as read_uri does.
         """
-        store = self.store_of(uri)
-        return store._info(uri, store.path_of(uri))
+        with self._at(uri) as (store, path):
+            return store._info(uri, path)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         """Streams every object below a folder and its sub-folders, always in the same order.
@@ -301,6 +295,18 @@ class Store:
 
     def _path(self, key: str) -> str:
         return posixpath.join(self.path, _inside(key))
+
+    @contextlib.contextmanager
+    def _at(self, uri: str) -> Iterator[tuple[Store, str]]:
+        """Yields the store to read an address from, and the address's path in it; see read_uri."""
+        store = self.store_of(uri)
+        path = store.path_of(uri)
+        try:
+            yield store, path
+        except NoBucketError:
+            if store is self and path.partition("/")[0] == self.path.partition("/")[0]:
+                raise
+            raise AddressError(f"{uri}: there is no such bucket") from None
 
     def _info(self, key: str, path: str) -> ObjectInfo:
         if self.is_local:

@@ -108,6 +108,8 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
 def test_another_bucket_that_is_missing_concerns_one_address_and_the_own_one_all(s3: ObjectStorage) -> None:
     with pytest.raises(AddressError, match="s3://no-such-bucket/a: there is no such bucket"):
         Store("s3://lake").read_uri("s3://no-such-bucket/a")
+    with pytest.raises(AddressError, match="s3://no-such-bucket/a: there is no such bucket"):
+        Store("s3://lake").info_uri("s3://no-such-bucket/a")
     with pytest.raises(StoreError, match="no such bucket; check the URI"):
         Store("s3://no-such-bucket").read_uri("s3://no-such-bucket/a")
 
