@@ -117,7 +117,7 @@ def test_image_metrics_agree_with_scikit_learn(items: list[tuple[int, bool]]) ->
 
 
 @pytest.mark.parametrize("levels", [None, 7])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_pixel_metrics_are_exact_in_fine_bins(seed: int, levels: int | None) -> None:
     maps = random_maps(seed, levels=levels)
     scores = np.concatenate([values.ravel() for values, _ in maps])

@@ -319,8 +319,8 @@ def _claiming(width: int, height: int) -> dict[str, bytes]:
 
 
 def _hidden(kind: str) -> bytes:
-    """A container that claims a small picture around the stream of a larger one."""
-    data = bytearray(encode(Image.new("RGB", (4000, 3000)), kind))
+    """A container that claims a small picture around the stream of one of 4.2 megapixels."""
+    data = bytearray(encode(Image.new("RGB", (2100, 2000)), kind))
     place = data.index(b"ispe") + 8
     data[place : place + 8] = struct.pack(">II", *_SIDE)
     return bytes(data)
