@@ -27,7 +27,7 @@ def test_the_image_copies_what_is_there_and_does_not_run_as_root() -> None:
     (user,) = (line.split()[1] for line in lines if line.startswith("USER "))
     assert user == "1000"
     (version,) = re.findall(r"^ray==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    for name in ("rayjob.yaml", "raycronjob.yaml"):
+    for name in ("base/rayjob.yaml", "raycronjob.yaml"):
         assert f'rayVersion: "{version}"' in (INFRA / "kuberay" / name).read_text()
 
 
