@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from pipeline.lake.commits import read_commit
 from pipeline.lake.ledger import COLUMNS, build_ledger, describe_ledger
-from pipeline.lake.sorting import RowSorter
+from pipeline.lake.sorting import ORDER, RowSorter
 from pipeline.storage import Run, Store, leases, map_ahead, paths, read_chunks, read_shards, sha256_of
 from schemas.job import add_span
 from schemas.records import Commit, CommitFile, dump_record
@@ -40,7 +40,6 @@ from schemas.tables import FENCE, SCHEMA_VERSION, SCORES
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ["class_name", *SCORES.names]
-_ORDER = [("score", "descending"), ("image_uri", "ascending")]
 _ROWS_PER_GROUP = 65_536
 
 
@@ -129,7 +128,7 @@ def _replace(output: Store, key: str, data: bytes | Path, version: str | None, l
 
 @dataclass
 class _Counts:
-    """The counts of a class, collected while its rows are streamed."""
+    """The counts of a class, collected while its rows are written."""
 
     rows: int = 0
     anomalies: int = 0
@@ -164,30 +163,28 @@ def _write_files(run: Run, tables: Iterable[pa.Table], folder: Path) -> list[_Fi
 
     A shard may hold several classes, and all shards together do not fit in memory; RowSorter handles both.
     """
-    counts: defaultdict[str, _Counts] = defaultdict(_Counts)
-    with RowSorter(folder / "rows.arrow", SCORES, _ORDER) as sorter:
+    with RowSorter(folder / "rows.arrow", SCORES) as sorter:
         for table in tables:
             names = pc.unique(table.column("class_name")).to_pylist()
             for class_name in names:
                 chosen = table if len(names) == 1 else table.filter(pc.equal(table.column("class_name"), class_name))
-                counts[class_name].count(chosen)
                 sorter.add(class_name, chosen.select(SCORES.names))
         files = []
         for number, class_name in enumerate(sorter.finish()):
             path = folder / f"{number}.parquet"
-            _write_file(run, counts[class_name], sorter.read(class_name, _ROWS_PER_GROUP), path)
-            files.append(_File(class_name, path, sha256_of(read_chunks(path)), counts[class_name]))
+            counts = _write_file(run, sorter.read(class_name, _ROWS_PER_GROUP), path)
+            files.append(_File(class_name, path, sha256_of(read_chunks(path)), counts))
         return files
 
 
-def _write_file(run: Run, counts: _Counts, groups: Iterable[pa.Table], path: Path) -> None:
-    """Writes the row groups of a class. A thread encodes one group while the next is merged."""
+def _write_file(run: Run, groups: Iterable[pa.Table], path: Path) -> _Counts:
+    """Writes the row groups of a class, and counts its rows. A thread encodes one group while the next is sorted."""
+    counts = _Counts()
     provenance = {
         "schema_version": str(SCHEMA_VERSION),
         "alfa.run_id": run.run_id,
         "alfa.model": run.model,
         "alfa.weights_sha256": run.weights_sha256,
-        "alfa.prompt_fingerprint": ",".join(sorted(counts.prompts)),
         "alfa.config_hash": run.job.config_fingerprint,
     }
     schema = SCORES.with_metadata(provenance)
@@ -198,15 +195,18 @@ def _write_file(run: Run, counts: _Counts, groups: Iterable[pa.Table], path: Pat
             compression="zstd",
             coerce_timestamps="us",
             write_page_index=True,
-            sorting_columns=pq.SortingColumn.from_ordering(schema, _ORDER),
+            sorting_columns=pq.SortingColumn.from_ordering(schema, ORDER),
         ) as writer,
         ThreadPoolExecutor(1) as pool,
     ):
 
         def write(group: pa.Table) -> None:
-            writer.write_table(group.replace_schema_metadata(provenance), row_group_size=_ROWS_PER_GROUP)
+            counts.count(group)
+            writer.write_table(group.replace_schema_metadata(provenance), row_group_size=group.num_rows)
 
         deque(map_ahead(pool, write, groups, ahead=2), maxlen=0)
+        writer.add_key_value_metadata({"alfa.prompt_fingerprint": ",".join(sorted(counts.prompts))})
+    return counts
 
 
 def _write_ledger(

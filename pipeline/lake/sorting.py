@@ -1,8 +1,12 @@
-"""Sorts the rows of a night within each class, in bounded memory: an external merge sort.
+"""Sorts the rows of a night within each class, in bounded memory.
 
-Rows are collected until they fill a buffer, then sorted and written to one local file as a run of small record batches.
-A class is then read as the merge of its runs. Memory holds the buffer and its sorted copy, or a few batches of each run
-of a class. The file is compressed Arrow, about a tenth of the size of the rows in memory.
+Rows are collected until they fill a buffer. Then they are sorted and written to one local file, as a run of small
+record batches. In memory remains a number for each row, its sort key. The keys of all runs together say where the first
+65,536 rows of the class end, the next, and so on. In each run these rows lie one after the other, because the run is
+sorted. So a class is read as one group of rows after the other, each row once, and only the group has to be sorted.
+
+Memory holds the buffer and its sorted copy, or a group, its sorted copy and a batch of each run; and 16 bytes per row
+for the keys and their sorted copy. The file is compressed Arrow, about a tenth of the size of the rows in memory.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +24,38 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+ORDER = [("score", "descending"), ("image_id", "ascending")]
+"""The order of rows; rows without a score come last."""
+
 _BUFFER_BYTES = 64 << 20
 """Bytes of rows of all classes together that are collected before some are sorted."""
 
-_BATCH = 512
-"""Rows per batch of the file. One or two batches of each run are in memory while a class is merged."""
+_BATCH = 1024
+"""Rows per batch of the file. One batch of each run is in memory while a class is read."""
 
-Order = Sequence[tuple[str, str]]
+Keys = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class _SortedRun:
+    """Sorted rows of a class in the file. batches: their numbers; keys [rows]: ascending."""
+
+    batches: range
+    keys: Keys
 
 
 class RowSorter:
-    """Takes rows in any order, and returns those of a class in order. A context manager; it leaves its file behind.
+    """Takes rows in any order, and returns those of a class in ORDER. A context manager; it leaves its file behind.
 
     A thread sorts and writes rows while more are added.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, order: Order) -> None:
-        """path: the local file to write. order: columns, each ascending or descending; nulls come last."""
-        self._path, self._schema, self._order = path, schema, list(order)
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        """path: the local file to write. schema: of the rows; it has the columns of ORDER, and ids are hashes."""
+        self._path, self._schema = path, schema
         self._waiting: defaultdict[str, list[pa.Table]] = defaultdict(list)
         self._sizes: Counter[str] = Counter()
-        self._runs: defaultdict[str, list[range]] = defaultdict(list)
+        self._runs: defaultdict[str, list[_SortedRun]] = defaultdict(list)
         self._batches = 0
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         self._writer: Any = pa.ipc.new_file(str(path), schema, options=options)
@@ -68,11 +85,22 @@ class RowSorter:
         return sorted(self._runs)
 
     def read(self, class_name: str, size: int) -> Iterator[pa.Table]:
-        """Yields the rows of a class in order, `size` at a time, as tables of one chunk."""
+        """Yields the rows of a class in order, as tables of one chunk.
+
+        Each table has `size` rows, and the last one fewer. It has a few more or fewer where rows have the same key.
+        """
+        runs = self._runs[class_name]
+        keys = np.concatenate([run.keys for run in runs])
+        keys.sort()
+        ends = keys[size - 1 :: size].copy()
+        del keys
         # Not as a memory map, because its pages would count as this process's memory.
         with pa.OSFile(str(self._path)) as source, pa.ipc.open_file(source) as file:
-            runs = [map(file.get_batch, run) for run in self._runs[class_name]]
-            yield from regroup(_merge(runs, self._order), size)
+            cuts = [_cut_rows(map(file.get_batch, run.batches), _count_rows(run.keys, ends)) for run in runs]
+            for parts in zip(*cuts, strict=True):
+                rows = pa.Table.from_batches(chain.from_iterable(parts), self._schema)
+                if rows.num_rows:
+                    yield _sort_rows(rows)
 
     def _start_run(self, class_name: str) -> None:
         """Waits for the previous run, then has the thread sort and write the waiting rows of a class."""
@@ -85,44 +113,55 @@ class RowSorter:
             self._sorting.result()
 
     def _write_run(self, class_name: str, tables: list[pa.Table]) -> None:
-        rows = pa.concat_tables(tables).cast(self._schema).sort_by(self._order)
+        rows = _sort_rows(pa.concat_tables(tables).cast(self._schema))
         first = self._batches
         for batch in rows.to_batches(_BATCH):
             self._writer.write_batch(batch)
             self._batches += 1
-        self._runs[class_name].append(range(first, self._batches))
+        self._runs[class_name].append(_SortedRun(range(first, self._batches), _sort_keys(rows)))
 
 
-def _merge(runs: Sequence[Iterator[pa.RecordBatch]], order: list[tuple[str, str]]) -> Iterator[pa.Table]:
-    """Merges sorted runs. One or two batches of each run are in memory.
+def _sort_rows(rows: pa.Table) -> pa.Table:
+    """Returns the rows in ORDER, in one chunk."""
+    rows = rows.combine_chunks()  # take would do it, too, but take longer
+    return rows.take(pc.sort_indices(rows.select([name for name, _ in ORDER]), sort_keys=ORDER))
 
-    Each run that is not at its end has a last row read so far. Rows up to the first of these can be yielded, because no
-    row that is still unread comes before it.
+
+def _sort_keys(rows: pa.Table) -> Keys:
+    """Returns a number [rows] for each row. Rows with different numbers are in ORDER if their numbers ascend.
+
+    The upper half follows from the score: the bits of a float32, which are in its order if those of negative numbers
+    are inverted and others get a 1 in front. The lower half is the first four bytes of image_id.
     """
-    unread = dict(enumerate(runs))
-    waiting = [pa.Table.from_batches([next(run)]) for run in runs]
-    while True:
-        for number in list(unread):
-            if waiting[number].num_rows < _BATCH:
-                batch = next(unread[number], None)
-                if batch is None:
-                    del unread[number]
-                else:
-                    waiting[number] = pa.concat_tables([waiting[number], pa.Table.from_batches([batch])])
-        pool = pa.concat_tables(waiting)
-        places = np.asarray(pc.sort_indices(pool.select([name for name, _ in order]), sort_keys=order))
-        origin = np.repeat(np.arange(len(runs)), [table.num_rows for table in waiting])[places]
-        end = min((_last(origin, number) for number in unread), default=len(origin) - 1) + 1
-        yield pool.take(places[:end])
-        if not unread:
-            return
-        given = np.bincount(origin[:end], minlength=len(runs)).tolist()
-        waiting = [table.slice(count) for table, count in zip(waiting, given, strict=True)]
+    score = rows.column("score").to_numpy()  # NaN: no score
+    bits = (np.float32(0) - score).view(np.uint32)
+    upper = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    upper[np.isnan(score)] = 0xFFFFFFFF
+    heads = pc.binary_slice(rows.column("image_id").cast(pa.binary()), 0, 4).to_pylist()
+    lower = np.array(heads, "S4").view(">u4")
+    keys: Keys = upper.astype(np.uint64) << np.uint64(32) | lower
+    return keys
 
 
-def _last(values: npt.NDArray[np.int64], value: int) -> int:
-    """Returns the last place at which `values` equals `value`; there must be one."""
-    return int(np.flatnonzero(values == value)[-1])
+def _count_rows(keys: Keys, ends: Keys) -> list[int]:
+    """Returns how many rows of a run belong to each group. ends: the last key of each group but the last one."""
+    places = np.searchsorted(keys, ends, side="right")
+    counts: list[int] = np.diff(places, prepend=0, append=len(keys)).tolist()
+    return counts
+
+
+def _cut_rows(batches: Iterator[pa.RecordBatch], counts: Sequence[int]) -> Iterator[list[pa.RecordBatch]]:
+    """Yields, for each count, so many of the next rows."""
+    rest = None
+    for count in counts:
+        parts = []
+        while count:
+            if rest is None or not rest.num_rows:
+                rest = next(batches)
+            parts.append(rest.slice(0, count))
+            rest = rest.slice(parts[-1].num_rows)
+            count -= parts[-1].num_rows
+        yield parts
 
 
 def regroup(tables: Iterable[pa.Table], size: int) -> Iterator[pa.Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,26 +11,25 @@ import pyarrow as pa
 import pytest
 
 from pipeline.lake import sorting
-from pipeline.lake.sorting import RowSorter
+from pipeline.lake.sorting import ORDER, RowSorter
 
 SCHEMA = pa.schema(
     [
         ("score", pa.float32()),
-        ("image_uri", pa.string()),
+        ("image_id", pa.string()),
         ("regions", pa.list_(pa.struct([("x", pa.int32()), ("defect", pa.string())]))),
     ]
 )
-ORDER = [("score", "descending"), ("image_uri", "ascending")]
 
 
 def rows(count: int, seed: int = 1) -> pa.Table:
-    """Scores with many ties and some nulls; addresses are unique."""
+    """Scores with many ties and some nulls, also negative ones; ids are hashes."""
     random = np.random.default_rng(seed)
     return pa.Table.from_pylist(
         [
             {
-                "score": None if number % 11 == 0 else float(random.integers(0, 20)) / 20,
-                "image_uri": f"{seed}-{number:05}",
+                "score": None if number % 11 == 0 else float(random.integers(-3, 20)) / 20,
+                "image_id": hashlib.md5(f"{seed}-{number}".encode()).hexdigest(),
                 "regions": [{"x": place, "defect": f"defect {number}"} for place in range(number % 3)],
             }
             for number in random.permutation(count)
@@ -39,7 +39,7 @@ def rows(count: int, seed: int = 1) -> pa.Table:
 
 
 def sort_rows(folder: Path, parts: Iterator[tuple[str, pa.Table]], size: int = 100) -> dict[str, list[pa.Table]]:
-    with RowSorter(folder / "rows.arrow", SCHEMA, ORDER) as sorter:
+    with RowSorter(folder / "rows.arrow", SCHEMA) as sorter:
         for class_name, table in parts:
             sorter.add(class_name, table)
         return {class_name: list(sorter.read(class_name, size)) for class_name in sorter.finish()}
@@ -57,6 +57,17 @@ def test_rows_come_back_as_one_sort_of_all_would_give_them(
     assert pa.concat_tables(found).equals(table.sort_by(ORDER).combine_chunks())
     assert [part.num_rows for part in found] == [100] * 10 + [3]
     assert all(column.num_chunks == 1 for part in found for column in part.columns)
+
+
+def test_rows_with_the_same_key_stay_in_one_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids with the same first four characters, without a score; the whole id still orders them."""
+    monkeypatch.setattr(sorting, "_BUFFER_BYTES", 1)
+    ids = [f"{head}-{number:02}" for number in range(30) for head in ("aaaa", "bbbb")]
+    table = pa.table({"score": [None] * 60, "image_id": ids, "regions": [[]] * 60}, schema=SCHEMA)
+    parts = [("nut", table.slice(start, 7)) for start in range(0, 60, 7)]
+    (found,) = sort_rows(tmp_path, iter(parts), size=20).values()
+    assert [part.num_rows for part in found] == [30, 30]
+    assert pa.concat_tables(found).column("image_id").to_pylist() == sorted(ids)
 
 
 def test_runs_of_which_one_lies_wholly_before_the_others_are_merged(

@@ -39,10 +39,15 @@ def read(folder: Path, commit: Commit) -> tuple[Any, Page]:
 
 @pytest.fixture
 def two_nights(tmp_path: Path) -> tuple[Path, list[Commit]]:
-    """Bolts fall from an even spread to 0; one nut is newly anomalous, one is new, one an error."""
+    """Bolts fall from an even spread to almost 0; one nut is newly anomalous, one is new, one an error."""
     even = {f"bolt/{n}.jpg": 0.05 + 0.1 * n for n in range(10)}
     first = night(tmp_path, BEFORE, {**even, "nut/a.jpg": 0.5, "nut/c.jpg": 0.5}, scoring_images_per_second=8)
-    second = {**dict.fromkeys(even, 0.0), "nut/a.jpg": 0.9, "nut/b.jpg": 0.7, "nut/c.jpg": None}
+    second = {
+        **{f"bolt/{n}.jpg": 1e-6 * (9 - n) for n in range(10)},
+        "nut/a.jpg": 0.9,
+        "nut/b.jpg": 0.7,
+        "nut/c.jpg": None,
+    }
     return tmp_path, [first, night(tmp_path, NIGHT, second)]
 
 
@@ -50,7 +55,7 @@ def test_changes_drift_and_trend_are_said(two_nights: tuple[Path, list[Commit]])
     folder, (_, commit) = two_nights
     found, page = read(folder, commit)
     assert (found.before, found.fault, found.counts) == (BEFORE, None, {"became": 1, "new": 1, "resolved": 4})
-    # All bolts score 0: they go by name. The gallery takes the classes in turn, the higher score first.
+    # The gallery takes the classes in turn, the higher score first.
     order = ["nut/a.jpg", "nut/b.jpg", *(f"bolt/{n}.jpg" for n in range(6, 10))]
     assert [item.key for item in found.images] == order
     assert [item.exhibit for item in found.images[:2]] == [0, 2]
