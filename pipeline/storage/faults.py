@@ -36,9 +36,12 @@ class DiskError(StoreError):
 
 
 def code_of(error: BaseException) -> str:
-    """Returns the S3 error code of an exception, or an empty string. s3fs keeps botocore's error as its cause."""
-    response = getattr(error.__cause__, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+    """Returns the S3 error code of an exception, or an empty string. s3fs keeps botocore's error as its cause.
+
+    Errors of Azure have an HTTP response in place of botocore's dict.
+    """
+    response = getattr(error.__cause__, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 def is_transient(error: BaseException) -> bool:

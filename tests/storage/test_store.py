@@ -120,6 +120,22 @@ def test_missing_objects(store: Store) -> None:
         store.read("a")
 
 
+class NothingOnAzure(Exception):
+    """An error of Azure's client: its response is no dict, as botocore's is, and refuses every unknown attribute."""
+
+    response = object()
+
+
+def test_an_object_that_is_missing_on_azure_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cat_file(path: str) -> bytes:
+        raise FileNotFoundError(path) from NothingOnAzure()
+
+    store = Store(str(tmp_path))
+    monkeypatch.setattr(store.fs, "cat_file", cat_file)
+    with pytest.raises(FileNotFoundError):
+        store.read("a")
+
+
 @pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x"])
 def test_a_key_never_leaves_the_store(store: Store, key: str) -> None:
     with pytest.raises(ValueError, match="leave"):
