@@ -128,6 +128,26 @@ def test_the_ray_job_runs_without_the_cron_job_as_its_header_says(tmp_path: Path
 
 
 @needs_kubectl
+@pytest.mark.parametrize(
+    ("cloud", "pool"), [("gcp", "cloud.google.com/gke-spot"), ("azure", "kubernetes.azure.com/scalesetpriority")]
+)
+def test_the_patches_on_the_pages_of_clouds_make_valid_manifests(cloud: str, pool: str, tmp_path: Path) -> None:
+    (patches,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "infra" / cloud / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(FOLDER / "base", tmp_path / "base")
+    (tmp_path / cloud).mkdir()
+    (tmp_path / cloud / "kustomization.yaml").write_text(f"resources: [../base]\npatches:\n{patches}")
+    assert KUBECTL
+    text = subprocess.check_output([KUBECTL, "kustomize", str(tmp_path / cloud)], text=True, timeout=60)
+    found = {(each["kind"], each["metadata"]["name"]): each for each in yaml.safe_load_all(text)}
+    night = found["RayJob", "alfa-nightly"]
+    assert not faults("rayjobs", night)
+    *_, worker = pods(night["spec"])
+    assert list(worker["nodeSelector"]) == [pool] and pool in {each["key"] for each in worker["tolerations"]}
+    accounts = [found["ServiceAccount", name]["metadata"] for name in ("alfa", "alfa-head", "alfa-launcher")]
+    assert ["annotations" in each for each in accounts] == [True, True, False]
+
+
+@needs_kubectl
 def test_environments_differ_where_they_should() -> None:
     production, staging = (manifests(f"overlays/{name}") for name in ("production", "staging"))
     assert production.keys() == staging.keys() == manifests("base").keys()

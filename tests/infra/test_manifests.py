@@ -1,4 +1,4 @@
-"""The image, the DAG and the policy, as far as they can be tried without Docker, Airflow and AWS."""
+"""The image, the DAG, the policy and the clusters, as far as they can be tried without Docker, Airflow and a cloud."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ast
 import copy
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from jsonschema import ValidationError
+from ray.autoscaler import azure
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.places import ROOT
@@ -55,23 +57,49 @@ def test_the_policy_allows_no_more_than_alfa_does() -> None:
             assert resources == ["arn:aws:s3:::lake/inspection/*"]
 
 
-@pytest.fixture
-def aws_cluster() -> Any:
-    return yaml.safe_load((INFRA / "aws" / "cluster.yaml").read_text())
+def cluster(cloud: str) -> Any:
+    return yaml.safe_load((INFRA / cloud / "cluster.yaml").read_text())
 
 
-def test_the_aws_cluster_is_valid_by_rays_own_schema_and_grows_from_nothing(aws_cluster: Any) -> None:
-    validate_config(prepare_config(copy.deepcopy(aws_cluster)))
-    head, worker = (aws_cluster["available_node_types"][name] for name in ("head", "gpu-spot"))
-    assert head["resources"] == {"CPU": 0} and "InstanceMarketOptions" not in head["node_config"]
-    assert worker["min_workers"] == 0 < worker["max_workers"] == aws_cluster["max_workers"]
-    assert worker["resources"]["GPU"] == 1 and worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
-    assert all(kind["node_config"]["IamInstanceProfile"] for kind in (head, worker))
-    commands = [*aws_cluster["head_start_ray_commands"], *aws_cluster["worker_start_ray_commands"]]
+@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+def test_a_cluster_is_valid_by_rays_own_schema_and_grows_from_nothing(cloud: str) -> None:
+    config = cluster(cloud)
+    assert config["provider"]["type"] == cloud and config["provider"]["use_internal_ips"] is True
+    validate_config(prepare_config(copy.deepcopy(config)))
+    head, worker = (config["available_node_types"][name] for name in ("head", "gpu-spot"))
+    assert head["resources"] == {"CPU": 0} and "labels" not in head
+    assert worker["min_workers"] == 0 < worker["max_workers"] == config["max_workers"]
+    assert worker["resources"]["GPU"] == 1 and worker["labels"] == {"ray.io/market-type": "spot"}
+    commands = [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]
     assert all("RAY_AUTH_MODE=token" in command for command in commands if "start" in command)
+    assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][1]
 
 
-def test_a_slip_in_the_aws_cluster_is_found(aws_cluster: Any) -> None:
-    aws_cluster["available_node_types"]["gpu-spot"]["min_worker"] = 1
+def nodes(cloud: str) -> list[Any]:
+    return [cluster(cloud)["available_node_types"][name]["node_config"] for name in ("head", "gpu-spot")]
+
+
+def test_only_workers_are_spot_nodes_and_no_node_has_a_key() -> None:
+    head, worker = nodes("aws")
+    assert "InstanceMarketOptions" not in head and worker["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert head["IamInstanceProfile"] and worker["IamInstanceProfile"]
+
+    head, worker = nodes("gcp")
+    assert "scheduling" not in head and worker["scheduling"]["provisioningModel"] == "SPOT"
+    accounts = [node["serviceAccounts"][0]["email"].partition("@")[0] for node in (head, worker)]
+    assert accounts == ["alfa-head", "alfa-node"]
+    assert not any("accessConfigs" in port for node in (head, worker) for port in node["networkInterfaces"])
+
+    head, worker = (node["azure_arm_parameters"] for node in nodes("azure"))
+    assert "priority" not in head and worker["priority"] == "Spot"
+    # parameters that Ray's template does not have would make Azure refuse the node
+    template = Path(azure.__file__).parent.parent / "_private" / "_azure" / "azure-vm-template.json"
+    assert set(worker) <= set(json.loads(template.read_text())["parameters"])
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp", "azure"])
+def test_a_slip_in_a_cluster_is_found(cloud: str) -> None:
+    config = cluster(cloud)
+    config["available_node_types"]["gpu-spot"]["min_worker"] = 1
     with pytest.raises(ValidationError, match="min_worker"):
-        validate_config(prepare_config(aws_cluster))
+        validate_config(prepare_config(config))
