@@ -51,6 +51,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench.detector --model alfa-small --batch 8
 	$(BIN)/python -m tests.bench.winclip
 	$(BIN)/python -m tests.bench.pipeline
+	$(BIN)/python -m tests.bench.stages
 	$(BIN)/python -m tests.bench.decoding
 	$(BIN)/python -m tests.bench.masks
 	$(BIN)/python -m tests.bench.planning

@@ -19,31 +19,32 @@ from schemas.prompts import PromptEnsemble, PromptSet
 from tests.places import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 SETTLE: Callable[[], object] | None = torch.cuda.synchronize if DEVICE.type == "cuda" else None
 """Waits for what the device has only been asked for."""
 
 
-def name_device() -> str:
-    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+def name_device(device: torch.device = DEVICE) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def build(name: str) -> tuple[open_clip.CLIP, Encoder]:
+def build(name: str, device: torch.device = DEVICE) -> tuple[open_clip.CLIP, Encoder]:
     """A model with random weights, always the same, bare and as alfa's encoder."""
     torch.manual_seed(0)
     if name == EMBEDDED_MODEL:
         open_clip.add_model_config(ROOT / "pipeline" / "alfa" / "models" / name / f"{name}.json")
-    clip = open_clip.create_model(name, device=DEVICE).eval().requires_grad_(False)
+    clip = open_clip.create_model(name, device=device).eval().requires_grad_(False)
     preprocess = Preprocess(
         clip.visual.image_size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "bicubic"
     )
-    return clip, Encoder(clip, open_clip.get_tokenizer(name), preprocess, DEVICE, DTYPE)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return clip, Encoder(clip, open_clip.get_tokenizer(name), preprocess, device, dtype)
 
 
 @torch.inference_mode()
 def encode_bare(clip: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
     """open_clip's own encode_image of images [B, 3, H, W], float32, on the device."""
-    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+    kind = images.device.type
+    with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
         embeddings: torch.Tensor = clip.encode_image(images)
     return embeddings
 
