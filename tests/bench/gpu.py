@@ -86,12 +86,10 @@ class Bench:
 
     def compare(self, images: int, runs: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         """Images a second of each run, which are of so many images. They take turns for the seconds of a row."""
-        started = time.perf_counter()
-        for run in runs.values():
-            run()
-        self.settle()
-        rounds = int(self.options.seconds / (time.perf_counter() - started))
-        seconds = measure(runs, min(max(1, rounds), MOST_ROUNDS), self.settle)
+        seconds = measure(runs, 1, self.settle)
+        rounds = min(MOST_ROUNDS, int(self.options.seconds / sum(seconds.values())))
+        if rounds > 1:
+            seconds = measure(runs, rounds, self.settle)
         return {name: images / value for name, value in seconds.items()}
 
     @functools.cached_property
@@ -127,14 +125,16 @@ class Bench:
 def measure_actor(bench: Bench) -> Outcome:
     actor, shards = bench.night
     decode = image_decoder(actor.run.job, actor.detector)
-    photos = [actor.source.read(info.key) for info in actor.source.list()]
-    pixels = to_tensor([decode(photo).pixels for photo in photos]).split(bench.options.batch)
+    with ThreadPoolExecutor(bench.cpus) as pool:
+        photos = pool.map(actor.source.read, [info.key for info in actor.source.list()])
+        decoded = list(pool.map(decode, photos))
+    pixels = to_tensor([one.pixels for one in decoded]).split(bench.options.batch)
 
     def run_bare() -> None:
         for batch in pixels:
             encode_bare(bench.clip, (to_device(batch, bench.device).float() - 127.5) / 127.5)
 
-    rates = bench.compare(len(photos), {"bare": run_bare, "actor": lambda: actor.score(shards)})
+    rates = bench.compare(len(decoded), {"bare": run_bare, "actor": lambda: actor.score(shards)})
     return Outcome(rates["actor"] / rates["bare"], describe(rates))
 
 

@@ -145,8 +145,10 @@ def measure_busy(run: Callable[[], object]) -> float:
     """Share of the time of a run in which the GPU did anything, as nvidia-smi samples it."""
     command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=100"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sampling:
-        run()
-        sampling.terminate()
+        try:
+            run()
+        finally:
+            sampling.terminate()
         samples, _ = sampling.communicate()
     return statistics.mean(float(line) for line in samples.split()) / 100
 
