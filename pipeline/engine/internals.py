@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -84,6 +85,16 @@ def without_prints() -> Iterator[None]:
         yield
     finally:
         worker._worker_logs_enabled = before
+
+
+def node_of(actor: Any) -> str | None:
+    """Returns the id of the node that Ray has given an actor, also a dead one; None if it had none.
+
+    An actor that dies while it starts has not told it yet, and the error does not say it. Ray's public state API would,
+    but it needs the dashboard. It can go when ActorDiedError names the node.
+    """
+    found: dict[str, Any] = ray._private.state.actors(actor._actor_id.hex())
+    return found.get("Address", {}).get("NodeID") or None
 
 
 def has_autoscaler() -> bool:

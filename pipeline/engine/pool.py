@@ -18,6 +18,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from pipeline.engine import internals
 from pipeline.engine.actors import ClassSetup, ScoringActor
 from pipeline.engine.cluster import can_grow, is_local, list_nodes
 from pipeline.engine.errors import EngineError, cause_of
@@ -125,6 +126,11 @@ class ScoringPool:
         self._refresh_nodes()
         self._resize(shards)
 
+    @property
+    def alive(self) -> int:
+        """The number of actors that have a node now."""
+        return sum(worker.node_id is not None for worker in self._workers)
+
     def close(self) -> None:
         """Stops the actors. Unfinished shards are left to the next job that works on the run."""
         for worker in list(self._workers):
@@ -171,16 +177,17 @@ class ScoringPool:
     ) -> Iterator[Any]:
         """Yields the results of submit(actor, item, deaths) for all items, in the order in which they finish.
 
-        count: number of items. deaths: number of workers that died over the item, except those whose nodes were lost.
+        count: number of items, or more. deaths: number of workers that died over the item, except those whose nodes were lost.
         afterwards: number of items that other calls of this method will bring later.
         """
         waiting: deque[_Task] = deque()
         calls: dict[Any, _Call] = {}
         taken: deque[float] = deque(maxlen=99)
         while True:
-            for item in islice(items, max(0, len(self._workers) + 1 - len(waiting))):
-                waiting.append(_Task(item))
-                count -= 1
+            room = max(0, len(self._workers) + 1 - len(waiting))
+            more = [_Task(item) for item in islice(items, room)]
+            count = count - room if len(more) == room else 0
+            waiting += more
             once = [] if waiting else [call for call in calls.values() if call.task.tries == 1 and not call.task.done]
             self._resize(len(waiting) + max(count, 0) + afterwards, spare=len(once))
             worker = self._find_worker(len(waiting))
@@ -270,7 +277,7 @@ class ScoringPool:
         if self._on_gpus is None:
             return
         busy = sum(worker.load > 0 for worker in self._workers)
-        placed = sum(worker.node_id is not None for worker in self._workers)
+        placed = self.alive
         if placed > self.placed.count:
             self.placed = replace(self.plan, count=placed)
         engine = self._run.job.engine
@@ -344,6 +351,8 @@ class ScoringPool:
         """
         if worker.stopped:
             return
+        if worker.node_id is None:
+            worker.node_id = internals.node_of(worker.actor)
         if task:
             task.deaths.append(worker.node_id)
         if worker in self._workers:

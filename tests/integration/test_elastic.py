@@ -55,6 +55,9 @@ class Actor(ScoringActor):
             if deed == "hangs" and not (folder / "hung").exists():
                 (folder / "hung").write_text(ray.get_runtime_context().get_node_id())
                 os.open(folder / "never", os.O_RDONLY)  # until somebody writes
+            if deed == "waits":
+                (folder / "waiting").touch()
+                os.open(folder / "never", os.O_RDONLY)
         return ShardStats(shard.shard_id, 0)
 
 
@@ -63,9 +66,9 @@ def await_it(happened: Callable[[], Any]) -> None:
         time.sleep(0.1)
 
 
-def make_pool(cluster: Cluster, folder: Path, shards: int, **engine: Any) -> ScoringPool:
+def make_pool(address: str, folder: Path, shards: int, **engine: Any) -> ScoringPool:
     os.mkfifo(folder / "never")
-    options = {"address": cluster.address, **engine}
+    options = {"address": address, **engine}
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(folder)}, "engine": options})
     return ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, Actor)
 
@@ -104,7 +107,7 @@ def work_until(pool: ScoringPool, actors: int) -> Iterator[str]:
 @pytest.mark.slow
 def test_nodes_that_come_late_take_part(cluster: Cluster, tmp_path: Path) -> None:
     """The head has no cores: nothing runs before the first node has come; and the shards end when the second has."""
-    pool = make_pool(cluster, tmp_path, 10_000)
+    pool = make_pool(cluster.address, tmp_path, 10_000)
     night = InThread(pool, work_until(pool, 2))
     cluster.add_node(num_cpus=1)
     await_it(lambda: pool.placed.count == 1)
@@ -113,7 +116,7 @@ def test_nodes_that_come_late_take_part(cluster: Cluster, tmp_path: Path) -> Non
 
 
 def test_no_node_in_time_is_an_error_that_says_what_is_missing(cluster: Cluster, tmp_path: Path) -> None:
-    pool = make_pool(cluster, tmp_path, 1, wait_for_nodes_s=1)
+    pool = make_pool(cluster.address, tmp_path, 1, wait_for_nodes_s=1)
     with pytest.raises(EngineError, match=r"no node with 1 CPU core has come within 1 s .* 1 node with 0 CPU cores"):
         score(pool, ["a"])
 
@@ -121,7 +124,7 @@ def test_no_node_in_time_is_an_error_that_says_what_is_missing(cluster: Cluster,
 @pytest.mark.slow
 def test_the_loss_of_a_node_does_not_count_as_a_death(cluster: Cluster, tmp_path: Path) -> None:
     doomed = cluster.add_node(num_cpus=1)
-    night = InThread(make_pool(cluster, tmp_path, 1, max_restarts=0), ["hangs"])
+    night = InThread(make_pool(cluster.address, tmp_path, 1, max_restarts=0), ["hangs"])
     await_it(lambda: (tmp_path / "hung").exists())
     cluster.add_node(num_cpus=1)
     cluster.remove_node(doomed)
@@ -137,7 +140,7 @@ def test_a_node_with_other_weights_is_left_out_while_another_works(
     cluster.wait_for_nodes()
     said = "is excluded, and others do its work: not the weights"
     names = takewhile(lambda _: said not in caplog.text, (f"works-{number:05}" for number in count()))
-    done = score(make_pool(cluster, tmp_path, 1000, actors=2), names)
+    done = score(make_pool(cluster.address, tmp_path, 1000, actors=2), names)
     assert said in caplog.text and done == [f"works-{number:05}" for number in range(len(done))]
 
 
@@ -146,7 +149,7 @@ def test_where_no_node_has_the_weights_that_is_the_error(cluster: Cluster, tmp_p
     cluster.add_node(num_cpus=1, labels={"weights": "other"})
     cluster.wait_for_nodes()
     with pytest.raises(EngineError, match="not the weights"):
-        score(make_pool(cluster, tmp_path, 1), ["a"])
+        score(make_pool(cluster.address, tmp_path, 1), ["a"])
 
 
 @pytest.mark.slow
@@ -155,16 +158,15 @@ def test_a_straggler_is_tried_a_second_time_elsewhere(cluster: Cluster, tmp_path
         cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     names = ["a", "b", "c", "d", "hangs"]
-    assert score(make_pool(cluster, tmp_path, 5), names) == names
+    assert score(make_pool(cluster.address, tmp_path, 5), names) == names
 
 
 _DRIVER = """
 import sys, ray
 from pathlib import Path
 from tests.integration import test_elastic
-from types import SimpleNamespace
 ray.init(address=sys.argv[1], log_to_driver=False)
-pool = test_elastic.make_pool(SimpleNamespace(address=sys.argv[1]), Path(sys.argv[2]), 100, actors=5)
+pool = test_elastic.make_pool(sys.argv[1], Path(sys.argv[2]), 100, actors=5)
 test_elastic.score(pool, (f"hangs-{number}" for number in range(100)))
 """
 
