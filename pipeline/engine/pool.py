@@ -177,7 +177,7 @@ class ScoringPool:
     ) -> Iterator[Any]:
         """Yields the results of submit(actor, item, deaths) for all items, in the order in which they finish.
 
-        count: number of items, or more. deaths: number of workers that died over the item, except those whose nodes were lost.
+        count: number of items, or more. deaths: number of workers that died over the item, without those of lost nodes.
         afterwards: number of items that other calls of this method will bring later.
         """
         waiting: deque[_Task] = deque()
