@@ -12,7 +12,7 @@ import ray
 
 from pipeline.engine import ScoringPool
 from tests.autoscaling import kill_node, run_autoscaler, worker_nodes
-from tests.integration.test_elastic import InThread, await_it, make_pool
+from tests.pools import InThread, await_it, make_pool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 MOST = 4

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.engine import EngineError, ScoringActor, ScoringPool, list_nodes
-from pipeline.scoring import Shard, ShardStats
-from pipeline.storage import Run
-from schemas.job import parse_job
+from pipeline.engine import EngineError, ScoringPool
+from tests.pools import InThread, await_it, make_pool, score
 
 pytestmark = pytest.mark.timeout(180)
-NO_IMAGES = pa.table({"class_name": pa.array([], pa.string())})
 
 
 @pytest.fixture
@@ -37,63 +29,6 @@ def cluster() -> Iterator[Cluster]:
     yield cluster
     ray.shutdown()
     cluster.shutdown()
-
-
-class Actor(ScoringActor):
-    """Has no model; does with a shard what its name says."""
-
-    def load(self) -> None:
-        (mine,) = (node for node in list_nodes() if node.node_id == ray.get_runtime_context().get_node_id())
-        if mine.labels.get("weights") == "other":
-            raise EngineError("not the weights that the run was planned with")
-
-    def score(self, shard: Shard, run: Run, *_: Any, **__: Any) -> ShardStats:
-        folder, (deed, _, _) = Path(self._job.output.uri), shard.shard_id.partition("-")
-        with self._turn:
-            if deed == "works":
-                time.sleep(0.05)
-            if deed == "hangs" and not (folder / "hung").exists():
-                (folder / "hung").write_text(ray.get_runtime_context().get_node_id())
-                os.open(folder / "never", os.O_RDONLY)  # until somebody writes
-            if deed == "waits":
-                (folder / "waiting").touch()
-                os.open(folder / "never", os.O_RDONLY)
-        return ShardStats(shard.shard_id, 0)
-
-
-def await_it(happened: Callable[[], Any]) -> None:
-    while not happened():
-        time.sleep(0.1)
-
-
-def make_pool(address: str, folder: Path, shards: int, **engine: Any) -> ScoringPool:
-    os.mkfifo(folder / "never")
-    options = {"address": address, **engine}
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(folder)}, "engine": options})
-    return ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, Actor)
-
-
-def score(pool: ScoringPool, names: Iterable[str]) -> list[str]:
-    try:
-        return sorted(stats.shard_id for stats in pool.score(Shard(name, NO_IMAGES) for name in names))
-    finally:
-        pool.close()
-
-
-class InThread(threading.Thread):
-    """Scores in a thread of its own."""
-
-    def __init__(self, pool: ScoringPool, names: Iterable[str]) -> None:
-        super().__init__(daemon=True)
-        self.pool, self.names, self.found = pool, names, list[str]()
-        self.start()
-
-    def run(self) -> None:
-        self.found = score(self.pool, self.names)
-
-    def result(self) -> list[str]:
-        self.join(120)
-        return self.found
 
 
 def work_until(pool: ScoringPool, actors: int) -> Iterator[str]:
@@ -164,10 +99,10 @@ def test_a_straggler_is_tried_a_second_time_elsewhere(cluster: Cluster, tmp_path
 _DRIVER = """
 import sys, ray
 from pathlib import Path
-from tests.integration import test_elastic
+from tests.pools import make_pool, score
 ray.init(address=sys.argv[1], log_to_driver=False)
-pool = test_elastic.make_pool(sys.argv[1], Path(sys.argv[2]), 100, actors=5)
-test_elastic.score(pool, (f"hangs-{number}" for number in range(100)))
+pool = make_pool(sys.argv[1], Path(sys.argv[2]), 100, actors=5)
+score(pool, (f"hangs-{number}" for number in range(100)))
 """
 
 
