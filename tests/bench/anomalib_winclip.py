@@ -34,7 +34,9 @@ def main() -> None:
     torch_model.PRETRAINED = str(options.weights)  # instead of a download
     count = sum(1 for path in options.photos.iterdir() if path.is_file())
     with tempfile.TemporaryDirectory() as folder:
-        model, engine = WinClip(class_name=options.class_name), Engine(default_root_dir=folder)
+        # its own post-processor would first need a labelled set to validate on
+        model = WinClip(class_name=options.class_name, post_processor=False)
+        engine = Engine(default_root_dir=folder)
         started = time.perf_counter()
         engine.predict(model=model, data_path=options.photos)
         seconds = time.perf_counter() - started

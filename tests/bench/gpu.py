@@ -294,8 +294,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = DEVICE.type == "cuda"
     parser.add_argument("--model", default="ViT-B-16-plus-240")
-    parser.add_argument("--batch", type=int, default=64 if on_gpu else 4)
-    parser.add_argument("--images", type=int, default=4096 if on_gpu else 8)
+    parser.add_argument("--batch", type=int, default=64 if on_gpu else 8)
+    parser.add_argument("--images", type=int, default=4096 if on_gpu else 24)
     parser.add_argument("--seconds", type=float, default=30.0, help="of a row")
     parser.add_argument("--device", default=DEVICE.type)
     options = Options(**vars(parser.parse_args()))
