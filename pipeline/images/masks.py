@@ -16,6 +16,11 @@ from PIL import Image
 from scipy import ndimage, sparse
 from scipy.sparse import csgraph
 
+try:
+    from isal import isal_zlib
+except ImportError:  # it comes with the extra `fast`
+    isal_zlib = None  # type: ignore[assignment]
+
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.int8)
 _BAND = 32
 """Rows that are upsampled at a time, so that they stay in the cache of a core."""
@@ -148,18 +153,28 @@ def split_regions(
 def encode_mask(mask: NDArray[np.bool_]) -> bytes:
     """Encodes a mask [h, w] as an 8-bit greyscale PNG: 255 where it is set, else 0.
 
-    Lines are not filtered, and only runs of equal bytes are compressed. Pillow has no option for that; for masks it
-    takes half of Pillow's time, and the file has a third of the bytes.
+    Lines are not filtered, which Pillow has no option for: that takes half of its time, and a third of the bytes.
     """
     height, width = mask.shape
     lines = np.zeros((height, 1 + width), dtype=np.uint8)  # the first byte of a line is its filter; 0 means none
     np.negative(mask, out=lines[:, 1:], casting="unsafe", dtype=np.uint8)
-    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", packer.compress(lines.data) + packer.flush()), (b"IEND", b""))
+    chunks = ((b"IHDR", header), (b"IDAT", _deflate(lines.data)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
     )
+
+
+def _deflate(data: memoryview) -> bytes:
+    """Compresses the lines of a mask: with ISA-L if it is installed, in a tenth of zlib's time, for 20 % more bytes.
+
+    zlib compresses only runs of equal bytes, which takes as long as its level 1, for a third of the bytes.
+    """
+    if isal_zlib is not None:
+        compressed: bytes = isal_zlib.compress(data, 1)
+        return compressed
+    packer = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
+    return packer.compress(data) + packer.flush()
 
 
 @functools.lru_cache(maxsize=64)

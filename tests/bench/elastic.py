@@ -85,7 +85,7 @@ class Timeline:
             for axes in (above, below):
                 axes.axvline(second, color="0.6", linewidth=1)
             below.annotate(name, (second, 0), xytext=(3, 4), textcoords="offset points", color="0.4")
-        above.legend(loc="upper right")
+        above.legend(loc=(0.6, 0.3))
         figure.savefig(path, dpi=110)
 
 

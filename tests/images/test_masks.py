@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from pipeline.images import encode_empty_mask, encode_map, encode_mask, find_regions, upsample
+from pipeline.images import encode_empty_mask, encode_map, encode_mask, find_regions, masks, upsample
 
 NO_DEFECTS = np.zeros((0, 2, 2), dtype=np.float32)
 
@@ -89,13 +89,21 @@ def test_an_empty_mask_has_no_region() -> None:
     assert find_regions(anomaly_map > 0, anomaly_map, [], NO_DEFECTS) == []
 
 
-def test_masks_decode_to_0_and_255() -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_masks_decode_to_0_and_255(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ISA-L and without it."""
+    assert masks.isal_zlib is not None
+    if not fast:
+        monkeypatch.setattr(masks, "isal_zlib", None)
+    encode_empty_mask.cache_clear()
     mask = np.array([[True, False, False], [False, True, True]])
     image = Image.open(io.BytesIO(encode_mask(mask)))
     assert (image.mode, image.size) == ("L", (3, 2))
     np.testing.assert_array_equal(np.asarray(image), mask * 255)
     empty = Image.open(io.BytesIO(encode_empty_mask(3, 2)))
     assert (empty.mode, empty.size, empty.getextrema()) == ("L", (3, 2), (0, 0))
+    noise = np.random.default_rng(0).random((300, 400)) < 0.5
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_mask(noise)))), noise * 255)
 
 
 def test_maps_decode_to_probabilities() -> None:
