@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from schemas.job import JobConfig
 
 _READERS = 16
 """Finished shards that are read at once: object stores answer slowly, but many requests in parallel."""
+
+_DECODERS = min(4, os.cpu_count() or 1)
+"""Finished shards that are decoded at once. More threads would wait for the interpreter's lock and take longer."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,19 @@ def encode_shard(rows: pa.Table) -> bytes:
 
 def read_shard(output: Store, folder: str, shard_id: str, columns: list[str] | None = None) -> pa.Table:
     """Reads the rows of a finished shard, in schema SHARD. columns: only these columns; None: all."""
-    data = pa.BufferReader(output.read(paths.shard_key(folder, shard_id)))
+    return _decode_shard(output.read(paths.shard_key(folder, shard_id)), columns)
+
+
+def _decode_shard(data: bytes, columns: list[str] | None) -> pa.Table:
     # read_table would first look for folders and partitions, which takes as long as reading the shard.
-    return pq.ParquetFile(data).read(columns, use_threads=False)
+    return pq.ParquetFile(pa.BufferReader(data)).read(columns, use_threads=False)
 
 
 def read_shards(
     output: Store, folder: str, shard_ids: Sequence[str], columns: list[str] | None = None
 ) -> Iterator[pa.Table]:
-    """Reads finished shards in order. Threads read ahead; at most 2 * _READERS shards are in memory."""
-    with ThreadPoolExecutor(_READERS, "read") as readers:
-        yield from map_ahead(
-            readers, lambda shard: read_shard(output, folder, shard, columns), shard_ids, ahead=2 * _READERS
-        )
+    """Reads finished shards in order. Threads read ahead; at most 2 * _READERS encoded shards are in memory."""
+    with ThreadPoolExecutor(_READERS, "read") as readers, ThreadPoolExecutor(_DECODERS, "decode") as decoders:
+        keys = (paths.shard_key(folder, shard_id) for shard_id in shard_ids)
+        files = map_ahead(readers, output.read, keys, ahead=2 * _READERS)
+        yield from map_ahead(decoders, lambda data: _decode_shard(data, columns), files, ahead=2 * _DECODERS)
