@@ -55,6 +55,7 @@ def test_a_job_joins_the_cluster_that_it_names(head: Head, tmp_path: Path) -> No
     assert f"1 on CPU, {CPUS} cores each" in checked.stdout
 
 
+@pytest.mark.slow
 def test_a_ray_that_runs_or_ran_on_this_machine_is_left_alone(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(head.folder))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

@@ -79,6 +79,7 @@ def test_a_night_submitted_twice_at_once_is_one_job_that_both_follow(head: Head,
     assert SECRET not in text and head.environment["RAY_AUTH_TOKEN"] not in text
 
 
+@pytest.mark.slow
 def test_without_its_token_the_head_is_named_and_nothing_runs(head: Head, tmp_path: Path) -> None:
     refused = alfa_alone(*arguments(head, tmp_path), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32)
     assert refused.returncode == 1 and "set RAY_AUTH_MODE=token" in refused.stderr
