@@ -72,7 +72,7 @@ class RowSorter:
     def add(self, class_name: str, rows: pa.Table) -> None:
         """Adds rows of a class. Their columns must be those of the schema, in its order."""
         self._waiting[class_name].append(rows)
-        self._sizes[class_name] += rows.nbytes
+        self._sizes[class_name] += rows.get_total_buffer_size()  # nbytes would look at offsets, which takes longer
         if self._sizes.total() > _BUFFER_BYTES:
             self._start_run(max(self._sizes, key=lambda name: self._sizes[name]))
 
