@@ -45,8 +45,8 @@ class Run:
 def encode_shard(rows: pa.Table) -> bytes:
     """Encodes the rows of a finished shard as a Parquet file.
 
-    It has no dictionaries, no statistics, no copy of the Arrow schema with its texts, and lz4 instead of zstd: thousands
-    of such small files are then read in half the time, and their values hardly repeat.
+    It has no dictionaries, no statistics, no copy of the Arrow schema with its texts, and lz4 instead of zstd:
+    thousands of such small files are then read in half the time, and their values hardly repeat.
     """
     buffer = pa.BufferOutputStream()
     pq.write_table(rows, buffer, compression="lz4", use_dictionary=False, write_statistics=False, store_schema=False)
