@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from tests.processes import kill_processes
+from tests.ray_head import start_head
 from tests.seaweed import free_ports
 
 IDLE_S = 6
@@ -39,35 +37,22 @@ def run_autoscaler(nodes: int, resources: dict[str, float]) -> Iterator[str]:
     address = f"{ray.util.get_node_ip_address()}:{port}"  # type: ignore[no-untyped-call]
     file = folder / "cluster.json"
     file.write_text(json.dumps(_cluster(address, nodes, resources)))
-    command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--autoscaling-config={file}",
-        f"--temp-dir={folder / 'ray'}", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
+    options = [
+        f"--autoscaling-config={file}", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
         f"--dashboard-agent-listen-port={agent}",
     ]  # fmt: skip
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     }
-    log = folder / "head.log"
-    with log.open("wb") as output:
-        head = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-    try:
+    with start_head(folder, options, environment) as (head, log):
         _await_head(head, log)
         yield address
-    finally:
-        head.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(20)
-        head.kill()
-        head.wait()
-        kill_processes(str(folder))
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _cluster(address: str, nodes: int, resources: dict[str, float]) -> dict[str, object]:

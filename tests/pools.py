@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,30 @@ def await_it(happened: Callable[[], Any]) -> None:
         time.sleep(0.1)
 
 
-def make_pool(address: str, folder: Path, shards: int, **engine: Any) -> ScoringPool:
+def work_until(happened: Callable[[], bool]) -> Iterator[str]:
+    """Yields names of shards until something has happened."""
+    for number in count():
+        if happened():
+            return
+        yield f"works-{number}"
+
+
+def make_pool(
+    address: str, folder: Path, shards: int, actor_class: type[ScoringActor] = Actor, **engine: Any
+) -> ScoringPool:
     os.mkfifo(folder / "never")
     options = {"address": address, **engine}
     job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(folder)}, "engine": options})
-    return ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, Actor)
+    return ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, actor_class)
+
+
+def empty_shard(name: str) -> Shard:
+    return Shard(name, _NO_IMAGES)
 
 
 def score(pool: ScoringPool, names: Iterable[str]) -> list[str]:
     try:
-        return sorted(stats.shard_id for stats in pool.score(Shard(name, _NO_IMAGES) for name in names))
+        return sorted(stats.shard_id for stats in pool.score(map(empty_shard, names)))
     finally:
         pool.close()
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,9 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
     port, dashboard, agent, client = free_ports(4)
     folder = Path(tempfile.mkdtemp(prefix="alfa-ray-", dir="/tmp"))  # Unix sockets lie below it: it must be short
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    command = [
-        str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-        f"--temp-dir={folder / 'ray'}", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}",
-        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}",
-        f"--ray-client-server-port={client}",
+    options = [
+        f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
     ]  # fmt: skip
     # The nodes have alfa's dependencies; its code comes with the job.
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RAY_ADDRESS")}
@@ -68,13 +66,32 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}:{inherited['PATH']}",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch that keeps all servers on the loopback address
     }
-    log = folder / "head.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, env=nodes, cwd=folder, stdout=output, stderr=output)
-    try:
+    with start_head(folder, options, nodes) as (server, log):
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
         _await_answer(head, server, log)
         yield head
+
+
+@contextlib.contextmanager
+def start_head(
+    folder: Path, options: Sequence[str], environment: Mapping[str, str]
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """Runs `ray start --head` with these options in a folder, and yields the process and its log.
+
+    At the end, all that it has started is stopped, and the folder is removed.
+    """
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    log = folder / "head.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [*command, f"--temp-dir={folder / 'ray'}", *options],
+            env=environment,
+            cwd=folder,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        yield server, log
     finally:
         server.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -16,26 +16,23 @@ import logging
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import pyarrow as pa
 import ray
 from matplotlib.figure import Figure
 
 from pipeline.engine import ScoringActor, ScoringPool
 from pipeline.scoring import Shard, ShardStats
 from pipeline.storage import Run
-from schemas.job import parse_job
 from tests.autoscaling import kill_node, run_autoscaler, worker_nodes
+from tests.pools import empty_shard, make_pool
 
 NODES = 4
 SHARD_S = 0.25
 EVERY_S = 0.25
-NO_IMAGES = pa.table({"class_name": pa.array([], pa.string())})
 
 
 class IdleActor(ScoringActor):
@@ -92,8 +89,7 @@ class Timeline:
 def score_shards(pool: ScoringPool, shards: int, timeline: Timeline, lose: bool) -> None:
     """Scores all shards. lose: whether three nodes are killed after a third of them."""
     started = time.monotonic()
-    names: Iterator[Shard] = (Shard(f"{number:05}", NO_IMAGES) for number in range(shards))
-    for _ in pool.score(names):
+    for _ in pool.score(empty_shard(f"{number:05}") for number in range(shards)):
         timeline.done += 1
         if lose and timeline.done == shards // 3:
             timeline.marks[f"{NODES - 1} nodes killed"] = time.monotonic() - started
@@ -113,8 +109,7 @@ def main() -> None:
     lose = options.scenario == "spot-loss"
     with run_autoscaler(NODES, {"CPU": 1, "GPU": 1}) as address, tempfile.TemporaryDirectory() as folder:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        document = {"dataset": {"images": "x"}, "output": {"uri": folder}, "engine": {"address": address}}
-        pool = ScoringPool(Run("run", parse_job(document), "none", ""), "", folder, options.shards, IdleActor)
+        pool = make_pool(address, Path(folder), options.shards, IdleActor)
         timeline, ended = Timeline(), threading.Event()
         watcher = threading.Thread(target=timeline.watch, args=(pool, ended))
         watcher.start()

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
-from tests.bench.lock import LockSampler, sample_lock
-
-
-@pytest.fixture(scope="module")
-def sampler() -> Iterator[LockSampler]:
-    with sample_lock() as started:
-        yield started
+from tests.bench.lock import LockSampler
 
 
 def count() -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from schemas.job import EMBEDDED_MODEL
 from tests.bench.decoding import make_jpeg
-from tests.bench.lock import LockSampler, sample_lock
+from tests.bench.lock import LockSampler
 from tests.bench.stages import (
     OF_MASKS,
     Figures,
@@ -28,12 +26,6 @@ from tests.bench.stages import (
 )
 
 STAGES = {"read, local", "decode", "resize", "hand over", "around the model", *OF_MASKS, "rows", "Parquet"}
-
-
-@pytest.fixture(scope="module")
-def sampler() -> Iterator[LockSampler]:
-    with sample_lock() as started:
-        yield started
 
 
 def count() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import ray
 
 from pipeline.engine import ScoringPool
 from tests.autoscaling import kill_node, run_autoscaler, worker_nodes
-from tests.pools import InThread, await_it, make_pool
+from tests.pools import InThread, await_it, make_pool, work_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(280)]
 MOST = 4
@@ -48,19 +47,10 @@ class Watched(InThread):
         return self.found
 
 
-def until(happened: object, name: str = "works") -> Iterator[str]:
-    """Shards, until something has happened."""
-    assert callable(happened)
-    for number in count():
-        if happened():
-            return
-        yield f"{name}-{number}"
-
-
 def test_a_night_grows_from_zero_to_all_gpus_and_its_nodes_go_afterwards(address: str, tmp_path: Path) -> None:
     pool = make_pool(address, tmp_path, 10_000)
     assert not worker_nodes()
-    night = Watched(pool, until(lambda: pool.placed.count == MOST))
+    night = Watched(pool, work_until(lambda: pool.placed.count == MOST))
     assert len(night.result()) == len(set(night.found)) > 0
     assert night.most_nodes == MOST and pool.plan.gpus == 1
     await_it(lambda: not worker_nodes())
@@ -77,7 +67,7 @@ def test_nodes_without_work_go_while_the_last_shard_is_scored(address: str, tmp_
 
     def names() -> Iterator[str]:
         yield "waits"
-        yield from until(lambda: pool.placed.count == MOST)
+        yield from work_until(lambda: pool.placed.count == MOST)
 
     night = Watched(pool, names())
     await_it((tmp_path / "waiting").exists)
@@ -92,7 +82,7 @@ def test_three_of_four_nodes_are_lost_and_others_come(address: str, tmp_path: Pa
     """No death counts, and each shard is told of once."""
     pool = make_pool(address, tmp_path, 10_000, max_restarts=0)
     come_back = False
-    night = Watched(pool, until(lambda: come_back))
+    night = Watched(pool, work_until(lambda: come_back))
     await_it(lambda: pool.placed.count == MOST)
     first = worker_nodes()
     for node in first[:3]:

@@ -14,8 +14,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.engine import EngineError, ScoringPool
-from tests.pools import InThread, await_it, make_pool, score
+from pipeline.engine import EngineError
+from tests.pools import InThread, await_it, make_pool, score, work_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -31,19 +31,11 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
-def work_until(pool: ScoringPool, actors: int) -> Iterator[str]:
-    """Shards, until so many actors have found a node."""
-    for number in count():
-        if pool.placed.count >= actors:
-            return
-        yield f"works-{number}"
-
-
 @pytest.mark.slow
 def test_nodes_that_come_late_take_part(cluster: Cluster, tmp_path: Path) -> None:
     """The head has no cores: nothing runs before the first node has come; and the shards end when the second has."""
     pool = make_pool(cluster.address, tmp_path, 10_000)
-    night = InThread(pool, work_until(pool, 2))
+    night = InThread(pool, work_until(lambda: pool.placed.count >= 2))
     cluster.add_node(num_cpus=1)
     await_it(lambda: pool.placed.count == 1)
     cluster.add_node(num_cpus=1)
