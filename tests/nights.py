@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.storage import Run, Store, paths
+from pipeline.storage import Run, Store, encode_shard, paths
 from schemas.job import parse_job
 from schemas.tables import SHARD
 
@@ -43,6 +41,4 @@ def write_shard(output: Store, run: Run, shard_id: str, rows: Iterable[Mapping[s
         }
         for row in rows
     ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(made, schema=SHARD), buffer)
-    output.write(paths.shard_key(run.shards, shard_id), buffer.getvalue())
+    output.write(paths.shard_key(run.shards, shard_id), encode_shard(pa.Table.from_pylist(made, schema=SHARD)))

@@ -35,7 +35,7 @@ def manifest_key(run_id: str, digest: str) -> str:
 
 def shard_key(folder: str, shard_id: str) -> str:
     """Returns the key of a shard's rows. They are written last, so a shard that is listed is finished."""
-    return f"{folder}/{shard_id}.parquet"
+    return f"{folder}/{shard_id}.arrow"
 
 
 def masked_shards(run_id: str, digest: str) -> str:
@@ -46,9 +46,7 @@ def masked_shards(run_id: str, digest: str) -> str:
 def finished_shards(store: Store, folder: str) -> set[str]:
     """Lists the ids of the finished shards in a folder."""
     return {
-        info.key.rsplit("/", 1)[-1].removesuffix(".parquet")
-        for info in store.list(folder)
-        if info.key.endswith(".parquet")
+        info.key.rsplit("/", 1)[-1].removesuffix(".arrow") for info in store.list(folder) if info.key.endswith(".arrow")
     }
 
 

@@ -111,7 +111,7 @@ def check_night(output: Path, undisturbed: list[dict[str, Any]]) -> None:
 
 
 def shard_times(output: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.parquet")}
+    return {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.arrow")}
 
 
 def kill_and_run_again(point: str, images: Path, output: Path, undisturbed: list[dict[str, Any]]) -> None:

@@ -44,11 +44,11 @@ def test_a_full_disk_stops_the_night_with_one_line_and_room_resumes_it(disk: tup
     assert stopped.returncode == 1 and "the disk is full; free space" in stopped.stderr, stopped.stderr
     assert "run the same command again to resume" in stopped.stderr and "Traceback" not in stopped.stderr
     assert not (output / "scores").exists() and not (output / "commits").exists()
-    finished = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.parquet")}
+    finished = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.arrow")}
     remount("size=50m")
     again = alfa_alone(*night)
     assert again.returncode == 0, again.stderr
-    after = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.parquet")}
+    after = {path.name: path.stat().st_mtime_ns for path in output.glob("runs/*/shards/*.arrow")}
     assert len(after) == 6 and {name: after[name] for name in finished} == finished
     rows = [row for path in output.glob("scores/**/*.parquet") for row in pq.read_table(path).to_pylist()]
     assert len(rows) == 24 and all(Path(row["mask_uri"]).stat().st_size for row in rows)

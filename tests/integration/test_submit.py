@@ -117,7 +117,7 @@ def test_a_driver_killed_in_mid_run_is_told_by_its_exit_code_and_submitted_again
     (submission_id,) = jobs_of(head, tmp_path)
 
     follower = start(head, *arguments(head, tmp_path))
-    while len(list(tmp_path.glob("runs/*/shards/*.parquet"))) < 2:
+    while len(list(tmp_path.glob("runs/*/shards/*.arrow"))) < 2:
         assert head.jobs()[submission_id]["status"] == "RUNNING"
     assert kill_processes(f"-m jobs score .*{tmp_path}") >= 1
     out, error = follower.communicate(timeout=120)

@@ -125,5 +125,5 @@ def test_a_run_that_is_published_or_under_way_is_recognised(folder: Path) -> Non
     assert plan.run_id is not None and plan.finished_shards == 0
     source = open_dataset(job.dataset, job.storage)
     (shard,) = identify_shards(list_images(source), job.engine.shard_size)
-    Store(str(folder / "out")).write(f"runs/{plan.run_id}/shards/{shard}.parquet", b"")
+    Store(str(folder / "out")).write(f"runs/{plan.run_id}/shards/{shard}.arrow", b"")
     assert plan_night(job).finished_shards == 1

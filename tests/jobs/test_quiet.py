@@ -40,7 +40,7 @@ def test_a_prompt_that_cannot_be_made_while_others_are_asked_for_is_one_clear_li
 def test_a_night_that_its_cluster_stops_says_that_it_was_interrupted(tmp_path: Path) -> None:
     arguments = ["score", "--images", str(DEMO), "--output", str(tmp_path), "--set", "engine.shard_size=1"]
     job = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("runs/*/shards/*.parquet")):
+    while not list(tmp_path.glob("runs/*/shards/*.arrow")):
         assert job.poll() is None
     job.terminate()
     _, log = job.communicate(timeout=60)

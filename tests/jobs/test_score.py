@@ -75,7 +75,7 @@ def test_a_lost_shard_alone_is_scored_again_and_published(night: tuple[Path, Pat
     output = tmp_path / "out"
     shutil.copytree(night[1], output)
     (output / "commits" / f"{NIGHT}.json").unlink()
-    shards = sorted(output.glob("runs/*/shards/*.parquet"))
+    shards = sorted(output.glob("runs/*/shards/*.arrow"))
     kept = {path: path.stat().st_mtime_ns for path in shards[1:]}
     shards[0].unlink()
     share_ray()

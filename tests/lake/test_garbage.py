@@ -64,7 +64,7 @@ def test_what_no_commit_names_goes_and_everything_else_stays(tmp_path: Path) -> 
     assert keys(output) == kept_by_commit(output) | {
         *(f"{run}-{name}/{record}" for name in ("aaa", "bbb") for record in ("job.yaml", "stats.json")),
         *(f"{run}-{name}/report/index.html" for name in ("aaa", "bbb")),
-        *(f"{run}-bbb/shards/{shard}.parquet" for shard in ("one", "two")),
+        *(f"{run}-bbb/shards/{shard}.arrow" for shard in ("one", "two")),
         f"{run}-bbb/manifest-m1.parquet",
         "masks/run_date=2026-01-02/bbb/nut/1.png.png",
         "maps/run_date=2026-01-02/bbb/nut/1.png.png",
@@ -128,7 +128,7 @@ def test_a_night_published_again_while_garbage_is_collected_keeps_its_files(tmp_
     commit = read_commit(output, NIGHT)
     assert commit is not None and commit.run_id == "2026-01-02-aaa"
     assert kept_by_commit(output) <= keys(output)
-    assert {f"runs/2026-01-02-aaa/shards/{shard}.parquet" for shard in ("one", "two")} <= keys(output)
+    assert {f"runs/2026-01-02-aaa/shards/{shard}.arrow" for shard in ("one", "two")} <= keys(output)
 
 
 def test_the_command_counts_by_kind_and_removes_only_when_told(

@@ -161,7 +161,7 @@ def test_a_cleared_night_can_be_published_again(tmp_path: Path) -> None:
     assert read_commit(output, FIRST) == commit and commit.cleared_at is None
     assert left(output, photos_named("a", "b", "c", "d", "e")) == photos_named("e")
     age(tmp_path)
-    shards = f"runs/{commit.run_id}/shards/one.parquet"
+    shards = f"runs/{commit.run_id}/shards/one.arrow"
     assert shards in keys(output)
     assert shards in {item.key for item in collect_garbage(output, DAY_S, delete=True, retention=CUT)}
 
