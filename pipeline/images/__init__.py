@@ -28,6 +28,7 @@ from pipeline.images.masks import (
     split_regions,
     upsample,
 )
+from pipeline.images.resizing import resize_by_pillow
 from pipeline.images.suffixes import describe_left_out
 from pipeline.images.tables import GOOD
 from pipeline.images.watchdog import HangGuard
@@ -65,6 +66,7 @@ __all__ = [
     "measure_isolated",
     "measure_loaded",
     "open_dataset",
+    "resize_by_pillow",
     "split_regions",
     "upsample",
 ]

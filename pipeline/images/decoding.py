@@ -19,17 +19,12 @@ from pipeline.images.budget import PIXELS, trim_small_blocks
 from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
+from pipeline.images.jpeg import decode_upright_jpeg
+from pipeline.images.resizing import INTERPOLATIONS, Resize, resize_by_pillow, to_image
 from pipeline.tiling import Tiling, plan_strip, plan_tiling
 from schemas.tables import ErrorType
 
 _TRUNCATION_WORDS = ("truncated", "not enough", "broken data stream", "unexpected end", "incomplete", "read length")
-_INTERPOLATIONS = {
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "nearest": Image.Resampling.NEAREST,
-}
-
-
 _MOST_TILES = 1024
 
 _DRAFT_MARGIN = 2
@@ -108,6 +103,7 @@ def decode_image(
     max_pixels: int,
     cut: Cut | None = None,
     span: Span | None = None,
+    resize: Resize = resize_by_pillow,
 ) -> Decoded:
     """Decodes an image, squashes it to size (height, width), as the model's pre-processing does, and cuts its tiles.
 
@@ -116,12 +112,12 @@ def decode_image(
     other threads use up the budget of pixels.
 
     cut: how to cut tiles; None: no tiles. span: the values that become black and white in a photo of more than 8 bits,
-    unless the file states them; default: a span that fits this photo. Raises ImageError, and no other error for any
-    bytes.
+    unless the file states them; default: a span that fits this photo. resize: squashes the pixels of a whole photo;
+    tiles are cut by Pillow. Raises ImageError, and no other error for any bytes.
     """
     with _opened(data, max_pixels, max(size) if cut is None or cut.size is None else None) as (image, stored):
         frames = _count_frames(image, data)
-        return replace(_fit(image, data, stored, size, interpolation, cut, span), frames=frames)
+        return replace(_fit(image, data, stored, size, interpolation, cut, span, resize), frames=frames)
 
 
 def fit_image(
@@ -132,6 +128,7 @@ def fit_image(
     max_pixels: int,
     cut: Cut | None = None,
     span: Span | None = None,
+    resize: Resize = resize_by_pillow,
 ) -> Decoded:
     """Does what decode_image does for an image in memory, which is not changed.
 
@@ -139,7 +136,7 @@ def fit_image(
     """
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
-        return _fit(image.copy(), b"", image.size, size, interpolation, cut, span)
+        return _fit(image.copy(), b"", image.size, size, interpolation, cut, span, resize)
 
 
 def _count_frames(image: Image.Image, data: bytes) -> int | None:
@@ -180,29 +177,36 @@ def _fit(
     interpolation: str,
     cut: Cut | None,
     span: Span | None,
+    resize: Resize,
 ) -> Decoded:
     """Makes the model's view of an image, which may be changed. stored: its width and height in the file."""
     bits: int | None
     transform = choose_transform(image)
     deep = read_deep(image, data, _turn_upright)
     if deep is None:
-        width, height = reversed(stored) if _turn_upright(image) else stored
-        shallow, bits, clipped = image, 8, 0
+        bits, clipped = 8, 0
+        pixels = decode_upright_jpeg(image, data)
+        width, height = reversed(stored) if pixels is None and _turn_upright(image) else stored
     else:
         width, height = deep.width, deep.height
         span = deep.stated or span or choose_span([deep.extremes()])
-        (shallow, clipped), bits = deep.render(span), span.bits
-    how = _INTERPOLATIONS[interpolation]
-    upright = shallow if transform is not None and shallow.mode == "CMYK" else _to_rgb(shallow)
+        (image, clipped), bits, pixels = deep.render(span), span.bits, None
+    mode = "CMYK" if transform is not None and image.mode == "CMYK" else "RGB"
+    if pixels is None:
+        pixels = np.asarray(image if mode == "CMYK" else _to_rgb(image))
 
-    def view(box: tuple[float, float, float, float] | None = None) -> Image.Image:
-        seen = upright.resize((size[1], size[0]), how, box=box)  # colours are converted afterwards, on fewer pixels
+    def convert(seen: Image.Image) -> Image.Image:
         return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
 
-    squashed = view()
+    squashed = resize(pixels, size, interpolation)
+    if transform is not None:  # colours are converted afterwards, on fewer pixels
+        squashed = np.asarray(convert(to_image(squashed, mode)))
     tiling = None if cut is None else cut.plan(width, height, max(size))
-    tiles = None if tiling is None else _cut(upright, tiling, size, view)
-    return Decoded(np.asarray(squashed), width, height, tiles, tiling, bits, clipped)
+    tiles = None
+    if tiling is not None:
+        upright, how = to_image(pixels, mode), INTERPOLATIONS[interpolation]
+        tiles = _cut(upright, tiling, size, lambda box: convert(upright.resize((size[1], size[0]), how, box=box)))
+    return Decoded(squashed, width, height, tiles, tiling, bits, clipped)
 
 
 def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:

@@ -44,7 +44,7 @@ def test_the_readme_shows_ten_lines_that_run_without_ray() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     good, bad = done.stdout.splitlines()
-    assert good == "0.22 False []"
+    assert good == "0.23 False []"
     assert bad == "0.88 True [('print', (142, 163, 269, 247))]"
 
 
