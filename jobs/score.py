@@ -154,11 +154,10 @@ def _execute(
         with RunProgress(facts, output, console, 0, started) as progress:
             commit = publish_night(run, manifest.digest, run.shards, [], output, lease.owner)
             return commit, progress.write("done", commit=commit)
-    with connect(job):
-        shards_left = len(shard_ids) - len(finished)
-        pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""), shards_left)
-        try:
-            with RunProgress(facts, output, console, left, started) as progress:
+    with RunProgress(facts, output, console, left, started) as progress:
+        with connect(job):
+            pool = ScoringPool(run, plan.weights.sha256, plan.source.store.uri(""), len(shard_ids) - len(finished))
+            try:
                 if len(finished) < len(shard_ids):
                     pool.embed(plan.prompts.ensembles, _neighbours(plan))
                     progress.start_scoring()
@@ -167,14 +166,12 @@ def _execute(
                         progress.add(stats)
                         lease.check()
                 folder = _mask_all(plan, pool, shard_ids, output, lease)
-                lease.check()
-                spans = read_spans(run.run_id, manifest.classes, output)
-                commit = publish_night(
-                    run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints, spans
-                )
-                return commit, progress.write("done", commit=commit)
-        finally:
-            pool.close()
+            finally:
+                pool.close()
+        lease.check()
+        spans = read_spans(run.run_id, manifest.classes, output)
+        commit = publish_night(run, manifest.digest, folder, shard_ids, output, lease.owner, plan.fingerprints, spans)
+        return commit, progress.write("done", commit=commit)
 
 
 def _neighbours(plan: Plan) -> dict[str, Neighbours]:

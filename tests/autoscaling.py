@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from tests.ray_head import start_head
+from tests.ray_head import await_start, start_ray
 from tests.seaweed import free_ports
 
 IDLE_S = 6
@@ -38,7 +37,7 @@ def run_autoscaler(nodes: int, resources: dict[str, float]) -> Iterator[str]:
     file = folder / "cluster.json"
     file.write_text(json.dumps(_cluster(address, nodes, resources)))
     options = [
-        f"--autoscaling-config={file}", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
+        "--head", f"--autoscaling-config={file}", "--num-cpus=0", f"--port={port}", "--include-dashboard=false",
         f"--dashboard-agent-listen-port={agent}",
     ]  # fmt: skip
     environment = {
@@ -50,8 +49,8 @@ def run_autoscaler(nodes: int, resources: dict[str, float]) -> Iterator[str]:
         "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD_NODE_ID,
     }
-    with start_head(folder, options, environment) as (head, log):
-        _await_head(head, log)
+    with start_ray(folder, options, environment) as (head, log):
+        await_start(head, log)
         yield address
 
 
@@ -86,14 +85,6 @@ def _cluster(address: str, nodes: int, resources: dict[str, float]) -> dict[str,
         "rsync_exclude": [],
         "rsync_filter": [],
     }
-
-
-def _await_head(head: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns when the head says that it runs."""
-    while b"Ray runtime started" not in log.read_bytes():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(0.2)
-            raise RuntimeError(f"the head did not come up: {log.read_text(errors='replace')[-2000:]}")
 
 
 def worker_nodes() -> list[str]:

@@ -1,4 +1,4 @@
-"""A Ray head for tests: with a token, on free ports of the loopback address."""
+"""Ray heads and nodes for tests, in processes and folders of their own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="alfa-ray-", dir="/tmp"))  # Unix sockets lie below it: it must be short
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     options = [
-        f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
+        "--head", f"--num-cpus={cpus}", "--node-ip-address=127.0.0.1", f"--port={port}", "--dashboard-host=127.0.0.1",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}",
     ]  # fmt: skip
     # The nodes have alfa's dependencies; its code comes with the job.
@@ -66,22 +66,22 @@ def run_head(cpus: int = 2) -> Iterator[Head]:
         "PATH": f"{Path(sys.executable).parent}:{inherited['PATH']}",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch that keeps all servers on the loopback address
     }
-    with start_head(folder, options, nodes) as (server, log):
+    with start_ray(folder, options, nodes) as (server, log):
         head = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{port}", folder, environment)
         _await_answer(head, server, log)
         yield head
 
 
 @contextlib.contextmanager
-def start_head(
+def start_ray(
     folder: Path, options: Sequence[str], environment: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
-    """Runs `ray start --head` with these options in a folder, and yields the process and its log.
+    """Runs `ray start` with these options in a folder, and yields the process and its log.
 
     At the end, all that it has started is stopped, and the folder is removed.
     """
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
-    log = folder / "head.log"
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--disable-usage-stats"]
+    log = folder / "ray.log"
     with log.open("wb") as output:
         server = subprocess.Popen(
             [*command, f"--temp-dir={folder / 'ray'}", *options],
@@ -100,6 +100,26 @@ def start_head(
         server.wait()
         kill_processes(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def run_node(*options: str, **environment: str) -> Iterator[Path]:
+    """Starts a node, with or without `--head`, and yields its folder once it runs. Its dashboard is left out."""
+    (agent,) = free_ports(1)
+    folder = Path(tempfile.mkdtemp(prefix="alfa-node-", dir="/tmp"))  # Unix sockets lie below it: it must be short
+    settings = ["--include-dashboard=false"] if "--head" in options else []
+    ports = f"--dashboard-agent-listen-port={agent}"
+    with start_ray(folder, [*options, *settings, ports], {**os.environ, **environment}) as (server, log):
+        await_start(server, log)
+        yield folder
+
+
+def await_start(server: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns when `ray start` says that the node runs."""
+    while b"Ray runtime started" not in log.read_bytes():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0.2)
+            raise RuntimeError(f"the node did not come up: {log.read_text(errors='replace')[-2000:]}")
 
 
 def _await_answer(head: Head, server: subprocess.Popen[bytes], log: Path, limit_s: float = 90.0) -> None:

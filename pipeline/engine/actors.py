@@ -21,6 +21,7 @@ from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.engine.cluster import list_nodes
 from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.head import HeadWatch
 from pipeline.engine.plan import ActorPlan
 from pipeline.engine.relay import Reply, WarningKeeper, unpack
 from pipeline.images import HangGuard, give_back_freed_memory
@@ -76,14 +77,16 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
     """Obtains the prompt sets of the classes, in their order, through a prompt actor.
 
     An actor that dies is replaced; the new one finds in the library what is stored there already. Raises LLMError and
-    PromptLibraryError as pipeline.prompts.obtain does, EngineError after more deaths than engine.max_restarts.
+    PromptLibraryError as pipeline.prompts.obtain does, EngineError after more deaths than engine.max_restarts, or if
+    the head of the cluster is lost.
     """
-    deaths = 0
+    deaths, head = 0, HeadWatch()
     while True:
+        head.ask()
         # Ray could restart the actor, but would then print a retry of each running call when the actor is stopped.
         actor: Any = ray.remote(PromptActor).options(num_cpus=0).remote(job, owner)
         try:
-            return [unpack(reply) for reply in ray.get([actor.ask.remote(class_name) for class_name in classes])]
+            return [unpack(reply) for reply in head.get([actor.ask.remote(class_name) for class_name in classes])]
         except ray.exceptions.RayTaskError as error:
             raise cause_of(error) from None
         except ray.exceptions.RayActorError as error:

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
+import ray.exceptions
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.experimental import internal_kv
+
+from pipeline.engine.errors import EngineError
 
 
 @contextlib.contextmanager
@@ -85,6 +88,32 @@ def without_prints() -> Iterator[None]:
         yield
     finally:
         worker._worker_logs_enabled = before
+
+
+def head_answers(timeout_s: float) -> bool:
+    """Whether the head of the connected cluster answers in time.
+
+    Raises EngineError if another one answers, as after a restart without Redis: the cluster of this job is gone. Ask it
+    before each call that needs the head: if the head is silent, those calls ignore signals until Ray ends the process,
+    and if another head answers, `ray.nodes` aborts it. It can go when Ray's public calls take a time limit and raise.
+    """
+    if ray.util.client.ray.is_connected():  # type: ignore[no-untyped-call]
+        return True  # calls through Ray's client raise errors of their own
+    try:
+        internal_kv.internal_kv_get_gcs_client().check_alive([], timeout_s)  # type: ignore[no-untyped-call]
+    except ray.exceptions.AuthenticationError:
+        raise EngineError("the head of the Ray cluster was started again, and has lost this job") from None
+    except ray.exceptions.RpcError:
+        return False
+    return True
+
+
+def head_patience_s() -> float:
+    """Returns the seconds for which Ray waits for a silent head before it ends the process.
+
+    Ray reads the variable itself; its documentation names it, but no public call returns the value in force.
+    """
+    return float(os.environ.get("RAY_gcs_rpc_server_reconnect_timeout_s", 60))  # noqa: SIM112 (Ray's own)
 
 
 def node_of(actor: Any) -> str | None:

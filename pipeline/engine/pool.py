@@ -20,19 +20,12 @@ import ray.exceptions
 
 from pipeline.engine import internals
 from pipeline.engine.actors import ClassSetup, ScoringActor
-from pipeline.engine.cluster import can_grow, is_local, list_nodes
+from pipeline.engine.cluster import is_local
 from pipeline.engine.errors import EngineError, cause_of
-from pipeline.engine.plan import (
-    ActorPlan,
-    Node,
-    describe_need,
-    describe_nodes,
-    plan_actors,
-    require_room,
-    uses_gpus,
-    wanted_actors,
-)
+from pipeline.engine.head import REFRESH_EVERY_S
+from pipeline.engine.plan import ActorPlan, wanted_actors
 from pipeline.engine.relay import unpack
+from pipeline.engine.view import ClusterView
 from pipeline.scoring import Neighbours, Shard, ShardStats, Thresholds, fixed_thresholds
 from pipeline.storage import DiskError, Run
 from schemas.prompts import PromptEnsemble
@@ -41,12 +34,6 @@ logger = logging.getLogger(__name__)
 
 _CALLS_AT_ONCE = 2
 """Concurrent calls per actor: while one shard uses the model, another reads its images or writes its last masks."""
-
-_REFRESH_EVERY_S = 5.0
-"""Seconds between two looks at the nodes of the cluster."""
-
-_LOG_EVERY_S = 60.0
-"""Seconds between two log lines that say that the driver waits for nodes."""
 
 _LOSS_NOTICED_WITHIN_S = 30.0
 """Seconds within which Ray notices that a node is lost. Until then, the deaths of its workers look unexplained."""
@@ -97,7 +84,7 @@ class ScoringPool:
     for. An actor that dies is replaced, and another one scores its shards again. A node on which the model cannot be
     loaded, or whose disk is full, is excluded while others work.
 
-    plan: the actors that fit now. placed: the largest number of actors that have had a node at the same time.
+    placed: the largest number of actors that have had a node at the same time.
     """
 
     def __init__(
@@ -109,8 +96,9 @@ class ScoringPool:
         actor_class: type[ScoringActor] = ScoringActor,
     ) -> None:
         """shards: number of shards left to score. Raises EngineError where a local Ray cannot run an actor."""
-        self.plan = self.placed = ActorPlan(0, 1, 0)
+        self.placed = ActorPlan(0, 1, 0)
         self._run = run
+        self._view = ClusterView(run.job)
         self._shards = shards
         self._actor_class = actor_class
         self._arguments = (run.job, weights_sha256, source_uri)
@@ -118,13 +106,12 @@ class ScoringPool:
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         self._deaths: list[str | None] = []  # nodes of the workers that died since the last successful call
-        self._excluded: set[str] = set()
-        self._nodes: list[Node] = []
-        self._on_gpus: bool | None = None  # unknown until there is a node
-        self._grows = False
-        self._refreshed = self._logged = self._without_node_since = time.monotonic()
-        self._refresh_nodes()
         self._resize(shards)
+
+    @property
+    def plan(self) -> ActorPlan:
+        """The actors that fit now."""
+        return self._view.plan
 
     @property
     def alive(self) -> int:
@@ -189,13 +176,13 @@ class ScoringPool:
             count = count - room if len(more) == room else 0
             waiting += more
             once = [] if waiting else [call for call in calls.values() if call.task.tries == 1 and not call.task.done]
-            self._resize(len(waiting) + max(count, 0) + afterwards, spare=len(once))
+            self._resize(len(waiting) + count + afterwards, spare=len(once))
             worker = self._find_worker(len(waiting))
             task = self._find_task(waiting, once, worker, taken)
             if worker and task:
                 worker.load += 1
                 task.tries += 1
-                reference = submit(worker.actor, task.item, len(self._unexplained(task.deaths)))
+                reference = submit(worker.actor, task.item, len(self._view.unexplained(task.deaths)))
                 calls[reference] = _Call(worker, task, time.monotonic())
                 continue
             if not waiting and all(call.task.done for call in calls.values()):
@@ -249,39 +236,24 @@ class ScoringPool:
             return slowest.task
         return None
 
-    def _refresh_nodes(self) -> None:
-        """Lists the nodes, and plans the actors that fit on them."""
-        job = self._run.job
-        self._refreshed = time.monotonic()
-        self._grows = can_grow(job)
-        self._nodes = [node for node in list_nodes() if node.node_id not in self._excluded]
-        if self._on_gpus is None:
-            on_gpus = uses_gpus(job, self._nodes, self._grows)
-            # A night is scored either on CPUs or on GPUs. If there is no node yet, the first one decides.
-            if on_gpus or is_local(job) or plan_actors(job, self._nodes, on_gpus).count:
-                self._on_gpus = on_gpus
-        self.plan = plan_actors(job, self._nodes, bool(self._on_gpus))
-        if is_local(job):
-            require_room(job, self.plan, self._nodes)
-        for worker in [one for one in self._workers if one.node_id is None]:
-            if (worker.plan.cpus, worker.plan.gpus) != (self.plan.cpus, self.plan.gpus):
-                self._stop(worker)
-
     def _resize(self, left: int, spare: int = 0) -> None:
         """Starts actors, or stops idle ones, which would keep an autoscaler from removing their nodes.
 
         left: number of items that no worker has. spare: number of workers that second tries may need.
         """
-        if time.monotonic() - self._refreshed >= _REFRESH_EVERY_S:
-            self._refresh_nodes()
-        if self._on_gpus is None:
+        self._view.refresh_when_due()
+        if self._view.silent or not self._view.decided:
             return
+        plan = self.plan
+        for worker in [one for one in self._workers if one.node_id is None]:
+            if (worker.plan.cpus, worker.plan.gpus) != (plan.cpus, plan.gpus):
+                self._stop(worker)
         busy = sum(worker.load > 0 for worker in self._workers)
         placed = self.alive
         if placed > self.placed.count:
-            self.placed = replace(self.plan, count=placed)
+            self.placed = replace(plan, count=placed)
         engine = self._run.job.engine
-        surplus = len(self._workers) - wanted_actors(engine, self.plan, placed, busy + left + spare, self._grows)
+        surplus = len(self._workers) - wanted_actors(engine, plan, placed, busy + left + spare, self._view.grows)
         for _ in range(-surplus):
             self._start()
         if surplus > 0:
@@ -293,8 +265,8 @@ class ScoringPool:
         engine, plan = self._run.job.engine, self.plan
         options: dict[str, Any] = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "resources": engine.resources}
         labels = dict(engine.labels)
-        if self._excluded:
-            labels["ray.io/node-id"] = f"!in({','.join(sorted(self._excluded))})"
+        if excluded := self._view.excluded:
+            labels["ray.io/node-id"] = f"!in({','.join(excluded)})"
         if labels:
             options["label_selector"] = labels
         remote = ray.remote(self._actor_class).options(**options, max_restarts=0, max_concurrency=_CALLS_AT_ONCE)
@@ -335,14 +307,12 @@ class ScoringPool:
             return
         if not of_node and not isinstance(cause, (DiskError, ray.exceptions.OutOfDiskError)):
             raise cause from None
-        others = [node for node in self._nodes if node.node_id != worker.node_id]
-        if worker.node_id is None or not any(self.plan.slots(node, self._run.job.engine) for node in others):
+        if worker.node_id is None or not self._view.has_room_beside(worker.node_id):
             raise cause from None
         logger.warning("node %s is excluded, and others do its work: %s", worker.node_id[:12], cause)
-        self._excluded.add(worker.node_id)
+        self._view.exclude(worker.node_id)
         for one in [one for one in self._workers if one.node_id == worker.node_id]:
             self._stop(one)
-        self._refresh_nodes()
 
     def _replace_dead(self, worker: _Worker, error: ray.exceptions.RayError, task: _Task | None = None) -> None:
         """Replaces a worker that died. Raises EngineError if workers die too often.
@@ -351,7 +321,8 @@ class ScoringPool:
         """
         if worker.stopped:
             return
-        if worker.node_id is None:
+        self._view.refresh()
+        if worker.node_id is None and not self._view.silent:
             worker.node_id = internals.node_of(worker.actor)
         if task:
             task.deaths.append(worker.node_id)
@@ -360,67 +331,36 @@ class ScoringPool:
             self._stop(worker)
             worker.stopped = False
             self._deaths.append(worker.node_id)
-            self._refresh_nodes()
             reason = " ".join(str(error).split())[:400]
-            where = "" if self._unexplained([worker.node_id]) else " with its node"
+            where = "" if self._view.unexplained([worker.node_id]) else " with its node"
             logger.warning("a scoring worker died%s and is replaced; its shards are scored again: %s", where, reason)
         patience = time.monotonic() + (0 if is_local(self._run.job) else _LOSS_NOTICED_WITHIN_S)
         while self._too_many(task):
             if time.monotonic() >= patience:
                 most, reason = self._run.job.engine.max_restarts, " ".join(str(error).split())[:400]
-                count = len(self._unexplained(self._deaths))
+                count = len(self._view.unexplained(self._deaths))
                 raise EngineError(
                     f"{count} scoring workers died, more than engine.max_restarts ({most}) allows; check the memory of "
                     f"their nodes, and Ray's logs. The last: {reason}"
                 )
             time.sleep(1)
-            self._refresh_nodes()
+            self._view.refresh()
 
     def _too_many(self, task: _Task | None) -> bool:
         """Whether more workers have died, in all or over this task, than engine.max_restarts allows."""
         most = self._run.job.engine.max_restarts
-        over_task = self._unexplained(task.deaths) if task else []
-        return len(over_task) > most or len(self._unexplained(self._deaths)) > most * max(self.plan.count, 1)
-
-    def _unexplained(self, deaths: Sequence[str | None]) -> list[str | None]:
-        """Returns the deaths that the loss of a node does not explain."""
-        if not deaths:
-            return []
-        alive = {node.node_id for node in self._nodes}
-        return [node_id for node_id in deaths if node_id is None or node_id in alive]
+        over_task = self._view.unexplained(task.deaths) if task else []
+        return len(over_task) > most or len(self._view.unexplained(self._deaths)) > most * max(self.plan.count, 1)
 
     def _wait(self, references: list[Any], soon: bool) -> list[Any]:
         """Waits until a call is done. Returns the finished calls; none after 5 s, or 0.2 s if `soon`."""
-        self._await_nodes()
-        timeout = 0.2 if soon else _REFRESH_EVERY_S
+        self._view.await_node(self.alive > 0)
+        timeout = 0.2 if soon else REFRESH_EVERY_S
         if not references:
             time.sleep(timeout)
             return []
         done, _ = ray.wait(references, num_returns=1, timeout=timeout)
         return list(done)
-
-    def _await_nodes(self) -> None:
-        """Logs from time to time that no actor has a node. Raises EngineError if no suitable node has come in time."""
-        now, job = time.monotonic(), self._run.job
-        if any(worker.node_id is not None for worker in self._workers):
-            self._without_node_since = now
-            return
-        need, has = describe_need(job, self.plan), describe_nodes(self._nodes)
-        left = job.engine.wait_for_nodes_s - (now - self._without_node_since)
-        if left <= 0 and not self.plan.count:
-            raise EngineError(
-                f"no node with {need} has come within {job.engine.wait_for_nodes_s:g} s (engine.wait_for_nodes_s); the "
-                f"cluster has {has}. Check its autoscaler, or score on CPU with model.device=cpu"
-            )
-        # If a node fits, the actor is only starting; if none does, say so at once.
-        soon = not self.plan.count and self._logged <= self._without_node_since
-        if now - self._logged < (_REFRESH_EVERY_S if soon else _LOG_EVERY_S):
-            return
-        self._logged = now
-        if self.plan.count:
-            logger.warning("no scoring actor has started; waiting until a node has %s free", need)
-        else:
-            logger.warning("waiting up to %.0f s more for a node with %s; the cluster has %s", left, need, has)
 
 
 def _call(actor: Any, method: str, *arguments: Any) -> Any:
