@@ -20,7 +20,9 @@ from pipeline.images.depth import Extremes, Span, choose_span, depth_span, may_b
 from pipeline.images.isolation import decode_isolated, measure_isolated
 from pipeline.images.layouts import DatasetError, ImageSource, list_images, list_references, open_dataset
 from pipeline.images.masks import (
+    Mask,
     Region,
+    draw_mask,
     encode_empty_mask,
     encode_map,
     encode_mask,
@@ -44,6 +46,7 @@ __all__ = [
     "HangGuard",
     "ImageError",
     "ImageSource",
+    "Mask",
     "Region",
     "Span",
     "choose_span",
@@ -53,6 +56,7 @@ __all__ = [
     "decode_thumbnail",
     "depth_span",
     "describe_left_out",
+    "draw_mask",
     "encode_empty_mask",
     "encode_map",
     "encode_mask",

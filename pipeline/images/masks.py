@@ -22,8 +22,8 @@ except ImportError:  # it comes with the extra `fast`
     isal_zlib = None  # type: ignore[assignment]
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=np.int8)
-_BAND = 32
-"""Rows that are upsampled at a time, so that they stay in the cache of a core."""
+_BAND_PIXELS = 1 << 17
+"""Pixels that are upsampled at a time, so that they stay in the cache of a core."""
 
 
 @dataclass(frozen=True)
@@ -49,35 +49,53 @@ class Region:
         return self.x, self.y, self.x + self.width, self.y + self.height
 
 
-def upsample(grid: NDArray[np.float32], width: int, height: int, least: float | None = None) -> NDArray[np.float32]:
+@dataclass(frozen=True, eq=False)
+class _Upsampling:
+    """A map on the patch grid, prepared to be upsampled bilinearly to an image (pixel centres, edges held).
+
+    patch_rows [height]: the row of patches whose centres are before each row of pixels. weights [height]: the weight of
+    the row of patches after it. lines [gh + 1, width]: the rows of patches, upsampled along the columns; the last one
+    is there twice.
+    """
+
+    patch_rows: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    lines: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, grid: NDArray[np.float32], width: int, height: int) -> _Upsampling:
+        rows, weights = _blend(height, grid.shape[0])
+        columns, shares = _blend(width, grid.shape[1])
+        held = np.pad(grid.astype(np.float64), ((0, 1), (0, 1)), mode="edge")
+        lines = held[:, columns] + shares * (held[:, columns + 1] - held[:, columns])
+        return cls(rows, weights, lines.astype(np.float32).astype(np.float64))  # so that no pixel exceeds the patches
+
+    def bands(self) -> Iterator[tuple[slice, int]]:
+        """Yields the image's rows in slices, each with its row of patches."""
+        start, height, most = 0, len(self.patch_rows), max(1, _BAND_PIXELS // self.lines.shape[1])
+        while start < height:
+            row = int(self.patch_rows[start])
+            stop = min(start + most, int(np.searchsorted(self.patch_rows, row, side="right")))
+            yield slice(start, stop), row
+            start = stop
+
+    def compute(self, rows: slice, row: int, columns: slice) -> NDArray[np.float32]:
+        """Computes some columns of a band."""
+        before, after = self.lines[row : row + 2, columns]
+        band: NDArray[np.float64] = np.multiply.outer(self.weights[rows], after - before)
+        band += before
+        return band.astype(np.float32)
+
+
+def upsample(grid: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
     """Upsamples a map bilinearly from the patch grid [gh, gw] to the image [height, width] (pixel centres, edges held).
 
-    Values are never above the highest patch or below the lowest. least: rows between patches that are all below this
-    value are set to minus infinity; that saves most of the time if only a mask is needed.
-
-    Rows are made in bands, so that there is only one array of the image's size: getting memory for more from the system
-    takes longer than the arithmetic.
+    Values are never above the highest patch or below the lowest.
     """
-    rows, weights = _blend(height, grid.shape[0])
-    columns, shares = _blend(width, grid.shape[1])
-    held = np.pad(grid.astype(np.float64), ((0, 1), (0, 1)), mode="edge")
-    lines = held[:, columns] + shares * (held[:, columns + 1] - held[:, columns])
-    lines = lines.astype(np.float32).astype(np.float64)
-    steps, peaks = np.diff(lines, axis=0), lines.max(axis=1)
-    wanted = np.maximum(peaks[:-1], peaks[1:]) >= (-np.inf if least is None else np.float32(least))
+    upsampling = _Upsampling.of(grid, width, height)
     result = np.empty((height, width), dtype=np.float32)
-    scratch = np.empty((_BAND, width))
-    start = 0
-    while start < height:
-        row = rows[start]
-        stop = min(start + _BAND, int(np.searchsorted(rows, row, side="right")))
-        if wanted[row]:
-            band = np.multiply(weights[start:stop, None], steps[row], out=scratch[: stop - start])
-            band += lines[row]
-            result[start:stop] = band
-        else:
-            result[start:stop] = -np.inf
-        start = stop
+    for rows, row in upsampling.bands():
+        result[rows] = upsampling.compute(rows, row, slice(None))
     return result
 
 
@@ -88,15 +106,71 @@ def _blend(length: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.float
     return before, place - before
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The pixels at which a map reaches a threshold.
+
+    lines: uint8 [height, 1 + width], 255 where it does and else 0, behind the 0 with which lines of a PNG start. runs:
+    the set pixels. peaks [N]: the highest map value of each run.
+    """
+
+    lines: NDArray[np.uint8]
+    runs: _Runs
+    peaks: NDArray[np.float32]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.lines.shape[0], self.lines.shape[1] - 1
+
+    @property
+    def share(self) -> float:
+        """Share of the pixels that are set, 0 to 1."""
+        height, width = self.shape
+        return float((self.runs.stop - self.runs.start).sum() / (height * width))
+
+
+def draw_mask(grid: NDArray[np.float32], width: int, height: int, threshold: float) -> Mask:
+    """Marks the pixels of an image at which its map, as upsample makes it of grid [gh, gw], reaches a threshold.
+
+    The map is computed only in those columns of each row of patches where it can reach it. So the time depends on the
+    size of the defects more than on that of the photo.
+    """
+    upsampling, least = _Upsampling.of(grid, width, height), np.float32(threshold)
+    reached = np.maximum(upsampling.lines[:-1], upsampling.lines[1:]) >= least
+    lefts, rights = reached.argmax(axis=1).tolist(), (width - reached[:, ::-1].argmax(axis=1)).tolist()
+    lines = np.zeros((height, 1 + width), dtype=np.uint8)
+    runs, peaks = [_Runs.none()], [np.empty(0, np.float32)]
+    for rows, row in upsampling.bands():
+        left, right = lefts[row], rights[row]
+        if not reached[row, left]:
+            continue
+        band = upsampling.compute(rows, row, slice(left, right))
+        marked = band >= least
+        np.negative(marked, out=lines[rows, 1 + left : 1 + right], casting="unsafe", dtype=np.uint8)
+        found = _find_runs(marked)
+        if len(found.row):
+            runs.append(_Runs(found.row + rows.start, found.start + left, found.stop + left))
+            peaks.append(_find_peaks(band, found))
+    return Mask(lines, _Runs.joined(runs), np.concatenate(peaks))
+
+
+def _find_peaks(band: NDArray[np.float32], runs: _Runs) -> NDArray[np.float32]:
+    """Returns the highest value of each run, [N]. There is at least one run."""
+    edges = np.stack([runs.row * band.shape[1] + edge for edge in (runs.start, runs.stop)], axis=1).ravel()
+    # reduceat also gives an entry for each gap between two runs, even an empty one; [::2] drops those.
+    peaks: NDArray[np.float32] = np.maximum.reduceat(band.ravel(), edges[: -1 if edges[-1] == band.size else None])[::2]
+    return peaks
+
+
 def find_regions(
-    mask: NDArray[np.bool_],
-    anomaly_map: NDArray[np.float32],
+    mask: Mask,
     defect_names: Sequence[str],
     defect_grid: NDArray[np.float32],
     peer_uris: Sequence[str] = (),
     peer_grid: NDArray[np.int16] | None = None,
 ) -> list[Region]:
-    """Finds the regions (8 neighbours) of a mask [h, w], the highest peak first.
+    """Finds the regions (8 neighbours) of a mask, the highest peak first.
 
     The defect of a region is the one whose prompts are nearest to the mean local embedding of the region; None if no
     defect is described. It has the highest mean cosine over the region's pixels, because the mean is linear and its
@@ -105,30 +179,21 @@ def find_regions(
     defect_grid: cosines of each patch with the K defects, [K, gh, gw]. peer_grid: for each patch the index in peer_uris
     of its nearest peer, [gh, gw].
     """
-    runs = _find_runs(mask)
+    runs, shape = mask.runs, mask.shape
     if not len(runs.row):
         return []
-    # reduceat also gives an entry for each gap between two runs, even an empty one; [::2] drops those.
-    edges = np.stack([runs.row * mask.shape[1] + edge for edge in (runs.start, runs.stop)], axis=1).ravel()
-    peaks = np.maximum.reduceat(anomaly_map.ravel(), edges[: -1 if edges[-1] == mask.size else None])[::2]
-    labels = _label_runs(runs, mask.shape[1])
-    order = np.argsort(labels, kind="stable")
-    regions = []
-    for members in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
-        region = _Runs(runs.row[members], runs.start[members], runs.stop[members])
-        x, y = int(region.start.min()), int(region.row[0])
-        regions.append(
-            Region(
-                x=x,
-                y=y,
-                width=int(region.stop.max()) - x,
-                height=int(region.row[-1]) + 1 - y,
-                area=int((region.stop - region.start).sum()),
-                peak=float(peaks[members].max()),
-                defect=_nearest_defect(region, mask.shape, defect_names, defect_grid),
-                peer_uri=_nearest_peer(region, mask.shape, peer_uris, peer_grid),
-            )
-        )
+    labels = _label_runs(runs, shape[1])
+    order = np.argsort(labels, kind="stable")  # the rows of each region still ascend
+    firsts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    lasts = np.append(firsts[1:], len(order)) - 1
+    lefts, tops = np.minimum.reduceat(runs.start[order], firsts), runs.row[order][firsts]
+    widths, heights = np.maximum.reduceat(runs.stop[order], firsts) - lefts, runs.row[order][lasts] + 1 - tops
+    areas = np.add.reduceat((runs.stop - runs.start)[order], firsts)
+    peaks = np.maximum.reduceat(mask.peaks[order], firsts)
+    defects = _nearest_defects(runs, labels, shape, defect_names, defect_grid)
+    peers = _nearest_peers(runs, labels, shape, peer_uris, peer_grid)
+    columns = (values.tolist() for values in (lefts, tops, widths, heights, areas, peaks))
+    regions = [Region(*values) for values in zip(*columns, defects, peers, strict=True)]
     return sorted(regions, key=lambda region: (-region.peak, region.y, region.x))
 
 
@@ -150,16 +215,14 @@ def split_regions(
         yield region, labels == numbers[box].pop()
 
 
-def encode_mask(mask: NDArray[np.bool_]) -> bytes:
-    """Encodes a mask [h, w] as an 8-bit greyscale PNG: 255 where it is set, else 0.
+def encode_mask(mask: Mask) -> bytes:
+    """Encodes a mask as an 8-bit greyscale PNG: 255 where it is set, else 0.
 
     Lines are not filtered. Pillow has no option for that; it takes twice the time, and three times the bytes.
     """
     height, width = mask.shape
-    lines = np.zeros((height, 1 + width), dtype=np.uint8)  # the first byte of a line is its filter; 0 means none
-    np.negative(mask, out=lines[:, 1:], casting="unsafe", dtype=np.uint8)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", _deflate(lines.data)), (b"IEND", b""))
+    chunks = ((b"IHDR", header), (b"IDAT", _deflate(mask.lines.data)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in chunks
     )
@@ -180,7 +243,7 @@ def _deflate(data: memoryview) -> bytes:
 @functools.lru_cache(maxsize=64)
 def encode_empty_mask(width: int, height: int) -> bytes:
     """Encodes a mask without set pixels. It is cached, because most masks of a night are empty and of few sizes."""
-    return encode_mask(np.zeros((height, width), dtype=np.bool_))
+    return encode_mask(draw_mask(np.zeros((1, 1), dtype=np.float32), width, height, np.inf))
 
 
 def encode_map(anomaly_map: NDArray[np.float32]) -> bytes:
@@ -195,6 +258,15 @@ class _Runs:
     row: NDArray[np.int64]
     start: NDArray[np.int64]
     stop: NDArray[np.int64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Runs]) -> _Runs:
+        """The runs of all parts, in their order."""
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("row", "start", "stop")))
+
+    @classmethod
+    def none(cls) -> _Runs:
+        return cls(*np.empty((3, 0), dtype=np.int64))
 
 
 def _find_runs(mask: NDArray[np.bool_]) -> _Runs:
@@ -221,39 +293,52 @@ def _label_runs(runs: _Runs, width: int) -> NDArray[np.int32]:
     return labels
 
 
-def _nearest_defect(runs: _Runs, shape: tuple[int, ...], names: Sequence[str], grid: NDArray[np.float32]) -> str | None:
+def _nearest_defects(
+    runs: _Runs, labels: NDArray[np.int32], shape: tuple[int, int], names: Sequence[str], grid: NDArray[np.float32]
+) -> list[str | None]:
+    """Returns the name for each of R regions. labels [N]: the region of each run, 0 to R - 1."""
     if not names:
-        return None
-    pixels = _count_in_patches(runs, shape, grid.shape[1:])
-    return names[int(np.argmax(np.einsum("krc,rc->k", grid, pixels)))]
+        return [None] * (int(labels.max()) + 1)
+    pixels = _count_in_patches(runs, labels, shape, grid.shape[1:])
+    return [names[nearest] for nearest in np.einsum("krc,nrc->nk", grid, pixels).argmax(axis=1).tolist()]
 
 
-def _nearest_peer(
-    runs: _Runs, shape: tuple[int, ...], uris: Sequence[str], grid: NDArray[np.int16] | None
-) -> str | None:
+def _nearest_peers(
+    runs: _Runs,
+    labels: NDArray[np.int32],
+    shape: tuple[int, int],
+    uris: Sequence[str],
+    grid: NDArray[np.int16] | None,
+) -> list[str | None]:
+    """Returns the address for each of R regions."""
     if grid is None or not uris:
-        return None
-    pixels = _count_in_patches(runs, shape, grid.shape)
-    return uris[int(np.bincount(grid.ravel(), pixels.ravel(), len(uris)).argmax())]
+        return [None] * (int(labels.max()) + 1)
+    pixels = _count_in_patches(runs, labels, shape, grid.shape)
+    votes = pixels.reshape(len(pixels), -1) @ (grid.reshape(-1, 1) == np.arange(len(uris)))
+    return [uris[nearest] for nearest in votes.argmax(axis=1).tolist()]
 
 
-def _count_in_patches(runs: _Runs, shape: tuple[int, ...], patches: tuple[int, ...]) -> NDArray[np.float64]:
-    """Counts the pixels of runs in each patch, [gh, gw]. shape: of the image.
+def _count_in_patches(
+    runs: _Runs, labels: NDArray[np.int32], shape: tuple[int, int], patches: tuple[int, ...]
+) -> NDArray[np.float64]:
+    """Counts the pixels of R regions in each patch, [R, gh, gw]. shape: of the image.
 
     The pixels of a row up to a column x are those of all patches before the patch of x, and a part of that patch. A run
     has the pixels up to its end without those up to its start.
     """
     (height, width), (rows, columns) = shape, patches
     lefts = -(-np.arange(columns + 1) * width // columns)
-    whole, part = np.zeros((2, rows * (columns + 1)))
+    size = (int(labels.max()) + 1, rows, columns + 1)
+    whole, part = np.zeros((2, np.prod(size)))
+    lines = (labels * rows + runs.row * rows // height) * (columns + 1)
     for edge, sign in ((runs.stop, 1), (runs.start, -1)):
         column = edge * columns // width
-        place = runs.row * rows // height * (columns + 1) + column
-        whole += sign * np.bincount(place, minlength=whole.size)
-        part += sign * np.bincount(place, edge - lefts[column], minlength=part.size)
-    whole, part = (values.reshape(rows, columns + 1) for values in (whole, part))
-    after = whole[:, ::-1].cumsum(axis=1)[:, ::-1]
-    return after[:, 1:] * np.diff(lefts) + part[:, :-1]
+        whole += sign * np.bincount(lines + column, minlength=whole.size)
+        part += sign * np.bincount(lines + column, edge - lefts[column], minlength=part.size)
+    whole, part = whole.reshape(size), part.reshape(size)
+    after = whole[..., ::-1].cumsum(axis=-1)[..., ::-1]
+    pixels: NDArray[np.float64] = after[..., 1:] * np.diff(lefts) + part[..., :-1]
+    return pixels
 
 
 def _png(image: Image.Image) -> bytes:

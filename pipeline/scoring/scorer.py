@@ -26,6 +26,7 @@ from pipeline.images import (
     PIXELS,
     Decoded,
     ImageError,
+    draw_mask,
     encode_empty_mask,
     encode_map,
     encode_mask,
@@ -178,16 +179,15 @@ def write_mask(row: Row, thresholds: Thresholds, version: str, run: Run, output:
     defect_grid = defect_grid.reshape(len(names), defect_grid.size // (max(1, len(names)) * defect_width), defect_width)
     map_png = None
     with PIXELS.hold(width * height):
-        if run.job.output.maps or (grid >= thresholds.mask).any():
-            anomaly_map = upsample(grid, width, height, None if run.job.output.maps else thresholds.mask)
-            mask = anomaly_map >= thresholds.mask
-            area, mask_png = float(np.count_nonzero(mask) / mask.size), encode_mask(mask)
-            if run.job.output.maps:
-                map_png = encode_map(anomaly_map)
-            regions = [vars(region) for region in find_regions(mask, anomaly_map, names, defect_grid, *_peers(row))]
-            del anomaly_map, mask
+        if (grid >= thresholds.mask).any():
+            mask = draw_mask(grid, width, height, thresholds.mask)
+            area, mask_png = mask.share, encode_mask(mask)
+            regions = [vars(region) for region in find_regions(mask, names, defect_grid, *_peers(row))]
+            del mask
         else:  # the map is interpolated, so it never exceeds the patches
             area, mask_png, regions = 0.0, encode_empty_mask(width, height), []
+        if run.job.output.maps:
+            map_png = encode_map(upsample(grid, width, height))
     mask_key = paths.mask_key(night, version, class_name, image_key)
     output.write(mask_key, mask_png)
     map_key = paths.map_key(night, version, class_name, image_key) if map_png is not None else None

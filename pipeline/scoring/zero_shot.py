@@ -31,6 +31,7 @@ from pipeline.images import (
     Span,
     choose_span,
     depth_span,
+    draw_mask,
     find_regions,
     may_be_deep,
     measure_image,
@@ -229,8 +230,8 @@ class ZeroShotDetector:
         threshold, width, height = self._job.threshold.value, image.source_width, image.source_height
         regions: list[Region] = []
         if (detection.grid >= threshold).any():  # the map is interpolated, so it never exceeds the patches
-            marked = upsample(detection.grid, width, height, threshold)
-            regions = find_regions(marked >= threshold, marked, prompts.defects, detection.defect_grid)
+            mask = draw_mask(detection.grid, width, height, threshold)
+            regions = find_regions(mask, prompts.defects, detection.defect_grid)
         return Prediction(
             score=detection.score,
             threshold=threshold,

@@ -25,7 +25,7 @@ from tests.bench.stages import (
     sum_up,
 )
 
-STAGES = {"read, local", "decode", "resize", "hand over", "around the model", *OF_MASKS, "rows", "Parquet"}
+STAGES = {"read, local", "decode", "resize", "hand over", "around the model", *OF_MASKS, "rows", "shard file"}
 
 
 def count() -> None:
@@ -79,4 +79,4 @@ def test_every_stage_of_a_photo_is_measured(sampler: LockSampler, tmp_path: Path
         figures = measure_photo(actor, places, data, sampler, rounds=1, seconds=0.001)
         assert set(figures) - {"sum, local, masked", "sum, local, empty mask"} == {*STAGES, "write, local"}
         assert all(item.core > 0 for name, item in figures.items() if name != "resize")
-        assert {name for name, item in figures.items() if item.floor is None} == {"around the model"}
+        assert {name for name, item in figures.items() if item.floor is None} == {"around the model", "regions"}

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from pipeline.images import encode_mask, find_regions, split_regions
+from pipeline.images import draw_mask, encode_mask, find_regions, split_regions
 from pipeline.lake import publish_night
 from pipeline.storage import Store, paths
 from schemas.job import dump_job_yaml
@@ -32,8 +32,9 @@ def make_row(output: Store, images: Path, number: int, mask: np.ndarray) -> dict
     image.parent.mkdir(exist_ok=True, parents=True)
     Image.new("RGB", (mask.shape[1], mask.shape[0])).save(image)
     key = f"masks/{number}.png"
-    output.write(key, encode_mask(mask))
-    regions = [asdict(region) for region in find_regions(mask, mask.astype(np.float32), [], NO_DEFECTS)]
+    drawn = draw_mask(mask.astype(np.float32), mask.shape[1], mask.shape[0], 0.5)
+    output.write(key, encode_mask(drawn))
+    regions = [asdict(region) for region in find_regions(drawn, [], NO_DEFECTS)]
     for place, region in enumerate(regions):
         region["defect"] = None if place else 'a "crack" <b>'
     return {
@@ -95,7 +96,8 @@ def test_coco_results_decode_to_the_masks(night: tuple[Path, Path, list[dict[str
 @settings(max_examples=60, deadline=None)
 @given(arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=st.booleans()))
 def test_regions_of_any_mask_are_disjoint_and_make_it_up(mask: np.ndarray) -> None:
-    regions = [asdict(region) for region in find_regions(mask, mask.astype(np.float32), [], NO_DEFECTS)]
+    drawn = draw_mask(mask.astype(np.float32), mask.shape[1], mask.shape[0], 0.5)
+    regions = [asdict(region) for region in find_regions(drawn, [], NO_DEFECTS)]
     codes = [rle.encode(np.asfortranarray(part, dtype=np.uint8)) for _, part in split_regions(mask, regions)]
     assert len(codes) == len(regions)
     decoded = np.sum([np.zeros(mask.shape, int), *(rle.decode(code) for code in codes)], axis=0)
