@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -34,6 +35,8 @@ class Actor(ScoringActor):
         with self._turn:
             if deed == "works":
                 time.sleep(0.05)
+            if deed == "warns":
+                logging.getLogger("pipeline").warning("on node %s", ray.get_runtime_context().get_node_id())
             if deed == "hangs" and not (folder / "hung").exists():
                 (folder / "hung").write_text(ray.get_runtime_context().get_node_id())
                 os.open(folder / "never", os.O_RDONLY)  # until somebody writes

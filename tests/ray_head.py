@@ -103,10 +103,15 @@ def start_ray(
 
 
 @contextlib.contextmanager
-def run_node(*options: str, **environment: str) -> Iterator[Path]:
-    """Starts a node, with or without `--head`, and yields its folder once it runs. Its dashboard is left out."""
+def run_node(*options: str, below: str = "/tmp", **environment: str) -> Iterator[Path]:
+    """Starts a node, with or without `--head`, and yields its folder once it runs. It has no dashboard.
+
+    below: where the folder is made; all that the node and its workers write goes there. Unix sockets lie below it, too,
+    so it must be short.
+    """
     (agent,) = free_ports(1)
-    folder = Path(tempfile.mkdtemp(prefix="alfa-node-", dir="/tmp"))  # Unix sockets lie below it: it must be short
+    folder = Path(tempfile.mkdtemp(prefix="alfa-node-", dir=below))
+    environment["TMPDIR"] = str(folder)
     settings = ["--include-dashboard=false"] if "--head" in options else []
     ports = f"--dashboard-agent-listen-port={agent}"
     with start_ray(folder, [*options, *settings, ports], {**os.environ, **environment}) as (server, log):

@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from itertools import takewhile
 from typing import Any
 
 import ray
 
 from pipeline.engine import internals
-from pipeline.engine.errors import EngineError
+from pipeline.engine.errors import EngineError, last_raised
 from pipeline.engine.plan import Node
 from schemas.job import JobConfig
 from schemas.text import one_line
@@ -79,9 +78,7 @@ def _ask_head(address: str, timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         raise _refusal(address, f"no answer for {timeout_s:g} s") from None
     if done.returncode:
-        # The error stands at the end of a traceback, in the last lines that are not indented.
-        raised = takewhile(lambda line: not line.startswith(" "), reversed(done.stderr.rstrip().splitlines()))
-        raise _refusal(address, " ".join(reversed(list(raised))))
+        raise _refusal(address, last_raised(done.stderr))
 
 
 def _refusal(address: str, reason: str) -> EngineError:

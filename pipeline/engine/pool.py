@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -21,7 +21,7 @@ import ray.exceptions
 from pipeline.engine import internals
 from pipeline.engine.actors import ClassSetup, ScoringActor
 from pipeline.engine.cluster import is_local
-from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.errors import EngineError, cause_of, reason_of
 from pipeline.engine.head import REFRESH_EVERY_S
 from pipeline.engine.plan import ActorPlan, wanted_actors
 from pipeline.engine.relay import unpack
@@ -37,6 +37,9 @@ _CALLS_AT_ONCE = 2
 
 _LOSS_NOTICED_WITHIN_S = 30.0
 """Seconds within which Ray notices that a node is lost. Until then, the deaths of its workers look unexplained."""
+
+_FAILED_STARTS = 2
+"""So many workers in a row may die on a node before they are ready. Then it is excluded if another can do the work."""
 
 _STRAGGLER_FACTOR = 1.5
 """A call that takes this many times the median time is tried a second time, on an idle actor."""
@@ -81,8 +84,8 @@ class ScoringPool:
     """The scoring actors of a run, and the bounded loop that feeds them.
 
     There are as many actors as the nodes have room for, including nodes that join later, but no more than there is work
-    for. An actor that dies is replaced, and another one scores its shards again. A node on which the model cannot be
-    loaded, or whose disk is full, is excluded while others work.
+    for. An actor that dies is replaced, and another one scores its shards again. A node on which actors cannot start or
+    load the model, or whose disk is full, is excluded while others work.
 
     placed: the largest number of actors that have had a node at the same time.
     """
@@ -106,6 +109,7 @@ class ScoringPool:
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         self._deaths: list[str | None] = []  # nodes of the workers that died since the last successful call
+        self._failed_starts: Counter[str] = Counter()  # by node, since a worker was ready there
         self._resize(shards)
 
     @property
@@ -296,6 +300,7 @@ class ScoringPool:
                 self._starting[_call(worker.actor, "load")] = worker
             else:
                 worker.ready = True
+                self._failed_starts.pop(worker.node_id, None)
 
     def _exclude_node(self, worker: _Worker, cause: Exception, of_node: bool = False) -> None:
         """Excludes the node of a worker whose call failed. Raises the cause if the node is not to blame, or if no other
@@ -309,9 +314,12 @@ class ScoringPool:
             raise cause from None
         if worker.node_id is None or not self._view.has_room_beside(worker.node_id):
             raise cause from None
-        logger.warning("node %s is excluded, and others do its work: %s", worker.node_id[:12], cause)
-        self._view.exclude(worker.node_id)
-        for one in [one for one in self._workers if one.node_id == worker.node_id]:
+        self._exclude(worker.node_id, str(cause))
+
+    def _exclude(self, node_id: str, reason: str) -> None:
+        logger.warning("node %s is excluded, and others do its work: %s", node_id[:12], reason)
+        self._view.exclude(node_id)
+        for one in [one for one in self._workers if one.node_id == node_id]:
             self._stop(one)
 
     def _replace_dead(self, worker: _Worker, error: ray.exceptions.RayError, task: _Task | None = None) -> None:
@@ -324,6 +332,7 @@ class ScoringPool:
         self._view.refresh()
         if worker.node_id is None and not self._view.silent:
             worker.node_id = internals.node_of(worker.actor)
+        reason = reason_of(error)
         if task:
             task.deaths.append(worker.node_id)
         if worker in self._workers:
@@ -331,13 +340,14 @@ class ScoringPool:
             self._stop(worker)
             worker.stopped = False
             self._deaths.append(worker.node_id)
-            reason = " ".join(str(error).split())[:400]
             where = "" if self._view.unexplained([worker.node_id]) else " with its node"
             logger.warning("a scoring worker died%s and is replaced; its shards are scored again: %s", where, reason)
+            if not worker.ready:
+                self._count_failed_start(worker.node_id, reason)
         patience = time.monotonic() + (0 if is_local(self._run.job) else _LOSS_NOTICED_WITHIN_S)
         while self._too_many(task):
             if time.monotonic() >= patience:
-                most, reason = self._run.job.engine.max_restarts, " ".join(str(error).split())[:400]
+                most = self._run.job.engine.max_restarts
                 count = len(self._view.unexplained(self._deaths))
                 raise EngineError(
                     f"{count} scoring workers died, more than engine.max_restarts ({most}) allows; check the memory of "
@@ -345,6 +355,16 @@ class ScoringPool:
                 )
             time.sleep(1)
             self._view.refresh()
+
+    def _count_failed_start(self, node_id: str | None, reason: str) -> None:
+        """Excludes a node on which workers die again and again before they are ready. None: the node is not known."""
+        if node_id is None:
+            return
+        self._failed_starts[node_id] += 1
+        failed = self._failed_starts[node_id]
+        if failed >= _FAILED_STARTS and self._view.unexplained([node_id]) and self._view.has_room_beside(node_id):
+            said = f"{failed} workers died there before they were ready; check its disk and memory. The last: {reason}"
+            self._exclude(node_id, said)
 
     def _too_many(self, task: _Task | None) -> bool:
         """Whether more workers have died, in all or over this task, than engine.max_restarts allows."""

@@ -7,6 +7,7 @@ results of calls.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import sys
@@ -48,7 +49,8 @@ class WarningKeeper(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keeps and prints a record."""
-        print(self.format(record), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the node's disk may be full
+            print(self.format(record), file=sys.stderr, flush=True)
         self._kept.append(Warned(record.levelno, record.name, record.getMessage(), self._node))
 
     def reply(self, result: Any) -> Reply:
