@@ -110,7 +110,7 @@ def run_node(*options: str, below: str = "/tmp", **environment: str) -> Iterator
     so it must be short.
     """
     (agent,) = free_ports(1)
-    folder = Path(tempfile.mkdtemp(prefix="alfa-node-", dir=below))
+    folder = Path(tempfile.mkdtemp(prefix="node-", dir=below))
     environment["TMPDIR"] = str(folder)
     settings = ["--include-dashboard=false"] if "--head" in options else []
     ports = f"--dashboard-agent-listen-port={agent}"
