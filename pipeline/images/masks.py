@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,18 +67,18 @@ class _Upsampling:
     def of(cls, grid: NDArray[np.float32], width: int, height: int) -> _Upsampling:
         rows, weights = _blend(height, grid.shape[0])
         columns, shares = _blend(width, grid.shape[1])
-        held = np.pad(grid.astype(np.float64), ((0, 1), (0, 1)), mode="edge")
-        lines = held[:, columns] + shares * (held[:, columns + 1] - held[:, columns])
-        return cls(rows, weights, lines.astype(np.float32).astype(np.float64))  # so that no pixel exceeds the patches
+        held = np.concatenate([grid, grid[-1:]]).astype(np.float64)
+        before, after = held[:, columns], held[:, np.minimum(columns + 1, grid.shape[1] - 1)]
+        lines = (before + shares * (after - before)).astype(np.float32)  # so that no pixel exceeds the patches
+        return cls(rows, weights, lines.astype(np.float64))
 
     def bands(self) -> Iterator[tuple[slice, int]]:
         """Yields the image's rows in slices, each with its row of patches."""
-        start, height, most = 0, len(self.patch_rows), max(1, _BAND_PIXELS // self.lines.shape[1])
-        while start < height:
-            row = int(self.patch_rows[start])
-            stop = min(start + most, int(np.searchsorted(self.patch_rows, row, side="right")))
-            yield slice(start, stop), row
-            start = stop
+        height, most = len(self.patch_rows), max(1, _BAND_PIXELS // self.lines.shape[1])
+        edges = [0, *(np.flatnonzero(np.diff(self.patch_rows)) + 1).tolist(), height]
+        for first, last in itertools.pairwise(edges):
+            for start in range(first, last, most):
+                yield slice(start, min(start + most, last)), int(self.patch_rows[start])
 
     def compute(self, rows: slice, row: int, columns: slice) -> NDArray[np.float32]:
         """Computes some columns of a band."""
@@ -286,9 +287,10 @@ def _label_runs(runs: _Runs, width: int) -> NDArray[np.int32]:
     starts, stops = (runs.row * (width + 1) + edge for edge in (runs.start, runs.stop))
     first = np.searchsorted(stops, starts + width + 1, side="left")
     count = np.searchsorted(starts, stops + width + 1, side="right") - first
-    above = np.repeat(np.arange(len(starts)), count)
-    below = np.arange(len(above)) + np.repeat(first - np.cumsum(count) + count, count)
-    touching = sparse.coo_array((np.ones(len(above), dtype=np.int8), (above, below)), shape=(len(starts),) * 2)
+    ends = np.cumsum(count)
+    below = np.arange(ends[-1]) + np.repeat(first - ends + count, count)
+    edges = np.ones(len(below), dtype=np.int8), below, np.append(0, ends)
+    touching = sparse.csr_array(edges, shape=(len(starts),) * 2)
     labels: NDArray[np.int32] = csgraph.connected_components(touching, directed=False)[1]
     return labels
 
