@@ -6,12 +6,15 @@ May import: scoring, alfa, prompts, images, storage, schemas.
 
 from pipeline.engine.actors import PromptActor, ScoringActor, obtain_prompts
 from pipeline.engine.cluster import can_grow, connect, is_local, list_nodes
+from pipeline.engine.decoders import Decoder, DecoderPool
 from pipeline.engine.errors import EngineError
 from pipeline.engine.plan import ActorPlan, Node, describe_nodes, plan_actors, require_room, uses_gpus, wanted_actors
 from pipeline.engine.pool import ScoringPool
 
 __all__ = [
     "ActorPlan",
+    "Decoder",
+    "DecoderPool",
     "EngineError",
     "Node",
     "PromptActor",

@@ -20,6 +20,7 @@ from ray.util.metrics import Counter, Histogram
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.engine.cluster import list_nodes
+from pipeline.engine.decoders import DecoderPool
 from pipeline.engine.errors import EngineError, cause_of
 from pipeline.engine.head import HeadWatch
 from pipeline.engine.plan import ActorPlan
@@ -31,6 +32,7 @@ from pipeline.scoring import (
     Shard,
     ShardStats,
     Thresholds,
+    View,
     mask_shard,
     prepare_class,
     score_shard,
@@ -118,11 +120,14 @@ class ScoringActor:
         self._weights_sha256 = weights_sha256
         self._threads = max(4, 2 * cpus)
         self._cpus = cpus
+        self._source_uri = source_uri
         self._source = open_store(source_uri, job.storage)
         self._output = open_store(job.output.uri, job.storage)
         self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
         self._owner = leases.new_owner()
         self._turn = threading.Lock()
+        self._lock = threading.Lock()
+        self._decoders: DecoderPool | None = None
         self._guard = HangGuard()
         self._warnings = WarningKeeper()
         # Ray's Prometheus endpoint on each node serves these as ray_alfa_...
@@ -176,6 +181,7 @@ class ScoringActor:
         self._setups.update(setups)
         if self._classes is None:
             self._classes = PreparedClasses(partial(self._prepare, run))
+        decoders = None if isolate or self._job.engine.decode == "actor" else self._share_decoding(run)
         started = time.monotonic()
         stats = score_shard(
             shard,
@@ -188,12 +194,20 @@ class ScoringActor:
             turn=self._turn,
             guard=self._guard,
             isolate=isolate,
+            decoders=decoders,
         )
         self._seconds.observe(time.monotonic() - started)
         for outcome, count in {**stats.errors, "ok": stats.images - sum(stats.errors.values())}.items():
             if count:
                 self._images.inc(count, {"outcome": outcome})
         return stats
+
+    def _share_decoding(self, run: Run) -> DecoderPool:
+        with self._lock:
+            if self._decoders is None:
+                view = View.of(self._detector)
+                self._decoders = DecoderPool(run, view, self._source_uri, self._cpus, self._threads)
+            return self._decoders
 
     def _prepare(self, run: Run, class_name: str) -> PromptEmbeddings:
         setup: ClassSetup = ray.get(self._setups[class_name])
@@ -202,5 +216,7 @@ class ScoringActor:
         )
 
     def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:
-        """Makes the masks of a scored shard; see pipeline.scoring.mask_shard."""
+        """Makes the masks of a scored shard; see pipeline.scoring.mask_shard. Nothing is decoded any more."""
+        if self._decoders is not None:
+            self._decoders.close()
         return mask_shard(shard_id, digest, thresholds, run, self._output, self._threads)

@@ -5,7 +5,7 @@ ZeroShotDetector is for programs that want scores without a run.
 May import: alfa, prompts, images, storage, tiling, schemas.
 """
 
-from pipeline.scoring.batches import batch_size, batches, detect, image_decoder, read_image, to_tensor
+from pipeline.scoring.batches import View, batch_size, batches, detect, image_decoder, read_image, to_tensor
 from pipeline.scoring.choice import LowestIds
 from pipeline.scoring.memories import (
     CANDIDATES_PER_PEER,
@@ -14,6 +14,7 @@ from pipeline.scoring.memories import (
     make_memory,
     prepare_class,
 )
+from pipeline.scoring.reading import Decoders, PhotoReader, Row
 from pipeline.scoring.references import choose_references, describe_choice
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
 from pipeline.scoring.shards import SHARD_ID_COLUMNS, Manifest, Shard, cut_shards, identify_shards, write_manifest
@@ -42,17 +43,21 @@ __all__ = [
     "CANDIDATES_PER_PEER",
     "SAMPLE_COLUMNS",
     "SHARD_ID_COLUMNS",
+    "Decoders",
     "LowestIds",
     "Manifest",
     "Neighbours",
+    "PhotoReader",
     "Prediction",
     "PreparedClasses",
+    "Row",
     "RunSpans",
     "Shard",
     "ShardStats",
     "Spans",
     "ThresholdError",
     "Thresholds",
+    "View",
     "ZeroShotDetector",
     "batch_size",
     "batches",

@@ -6,6 +6,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,31 +37,51 @@ def batch_size(job: JobConfig) -> int:
     return 1 if job.method.tile is not None else job.model.batch_size
 
 
-def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[..., Decoded]:
-    """Returns a function that decodes the bytes of a file to the detector's input.
+@dataclass(frozen=True)
+class View:
+    """What a model sees of a photo. size: height and width in pixels; grid: rows and columns of patches."""
+
+    size: tuple[int, int]
+    interpolation: str
+    grid: tuple[int, int]
+
+    @classmethod
+    def of(cls, detector: Detector) -> View:
+        """Returns the view of a detector's model."""
+        preprocess = detector.encoder.preprocess
+        return cls(preprocess.size, preprocess.interpolation, detector.encoder.grid)
+
+    def options(self, job: JobConfig) -> dict[str, Any]:
+        """Returns the arguments of decode_image and its like, for a job."""
+        tile = job.method.tile
+        return {
+            "size": self.size,
+            "interpolation": self.interpolation,
+            "max_pixels": job.dataset.max_pixels,
+            "cut": Cut(self.grid, *(() if tile is None else (tile.size, tile.overlap))),
+        }
+
+
+def view_decoder(job: JobConfig, view: View, *, isolate: bool = False) -> Callable[..., Decoded]:
+    """Returns a function that decodes the bytes of a file to a view.
 
     It needs the argument `span` for deep photos. isolate: decode each file in a process of its own, which resizes with
     Pillow, because importing torch there would take seconds.
     """
     if isolate:
-        return functools.partial(decode_isolated, **_view(job, detector))
-    return functools.partial(decode_image, **_view(job, detector), resize=resize_by_torch)
+        return functools.partial(decode_isolated, **view.options(job))
+    return functools.partial(decode_image, **view.options(job), resize=resize_by_torch)
+
+
+def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[..., Decoded]:
+    """Returns a function that decodes the bytes of a file to the detector's input; see view_decoder."""
+    return view_decoder(job, View.of(detector), isolate=isolate)
 
 
 def image_fitter(job: JobConfig, detector: Detector) -> Callable[..., Decoded]:
     """Returns a function that converts an image in memory (and by name the span of a deep one) to the detector's
     input."""
-    return functools.partial(fit_image, **_view(job, detector), resize=resize_by_torch)
-
-
-def _view(job: JobConfig, detector: Detector) -> dict[str, Any]:
-    preprocess, tile = detector.encoder.preprocess, job.method.tile
-    return {
-        "size": preprocess.size,
-        "interpolation": preprocess.interpolation,
-        "max_pixels": job.dataset.max_pixels,
-        "cut": Cut(detector.encoder.grid, *(() if tile is None else (tile.size, tile.overlap))),
-    }
+    return functools.partial(fit_image, **View.of(detector).options(job), resize=resize_by_torch)
 
 
 def resize_by_torch(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
 from pipeline.images import (
-    FILE_BYTES,
     PIXELS,
     Decoded,
     ImageError,
@@ -33,23 +32,21 @@ from pipeline.images import (
     find_regions,
     upsample,
 )
-from pipeline.scoring.batches import batch_size, batches, image_decoder, read_image, start
+from pipeline.scoring.batches import View, batch_size, batches, start
 from pipeline.scoring.memories import Classes
+from pipeline.scoring.reading import Decoders, PhotoReader, Row
 from pipeline.scoring.shards import Shard
-from pipeline.scoring.spans import RunSpans
 from pipeline.scoring.thresholds import Thresholds, fixed_thresholds
 from pipeline.storage import Run, Store, encode_shard, map_ahead, paths, read_shard, redact
 from schemas.tables import SHARD, ErrorType
 
-Row = dict[str, Any]
 _Batch = list[tuple[Row, Decoded | ImageError]]
 
 _Context = contextlib.AbstractContextManager[Any]
 _ALONE = contextlib.nullcontext()
 
-_MAX_BYTES_PER_PIXEL = 8
-"""Bytes per pixel of uncompressed RGBA of 16 bits."""
-_MAX_METADATA_BYTES = 16_000_000
+_CHUNK = 8
+"""Photos that are handed to another process at once: so few that many processes share a shard."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ def score_shard(
     turn: _Context = _ALONE,
     guard: _Context = _ALONE,
     isolate: bool = False,
+    decoders: Decoders | None = None,
 ) -> ShardStats:
     """Scores every image of a shard and writes its rows. A bad image becomes a row with status error.
 
@@ -94,25 +92,12 @@ def score_shard(
         guard: entered around each decoding, unless `isolate` is set.
         isolate: decode each image in a process of its own, so that an image that kills its decoder costs only its own
             row. Used after a worker has died over this shard.
+        decoders: decode photos in other processes, too; None: here alone.
 
     Raises OSError where the output cannot be written, StoreError where a store cannot be used.
     """
-    job, decoder = run.job, image_decoder(run.job, detector, isolate=isolate)
-    spans = RunSpans(job, run.run_id, source, output, isolate=isolate)
-    thresholds = fixed_thresholds(job)
-    largest_file = _MAX_BYTES_PER_PIXEL * job.dataset.max_pixels + _MAX_METADATA_BYTES
-
-    def decode(data: bytes, class_name: str) -> Decoded:
-        with _ALONE if isolate else guard:
-            return decoder(data, span=spans.of(class_name, data))
-
-    def read(image: Row) -> tuple[Row, Decoded | ImageError]:
-        size = image["size"] or 0
-        if size > largest_file:
-            message = f"its file has {size} bytes, more than dataset.max_pixels ({job.dataset.max_pixels}) can need"
-            return image, ImageError(ErrorType.TOO_MANY_PIXELS, message)
-        with FILE_BYTES.hold(size):
-            return image, read_image(image["uri"], source, partial(decode, class_name=image["class_name"]))
+    job, thresholds = run.job, fixed_thresholds(run.job)
+    reader = PhotoReader(run, View.of(detector), source, output, guard=guard, isolate=isolate)
 
     def start_batch(batch: _Batch) -> tuple[_Batch, Pending, dict[str, PromptEmbeddings]]:
         known = {name: prompts[name] for name in dict.fromkeys(image["class_name"] for image, _ in batch)}
@@ -129,12 +114,13 @@ def score_shard(
     read_threads = 1 if isolate else threads  # the worker may have died for lack of memory
     size = batch_size(job)
     with (
-        ThreadPoolExecutor(read_threads, "read") as readers,
+        ThreadPoolExecutor(read_threads if decoders is None else decoders.places, "read") as readers,
         ThreadPoolExecutor(1, "model") as model,
         ThreadPoolExecutor(threads, "write") as writers,
     ):
-        decoded = batches(map_ahead(readers, read, images, ahead=2 * size), size)
-        with contextlib.closing(_take_turn(turn, model, decoded)) as ours:
+        decoded = batches(_read_ahead(images, reader, readers, size, decoders), size)
+        note = None if decoders is None else decoders.note
+        with contextlib.closing(_take_turn(turn, model, decoded, note)) as ours:
             scored = (
                 row
                 for batch, detections, known in map_ahead(model, start_batch, ours, ahead=2)
@@ -213,16 +199,52 @@ def _peers(row: Row) -> tuple[Sequence[str], NDArray[np.int16] | None]:
     return row["peer_uris"], np.asarray(row["peer_grid"], dtype=np.int16).reshape(-1, row["grid_width"])
 
 
-def _take_turn(turn: _Context, model: ThreadPoolExecutor, decoded: Iterator[_Batch]) -> Generator[_Batch, None, None]:
+def _read_ahead(
+    images: Iterator[Row], reader: PhotoReader, threads: ThreadPoolExecutor, size: int, decoders: Decoders | None
+) -> Iterator[tuple[Row, Decoded | ImageError]]:
+    """Yields each row with its decoded photo, in order. size: photos of a batch; two batches may wait."""
+    if decoders is None:
+        yield from map_ahead(threads, lambda image: (image, reader.read(image)), images, ahead=2 * size)
+        return
+    chunk = min(_CHUNK, size)
+    share, ahead = decoders, decoders.places + 2 * -(-size // chunk)
+    for rows in map_ahead(
+        threads,
+        lambda rows: list(zip(rows, share.decode(rows, reader.read), strict=True)),
+        batches(images, chunk),
+        ahead=ahead,
+    ):
+        yield from rows
+
+
+def _take_turn(
+    turn: _Context,
+    model: ThreadPoolExecutor,
+    decoded: Iterator[_Batch],
+    note: Callable[[float, int], None] | None,
+) -> Generator[_Batch, None, None]:
     """Yields the batches while holding `turn`.
 
     The first batch is decoded before the turn begins. The turn ends when the model's thread has started the last batch:
     a GPU then still computes it, and can be given the first batch of the next shard.
+
+    note: is told how long each batch was waited for during the turn, and its length.
     """
     first = list(itertools.islice(decoded, 1))
     with turn:
-        yield from itertools.chain(first, decoded)
+        waiting = itertools.chain(first, decoded)
+        yield from waiting if note is None else _timed(waiting, note)
         model.submit(lambda: None).result()
+
+
+def _timed(waiting: Iterator[_Batch], note: Callable[[float, int], None]) -> Iterator[_Batch]:
+    while True:
+        asked = time.monotonic()
+        batch = next(waiting, None)
+        if batch is None:
+            return
+        note(time.monotonic() - asked, len(batch))
+        yield batch
 
 
 def _new_rows(

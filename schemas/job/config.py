@@ -332,6 +332,10 @@ class Engine(Part):
         1, description="processes that share a GPU; more than one helps where reading and decoding are the bottleneck"
     )
     cpus_per_actor: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    decode: Literal["actor", "cluster"] = Field(
+        "actor",
+        description="where photos are decoded; cluster: also on nodes without a GPU, as long as models wait for pixels",
+    )
     resources: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="custom Ray resources that each scoring actor takes, such as {spot: 1}"
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from pipeline.alfa import Detector, PromptEmbeddings
 from pipeline.images import list_images, open_dataset
@@ -10,6 +13,7 @@ from pipeline.prompts import compose_ensemble, obtain
 from pipeline.scoring import Shard, cut_shards, score_shard
 from pipeline.storage import Run, Store, read_shard
 from schemas.job import JobConfig, parse_job
+from tests.places import DEMO
 
 
 def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:
@@ -40,3 +44,27 @@ def score(detector: Detector, job: JobConfig, *classes: str) -> list[dict[str, o
         )
         rows += table.to_pylist()
     return rows
+
+
+def comparable_rows(output: Store, run: Run, shard: Shard) -> list[dict[str, Any]]:
+    """Rows of a scored shard with the bytes of their masks, without what differs between outputs."""
+    rows: list[dict[str, Any]] = read_shard(output, run.shards, shard.shard_id).to_pylist()
+    for row in rows:
+        uri = row.pop("mask_uri")
+        row["mask"] = None if uri is None else Path(uri).read_bytes()
+        del row["scored_at"]
+    return rows
+
+
+def write_mixed_photos(root: Path) -> Path:
+    """Writes eleven photos of the class nut, one of them of 16 bits, and three files that are none; returns root."""
+    folder = root / "nut"
+    folder.mkdir()
+    for number, path in enumerate(sorted(DEMO.glob("hazelnut/test/*/*.jpg"))[:10]):
+        (folder / f"{number:02}.jpg").write_bytes(path.read_bytes())
+    (folder / "03-broken.jpg").write_bytes(b"broken")
+    (folder / "04-empty.jpg").touch()
+    (folder / "08-cut.jpg").write_bytes((folder / "00.jpg").read_bytes()[:3000])
+    with Image.open(folder / "01.jpg") as image:
+        image.convert("I").point(lambda value: value * 16).convert("I;16").save(folder / "05-deep.png")
+    return root

@@ -1,0 +1,77 @@
+"""Reads and decodes the photos of a manifest, as a run's model sees them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from pipeline.images import FILE_BYTES, Decoded, ImageError
+from pipeline.scoring.batches import View, read_image, view_decoder
+from pipeline.scoring.spans import RunSpans
+from pipeline.storage import Run, Store
+from schemas.tables import ErrorType
+
+Row = dict[str, Any]
+"""A row of the manifest."""
+
+_MAX_BYTES_PER_PIXEL = 8
+"""Bytes per pixel of uncompressed RGBA of 16 bits."""
+_MAX_METADATA_BYTES = 16_000_000
+
+
+class PhotoReader:
+    """Reads and decodes photos of a run. Safe for use by several threads."""
+
+    def __init__(
+        self,
+        run: Run,
+        view: View,
+        source: Store,
+        output: Store,
+        *,
+        guard: contextlib.AbstractContextManager[Any] | None = None,
+        isolate: bool = False,
+    ) -> None:
+        """guard: entered around each decoding. isolate: decode each photo in a process of its own, without guard."""
+        self._source = source
+        self._decoder = view_decoder(run.job, view, isolate=isolate)
+        self._spans = RunSpans(run.job, run.run_id, source, output, isolate=isolate)
+        self._guard = contextlib.nullcontext() if guard is None or isolate else guard
+        self._max_pixels = run.job.dataset.max_pixels
+
+    def read(self, image: Row) -> Decoded | ImageError:
+        """Reads and decodes the photo of a row. Returns an ImageError where the photo is at fault.
+
+        Raises StoreError where a store as a whole cannot be used.
+        """
+        size = image["size"] or 0
+        if size > _MAX_BYTES_PER_PIXEL * self._max_pixels + _MAX_METADATA_BYTES:
+            message = f"its file has {size} bytes, more than dataset.max_pixels ({self._max_pixels}) can need"
+            return ImageError(ErrorType.TOO_MANY_PIXELS, message)
+        with FILE_BYTES.hold(size):
+            return read_image(image["uri"], self._source, partial(self._decode, image["class_name"]))
+
+    def _decode(self, class_name: str, data: bytes) -> Decoded:
+        with self._guard:
+            return self._decoder(data, span=self._spans.of(class_name, data))
+
+
+class Decoders(Protocol):
+    """Shares the decoding of photos between this process and others."""
+
+    @property
+    def places(self) -> int:
+        """The number of calls of decode that can work at the same time."""
+
+    def decode(
+        self, images: Sequence[Row], here: Callable[[Row], Decoded | ImageError]
+    ) -> Sequence[Decoded | ImageError]:
+        """Returns the decoded photos of some rows, in their order. Waits until one of the places is free.
+
+        here: reads and decodes a photo in this process.
+        """
+
+    def note(self, seconds: float, images: int) -> None:
+        """Takes note that the model has waited so long for the pixels of a batch of so many images."""
