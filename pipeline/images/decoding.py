@@ -20,7 +20,7 @@ from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
 from pipeline.images.jpeg import decode_upright_jpeg
-from pipeline.images.resizing import INTERPOLATIONS, Resize, resize_by_pillow, to_image
+from pipeline.images.resizing import INTERPOLATIONS, Resize, resize_by_pillow, to_image, view_pixels
 from pipeline.tiling import Tiling, plan_strip, plan_tiling
 from schemas.tables import ErrorType
 
@@ -37,6 +37,8 @@ average), those of the demo's images enlarged to 12 megapixels by 0.003; with a 
 _SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
+# An image is kept in one piece, so that view_pixels need not copy it; the default is pieces of 16 MB.
+_imaging.set_block_size(1 << 30)
 # max_pixels is checked before decoding instead; Pillow's own limit is global, so a job could not raise it.
 Image.MAX_IMAGE_PIXELS = None
 # The row of an image says what is wrong with it; the warnings of decoders would not even name the file.
@@ -191,9 +193,11 @@ def _fit(
         width, height = deep.width, deep.height
         span = deep.stated or span or choose_span([deep.extremes()])
         (image, clipped), bits, pixels = deep.render(span), span.bits, None
-    mode = "CMYK" if transform is not None and image.mode == "CMYK" else "RGB"
     if pixels is None:
-        pixels = np.asarray(image if mode == "CMYK" else _to_rgb(image))
+        upright = image if transform is not None and image.mode == "CMYK" else _to_rgb(image)
+        mode, pixels = upright.mode, view_pixels(upright)
+    else:
+        mode = "RGB"
 
     def convert(seen: Image.Image) -> Image.Image:
         return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
@@ -204,9 +208,9 @@ def _fit(
     tiling = None if cut is None else cut.plan(width, height, max(size))
     tiles = None
     if tiling is not None:
-        upright, how = to_image(pixels, mode), INTERPOLATIONS[interpolation]
-        tiles = _cut(upright, tiling, size, lambda box: convert(upright.resize((size[1], size[0]), how, box=box)))
-    return Decoded(squashed, width, height, tiles, tiling, bits, clipped)
+        whole, how = to_image(pixels, mode), INTERPOLATIONS[interpolation]
+        tiles = _cut(whole, tiling, size, lambda box: convert(whole.resize((size[1], size[0]), how, box=box)))
+    return Decoded(np.ascontiguousarray(squashed[..., :3]), width, height, tiles, tiling, bits, clipped)
 
 
 def _require_fewer_pixels(image: Image.Image, max_pixels: int) -> None:
