@@ -113,7 +113,7 @@ class RowSorter:
             self._sorting.result()
 
     def _write_run(self, class_name: str, tables: list[pa.Table]) -> None:
-        rows = _sort_rows(pa.concat_tables(tables).cast(self._schema))
+        rows = _sort_rows(pa.concat_tables(tables).combine_chunks().cast(self._schema))  # chunk by chunk takes longer
         first = self._batches
         for batch in rows.to_batches(_BATCH):
             self._writer.write_batch(batch)
