@@ -2,14 +2,16 @@
 
 One actor through Ray alternates with the same score_shard in a process without Ray: the same threads, the same number
 of shards at once, the same images, each with its own output. Then 1 to 8 actors use simulated devices that take a fixed
-time per image; everything else is real, so the loss is that of the pool, Ray and the cores. Finally, many actors
-without work show how many shards per second the driver can hand out. The start of Ray and of actors happens once a
+time per image; everything else is real, so the loss is that of the pool, Ray and the cores. Eight such devices of which
+one is slower show how long the end of a night takes. Finally, many actors without work show how many shards per second
+the driver can hand out. The start of Ray and of actors happens once a
 night, and is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import logging
 import math
@@ -53,6 +55,8 @@ DEVICE_S = 0.1
 """What the fake device takes for an image: so long that eight actors leave two cores half idle."""
 DEVICE_SHARD, DEVICE_BATCH = 10, 5
 PATCHES = 15
+TAIL_SHARDS, TAIL_SHARD_S, SLOWER = 144, 0.5, 5
+"""Of the row about the end of a night: twenty shards for each of the fast actors, and ten seconds at best."""
 
 
 def write_images(root: Path, count: int) -> None:
@@ -250,6 +254,57 @@ def measure_driver(folder: Path, actors: int, shards: int) -> DriverRate:
         pool.close()
 
 
+class UnequalActor(ScoringActor):
+    """A scoring actor on a device that only takes its time for a shard; the first of them to load takes SLOWER times
+    as long."""
+
+    def load(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            Path(self._job.output.uri, "slow").touch(exist_ok=False)
+            self._shard_s = SLOWER * TAIL_SHARD_S
+            return
+        self._shard_s = TAIL_SHARD_S
+
+    def score(self, shard: Shard, run: Run, *_: Any, **__: Any) -> ShardStats:
+        with self._turn:
+            time.sleep(self._shard_s)
+        return ShardStats(shard.shard_id, 0)
+
+
+def measure_tail(folder: Path) -> dict[str, float]:
+    """Seconds of TAIL_SHARDS shards on eight actors of which one is slower, and of an ideal split of the same work."""
+    actors = max(ACTORS)
+    output = folder / "tail"
+    output.mkdir()
+    job = make_job(folder, output, {"actors": actors, "cpus_per_actor": 1})
+    pool = ScoringPool(Run("run", job, "none", ""), "", str(folder), TAIL_SHARDS, UnequalActor)
+    try:
+        await_actors(pool, actors)
+        empty = pa.table({"class_name": pa.array([], pa.string())})
+        started = time.perf_counter()
+        done = [stats.shard_id for stats in pool.score(Shard(f"{number:016x}", empty) for number in range(TAIL_SHARDS))]
+        seconds = time.perf_counter() - started
+    finally:
+        pool.close()
+    assert len(set(done)) == len(done) == TAIL_SHARDS
+    return {"seconds": seconds, "ideal_s": TAIL_SHARDS * TAIL_SHARD_S / (actors - 1 + 1 / SLOWER)}
+
+
+def print_tail(folder: Path) -> dict[str, float]:
+    """Measures the end of a night on a Ray of its own, and prints it."""
+    ray.init(address="local", num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
+    try:
+        found = measure_tail(folder)
+    finally:
+        ray.shutdown()
+    seconds, ideal = found["seconds"], found["ideal_s"]
+    print(
+        f"{TAIL_SHARDS} shards of {TAIL_SHARD_S} s, {max(ACTORS)} actors of which one takes {SLOWER} times as long: "
+        f"{seconds:.1f} s, {seconds / ideal:.2f} x an ideal split ({ideal:.1f} s)"
+    )
+    return found
+
+
 def resident_mb() -> float:
     """What this process holds of the memory, by /proc."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -266,7 +321,7 @@ def busy_seconds() -> float:
 
 def print_driver(folder: Path, actors: int, shards: int) -> DriverRate:
     """Measures the driver's rate on a Ray of its own, and prints it."""
-    ray.init(num_cpus=actors, include_dashboard=False, logging_level=logging.WARNING)
+    ray.init(address="local", num_cpus=actors, include_dashboard=False, logging_level=logging.WARNING)
     try:
         found = measure_driver(folder, actors, shards)
     finally:
@@ -287,11 +342,14 @@ def main() -> None:
     parser.add_argument("--shards-an-actor", type=int, default=12, help=f"of {DEVICE_SHARD} images, on the fake device")
     parser.add_argument("--idle-actors", type=int, default=64, help="that show the driver's rate; 0.3 GB each")
     parser.add_argument("--empty-shards", type=int, default=20_000, help="that those are given")
-    parser.add_argument("--driver-only", action="store_true", help="measures the driver's rate alone")
+    parser.add_argument("--only", choices=["tail", "driver"], help="one of the last rows alone")
     options = parser.parse_args()
-    if options.driver_only:
+    if options.only:
         with tempfile.TemporaryDirectory(prefix="alfa-bench-") as folder:
-            print_driver(Path(folder), options.idle_actors, options.empty_shards)
+            if options.only == "tail":
+                print_tail(Path(folder))
+            else:
+                print_driver(Path(folder), options.idle_actors, options.empty_shards)
         return
     count = max(options.images, max(ACTORS) * options.shards_an_actor * DEVICE_SHARD)
     with tempfile.TemporaryDirectory(prefix="alfa-bench-") as folder:
@@ -299,11 +357,12 @@ def main() -> None:
         outputs.mkdir()
         write_images(images, count)
         overhead = measure_overhead(images, outputs, options.rounds, options.shard_size)
-        ray.init(num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(address="local", num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
         try:
             scaling = {n: measure_scaling(images, outputs, n, options.shards_an_actor) for n in ACTORS}
         finally:
             ray.shutdown()
+        tail = print_tail(outputs)
         driver = print_driver(outputs, options.idle_actors, options.empty_shards)
     ways = [
         (name, f"{count / statistics.median(seconds):.1f}")
@@ -329,7 +388,13 @@ def main() -> None:
     ]
     title = f"devices of {DEVICE_S * 1e3:g} ms an image, {CORES} cores"
     print_table(title, ("actors", "images/s", "speed-up", "speed-up / N", "cores busy"), rows)
-    facts = {"images": count, "shard_size": options.shard_size, **asdict(overhead), "driver": asdict(driver)}
+    facts = {
+        "images": count,
+        "shard_size": options.shard_size,
+        **asdict(overhead),
+        "tail": tail,
+        "driver": asdict(driver),
+    }
     write_results("engine", {**facts, "device_seconds": DEVICE_S, "scaling": scaling})
 
 
