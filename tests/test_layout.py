@@ -27,7 +27,14 @@ ROOMS = {
 ONLY_IN = {
     "ray": ("pipeline/engine/", "jobs/"),
     "litellm": ("pipeline/prompts/llm.py",),
-    "torch": ("pipeline/alfa/", "pipeline/scoring/", "pipeline/evaluation/", "pipeline/engine/", "jobs/"),
+    "torch": (
+        "pipeline/alfa/",
+        "pipeline/scoring/",
+        "pipeline/evaluation/",
+        "pipeline/engine/",
+        "pipeline/images/resizing.py",
+        "jobs/",
+    ),
 }
 """Packages that are imported in these places alone."""
 

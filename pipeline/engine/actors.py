@@ -175,8 +175,7 @@ class ScoringActor:
         """Scores a shard (see pipeline.scoring.score_shard), and counts its images in Ray's metrics.
 
         setups: references to the setups in Ray's object store, by class. A setup is fetched, and the memory of its
-        class made or read, before the first image of the class is scored. isolate: decode each image in a process of
-        its own.
+        class made or read, before the first image of the class is scored. isolate: decode in another process.
         """
         self._setups.update(setups)
         if self._classes is None:

@@ -17,7 +17,7 @@ from pipeline.images.decoding import (
     measure_loaded,
 )
 from pipeline.images.depth import Extremes, Span, choose_span, depth_span, may_be_deep
-from pipeline.images.isolation import decode_isolated, measure_isolated
+from pipeline.images.isolation import Isolation
 from pipeline.images.layouts import DatasetError, ImageSource, list_images, list_references, open_dataset
 from pipeline.images.masks import (
     Mask,
@@ -30,7 +30,6 @@ from pipeline.images.masks import (
     split_regions,
     upsample,
 )
-from pipeline.images.resizing import resize_by_pillow
 from pipeline.images.suffixes import describe_left_out
 from pipeline.images.tables import GOOD
 from pipeline.images.watchdog import HangGuard
@@ -46,12 +45,12 @@ __all__ = [
     "HangGuard",
     "ImageError",
     "ImageSource",
+    "Isolation",
     "Mask",
     "Region",
     "Span",
     "choose_span",
     "decode_image",
-    "decode_isolated",
     "decode_mask",
     "decode_thumbnail",
     "depth_span",
@@ -67,10 +66,8 @@ __all__ = [
     "list_references",
     "may_be_deep",
     "measure_image",
-    "measure_isolated",
     "measure_loaded",
     "open_dataset",
-    "resize_by_pillow",
     "split_regions",
     "upsample",
 ]

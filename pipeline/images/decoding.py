@@ -20,7 +20,7 @@ from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
 from pipeline.images.jpeg import decode_upright_jpeg
-from pipeline.images.resizing import INTERPOLATIONS, Resize, resize_by_pillow, to_image, view_pixels
+from pipeline.images.resizing import INTERPOLATIONS, resize, to_image, view_pixels
 from pipeline.tiling import Tiling, plan_strip, plan_tiling
 from schemas.tables import ErrorType
 
@@ -105,7 +105,6 @@ def decode_image(
     max_pixels: int,
     cut: Cut | None = None,
     span: Span | None = None,
-    resize: Resize = resize_by_pillow,
 ) -> Decoded:
     """Decodes an image, squashes it to size (height, width), as the model's pre-processing does, and cuts its tiles.
 
@@ -114,12 +113,12 @@ def decode_image(
     other threads use up the budget of pixels.
 
     cut: how to cut tiles; None: no tiles. span: the values that become black and white in a photo of more than 8 bits,
-    unless the file states them; default: a span that fits this photo. resize: squashes the pixels of a whole photo;
-    tiles are cut by Pillow. Raises ImageError, and no other error for any bytes.
+    unless the file states them; default: a span that fits this photo. Raises ImageError, and no other error for any
+    bytes.
     """
     with _opened(data, max_pixels, max(size) if cut is None or cut.size is None else None) as (image, stored):
         frames = _count_frames(image, data)
-        return replace(_fit(image, data, stored, size, interpolation, cut, span, resize), frames=frames)
+        return replace(_fit(image, data, stored, size, interpolation, cut, span), frames=frames)
 
 
 def fit_image(
@@ -130,7 +129,6 @@ def fit_image(
     max_pixels: int,
     cut: Cut | None = None,
     span: Span | None = None,
-    resize: Resize = resize_by_pillow,
 ) -> Decoded:
     """Does what decode_image does for an image in memory, which is not changed.
 
@@ -138,7 +136,7 @@ def fit_image(
     """
     _require_fewer_pixels(image, max_pixels)
     with PIXELS.hold(image.width * image.height):
-        return _fit(image.copy(), b"", image.size, size, interpolation, cut, span, resize)
+        return _fit(image.copy(), b"", image.size, size, interpolation, cut, span)
 
 
 def _count_frames(image: Image.Image, data: bytes) -> int | None:
@@ -179,7 +177,6 @@ def _fit(
     interpolation: str,
     cut: Cut | None,
     span: Span | None,
-    resize: Resize,
 ) -> Decoded:
     """Makes the model's view of an image, which may be changed. stored: its width and height in the file."""
     bits: int | None

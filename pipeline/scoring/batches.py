@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -12,18 +11,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings
-from pipeline.images import Cut, Decoded, ImageError, decode_image, decode_isolated, fit_image, resize_by_pillow
+from pipeline.images import Cut, Decoded, ImageError, Isolation, decode_image, fit_image
 from pipeline.storage import AddressError, Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import ErrorType
 
 _T = TypeVar("_T")
-
-# Pixels that come from Pillow cannot be written to; torch only reads them here.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 
 def batches(items: Iterator[_T], size: int) -> Iterator[list[_T]]:
@@ -62,41 +57,23 @@ class View:
         }
 
 
-def view_decoder(job: JobConfig, view: View, *, isolate: bool = False) -> Callable[..., Decoded]:
+def view_decoder(job: JobConfig, view: View, isolation: Isolation | None = None) -> Callable[..., Decoded]:
     """Returns a function that decodes the bytes of a file to a view.
 
-    It needs the argument `span` for deep photos. isolate: decode each file in a process of its own, which resizes with
-    Pillow, because importing torch there would take seconds.
+    It needs the argument `span` for deep photos. isolation: decodes in another process; None: in this one.
     """
-    if isolate:
-        return functools.partial(decode_isolated, **view.options(job))
-    return functools.partial(decode_image, **view.options(job), resize=resize_by_torch)
+    return functools.partial(decode_image if isolation is None else isolation.decode, **view.options(job))
 
 
-def image_decoder(job: JobConfig, detector: Detector, *, isolate: bool = False) -> Callable[..., Decoded]:
+def image_decoder(job: JobConfig, detector: Detector) -> Callable[..., Decoded]:
     """Returns a function that decodes the bytes of a file to the detector's input; see view_decoder."""
-    return view_decoder(job, View.of(detector), isolate=isolate)
+    return view_decoder(job, View.of(detector))
 
 
 def image_fitter(job: JobConfig, detector: Detector) -> Callable[..., Decoded]:
     """Returns a function that converts an image in memory (and by name the span of a deep one) to the detector's
     input."""
-    return functools.partial(fit_image, **View.of(detector).options(job), resize=resize_by_torch)
-
-
-def resize_by_torch(pixels: npt.NDArray[np.uint8], size: tuple[int, int], interpolation: str) -> npt.NDArray[np.uint8]:
-    """Squashes pixels [h, w, C] to size (height, width), on the CPU.
-
-    Values differ from Pillow's by 1 at most, in a few of a thousand; it takes a third to a fifth of the time.
-    """
-    if interpolation not in ("bicubic", "bilinear"):
-        return resize_by_pillow(pixels, size, interpolation)
-    # The order of dimensions matters: with others, torch does not see that channels come last, and is slower.
-    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
-    resized: npt.NDArray[np.uint8] = (
-        F.interpolate(image, size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
-    )
-    return resized
+    return functools.partial(fit_image, **View.of(detector).options(job))
 
 
 def read_image(uri: str, source: Store, decode: Callable[[bytes], _T]) -> _T | ImageError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from pipeline.images import FILE_BYTES, Decoded, ImageError
+from pipeline.images import FILE_BYTES, Decoded, ImageError, Isolation
 from pipeline.scoring.batches import View, read_image, view_decoder
 from pipeline.scoring.spans import RunSpans
 from pipeline.storage import Run, Store
@@ -32,13 +32,13 @@ class PhotoReader:
         output: Store,
         *,
         guard: contextlib.AbstractContextManager[Any] | None = None,
-        isolate: bool = False,
+        isolation: Isolation | None = None,
     ) -> None:
-        """guard: entered around each decoding. isolate: decode each photo in a process of its own, without guard."""
+        """guard: entered around each decoding here. isolation: decodes in another process; then use one thread."""
         self._source = source
-        self._decoder = view_decoder(run.job, view, isolate=isolate)
-        self._spans = RunSpans(run.job, run.run_id, source, output, isolate=isolate)
-        self._guard = contextlib.nullcontext() if guard is None or isolate else guard
+        self._decoder = view_decoder(run.job, view, isolation)
+        self._spans = RunSpans(run.job, run.run_id, source, output, isolation)
+        self._guard = contextlib.nullcontext() if guard is None or isolation else guard
         self._max_pixels = run.job.dataset.max_pixels
 
     def read(self, image: Row) -> Decoded | ImageError:

@@ -25,6 +25,7 @@ from pipeline.images import (
     PIXELS,
     Decoded,
     ImageError,
+    Isolation,
     draw_mask,
     encode_empty_mask,
     encode_map,
@@ -90,14 +91,13 @@ def score_shard(
         turn: a lock on the model, held from the first batch to the last. Of several shards in one process, one has the
             model while others read ahead or write their last masks.
         guard: entered around each decoding, unless `isolate` is set.
-        isolate: decode each image in a process of its own, so that an image that kills its decoder costs only its own
-            row. Used after a worker has died over this shard.
+        isolate: decode in another process, so that an image that kills its decoder costs only its own row. Used after a
+            worker has died over this shard.
         decoders: decode photos in other processes, too; None: here alone.
 
     Raises OSError where the output cannot be written, StoreError where a store cannot be used.
     """
     job, thresholds = run.job, fixed_thresholds(run.job)
-    reader = PhotoReader(run, View.of(detector), source, output, guard=guard, isolate=isolate)
 
     def start_batch(batch: _Batch) -> tuple[_Batch, Pending, dict[str, PromptEmbeddings]]:
         known = {name: prompts[name] for name in dict.fromkeys(image["class_name"] for image, _ in batch)}
@@ -114,10 +114,12 @@ def score_shard(
     read_threads = 1 if isolate else threads  # the worker may have died for lack of memory
     size = batch_size(job)
     with (
+        Isolation() if isolate else contextlib.nullcontext() as isolation,
         ThreadPoolExecutor(read_threads if decoders is None else decoders.places, "read") as readers,
         ThreadPoolExecutor(1, "model") as model,
         ThreadPoolExecutor(threads, "write") as writers,
     ):
+        reader = PhotoReader(run, View.of(detector), source, output, guard=guard, isolation=isolation)
         decoded = batches(_read_ahead(images, reader, readers, size, decoders), size)
         note = None if decoders is None else decoders.note
         with contextlib.closing(_take_turn(turn, model, decoded, note)) as ours:

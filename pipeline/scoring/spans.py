@@ -17,12 +17,12 @@ import pyarrow.compute as pc
 from pipeline.images import (
     Extremes,
     ImageError,
+    Isolation,
     Span,
     choose_span,
     depth_span,
     may_be_deep,
     measure_image,
-    measure_isolated,
 )
 from pipeline.scoring.batches import read_image
 from pipeline.scoring.choice import LowestIds
@@ -75,13 +75,13 @@ def spread(photos: Sequence[_T]) -> Sequence[_T]:
 class Spans:
     """The span of each class, decided when its first deep photo is met. Safe for use by several threads."""
 
-    def __init__(self, job: JobConfig, source: Store, samples: Samples, *, isolate: bool = False) -> None:
-        """isolate: measure each photo in a process of its own."""
+    def __init__(self, job: JobConfig, source: Store, samples: Samples, isolation: Isolation | None = None) -> None:
+        """isolation: measures photos in another process; None: in this one."""
         self._fixed = None if job.dataset.bit_depth is None else depth_span(job.dataset.bit_depth)
         self._source = source
         self._samples = samples
         self._measure = functools.partial(
-            measure_isolated if isolate else measure_image, max_pixels=job.dataset.max_pixels
+            measure_image if isolation is None else isolation.measure, max_pixels=job.dataset.max_pixels
         )
         self._known: dict[str, Span] = {}
         self._lock = threading.Lock()
@@ -116,8 +116,10 @@ class Spans:
 class RunSpans(Spans):
     """The spans of a run, kept in its folder: the process that decides first decides for all."""
 
-    def __init__(self, job: JobConfig, run_id: str, source: Store, output: Store, *, isolate: bool = False) -> None:
-        super().__init__(job, source, {}, isolate=isolate)
+    def __init__(
+        self, job: JobConfig, run_id: str, source: Store, output: Store, isolation: Isolation | None = None
+    ) -> None:
+        super().__init__(job, source, {}, isolation)
         self._run_id = run_id
         self._output = output
         self._earlier: Earlier = {}

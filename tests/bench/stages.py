@@ -34,7 +34,7 @@ from obstore.store import S3Store
 from PIL import Image
 
 from pipeline.alfa.device import to_device
-from pipeline.images import Decoded, ImageError, draw_mask, encode_mask, find_regions, give_back_freed_memory
+from pipeline.images import Decoded, ImageError, decoding, draw_mask, encode_mask, find_regions, give_back_freed_memory
 from pipeline.scoring import Thresholds, image_decoder, to_tensor
 from pipeline.scoring.scorer import Row, _new_rows, write_mask
 from pipeline.storage import Store, encode_shard
@@ -166,6 +166,14 @@ def cut_corner(pixels: NDArray[np.uint8], size: tuple[int, int], interpolation: 
 
 def stages_of_pixels(actor: Actor, data: bytes) -> list[Stage]:
     """From a photo's bytes to the model."""
+
+    def decode_alone() -> object:
+        decoding.resize, resize = cut_corner, decoding.resize
+        try:
+            return decode(data)
+        finally:
+            decoding.resize = resize
+
     size, count = actor.detector.encoder.preprocess.size, actor.run.job.model.batch_size
     decode = image_decoder(actor.run.job, actor.detector)
     if data.startswith(b"\xff\xd8"):
@@ -181,7 +189,7 @@ def stages_of_pixels(actor: Actor, data: bytes) -> list[Stage]:
     stacked, target = np.stack(pixels), np.empty((count, *size, 3), np.uint8)
     tensor, prompts = to_tensor(pixels), [actor.prompts["part"]] * count
     return [
-        Stage("decode", lambda: decode(data, resize=cut_corner), floor=floor, by=by),
+        Stage("decode", decode_alone, floor=floor, by=by),
         Stage(
             "resize",
             lambda: decode(data),

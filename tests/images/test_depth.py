@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.images import Decoded, Extremes, Span, choose_span, decode_image, decode_isolated, measure_image
+from pipeline.images import Decoded, Extremes, Isolation, Span, choose_span, decode_image, measure_image
 from pipeline.images.depth import depth_span
 from tests.images.deep_files import as_lzw, as_png, as_pnm, as_tiff, deep
 from tests.images.hostile import encode, grey_tags, tiff
@@ -141,6 +141,7 @@ def test_a_truncated_pnm_and_a_short_sbit_are_no_crash() -> None:
 def test_a_process_of_its_own_decodes_deep_photos_alike() -> None:
     options = {"size": (HEIGHT, WIDTH), "interpolation": "nearest", "max_pixels": 10_000, "span": depth_span(14)}
     data = as_png(deep(RGB, 12))
-    alone, here = decode_isolated(data, **options), decode_image(data, **options)  # type: ignore[arg-type]
+    with Isolation() as isolated:
+        alone, here = isolated.decode(data, **options), decode_image(data, **options)  # type: ignore[arg-type]
     np.testing.assert_array_equal(alone.pixels, here.pixels)
     assert (alone.bit_depth, alone.clipped) == (14, 0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import ImageError, decode_image, decode_isolated, isolation
+from pipeline.images import ImageError, Isolation, decode_image, isolation
 from schemas.tables import ErrorType
 from tests.images.hostile import encode
 
@@ -32,15 +32,20 @@ def test_a_decoder_that_ends_its_process_or_never_ends_is_told(
     monkeypatch.syspath_prepend(tmp_path)
     if "sleep" in deed:
         monkeypatch.setattr(isolation, "LIMIT_S", 5.0)
-    with pytest.raises(ImageError, match=word) as caught:
-        decode_isolated(encode(Image.new("RGB", (20, 10)), "BMP"), **OPTIONS)
-    assert caught.value.error_type is ErrorType.CRASHED
+    other, bad = (encode(Image.new("RGB", (20, 10)), kind) for kind in ("PNG", "BMP"))
+    with Isolation() as isolated:
+        for _ in range(2):
+            with pytest.raises(ImageError, match=word) as caught:
+                isolated.decode(bad, **OPTIONS)
+            assert caught.value.error_type is ErrorType.CRASHED
+            assert isolated.decode(other, **OPTIONS).source_width == 20
 
 
 def test_isolation_changes_nothing_else() -> None:
     data = encode(Image.effect_noise((20, 10), 50), "PNG")
-    alone, here = decode_isolated(data, **OPTIONS), decode_image(data, **OPTIONS)
-    np.testing.assert_array_equal(alone.pixels, here.pixels)
-    with pytest.raises(ImageError) as caught:
-        decode_isolated(data[:50], **OPTIONS)
+    with Isolation() as isolated:
+        alone, here = isolated.decode(data, **OPTIONS), decode_image(data, **OPTIONS)
+        np.testing.assert_array_equal(alone.pixels, here.pixels)
+        with pytest.raises(ImageError) as caught:
+            isolated.decode(data[:50], **OPTIONS)
     assert caught.value.error_type in (ErrorType.TRUNCATED, ErrorType.CORRUPT)

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.alfa import Detector, load_encoder, locate_weights
-from pipeline.images import Cut, decode_image
+from pipeline.images import Cut, Isolation, decode_image
 from pipeline.prompts import compose_ensemble, make_offline
-from pipeline.scoring import detect, image_decoder
+from pipeline.scoring import View, detect, image_decoder
 from tests.images.hostile import encode
 from tests.places import DEMO
 from tests.scoring.runs import job_for, score
@@ -116,10 +116,10 @@ def test_jpeg_strips_are_cut_at_a_reduced_size_as_in_full() -> None:
 def test_a_process_of_its_own_cuts_strips_alike() -> None:
     job = job_for(DEMO, DEMO, "model.device=cpu")
     detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
-    decode_here, decode_alone = (image_decoder(job, detector, isolate=isolate) for isolate in (False, True))
-    data = encode(Image.fromarray(strip(64, 2000)), "PNG")
-    here, alone = decode_here(data), decode_alone(data)
+    options, data = View.of(detector).options(job), encode(Image.fromarray(strip(64, 2000)), "PNG")
+    with Isolation() as isolated:
+        here, alone = decode_image(data, **options), isolated.decode(data, **options)
+        assert isolated.decode(encode(Image.fromarray(strip(64, 64)), "PNG"), **options).tiles is None
     assert here.tiling == alone.tiling and here.tiling is not None
     np.testing.assert_array_equal(here.tiles, alone.tiles)
-    np.testing.assert_allclose(here.pixels.astype(int), alone.pixels.astype(int), atol=1)  # torch and Pillow
-    assert decode_alone(encode(Image.fromarray(strip(64, 64)), "PNG")).tiles is None
+    np.testing.assert_array_equal(here.pixels, alone.pixels)
