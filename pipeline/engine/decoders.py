@@ -93,8 +93,8 @@ class DecoderPool:
         self._lock = threading.RLock()
         self._starting: dict[Any, Any] = {}
         self._working: set[Any] = set()
-        self._growth = Growth()
-        self._looked = self._quiet_until = time.monotonic()
+        self._looked = self._quiet_until = now = time.monotonic()
+        self._growth = Growth(now)
         self._warned: set[str] = set()
 
     @property

@@ -15,8 +15,8 @@ class Growth:
     Their number grows by half of all that decode, and only as long as that makes the night faster.
     """
 
-    def __init__(self) -> None:
-        self._since: float | None = None
+    def __init__(self, now: float) -> None:
+        self._since = now
         self._waited = 0.0
         self._images = 0
         self._decoders = 0
@@ -37,7 +37,7 @@ class Growth:
         waited, self._waited = self._waited, 0.0
         images, self._images = self._images, 0
         known, self._decoders = self._decoders, decoders
-        if since is None or now <= since or known != decoders or waited <= _WAITS * (now - since):
+        if now <= since or known != decoders or waited <= _WAITS * (now - since):
             return 0
         rate = images / (now - since)
         if self._before is not None:
