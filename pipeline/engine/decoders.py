@@ -6,6 +6,7 @@ nodes. A decoder gets photos only when it has started, so a node that never come
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -83,6 +84,7 @@ class DecoderPool:
         decoder_class: type[Decoder] = Decoder,
     ) -> None:
         """cores, threads: with which the actor itself decodes."""
+        self._order = threading.Lock()
         self._arguments = run, view, source_uri
         self._cores = cores
         self._threads = threads
@@ -96,6 +98,11 @@ class DecoderPool:
         self._looked = self._quiet_until = now = time.monotonic()
         self._growth = Growth(now)
         self._warned: set[str] = set()
+
+    @property
+    def order(self) -> contextlib.AbstractContextManager[Any]:
+        """A lock; see pipeline.scoring.Decoders."""
+        return self._order
 
     @property
     def places(self) -> int:

@@ -62,6 +62,11 @@ class Decoders(Protocol):
     """Shares the decoding of photos between this process and others."""
 
     @property
+    def order(self) -> contextlib.AbstractContextManager[Any]:
+        """A lock that a shard holds until it has handed over its last photos. So shards do not take turns in decoding,
+        and the one that has the model need not wait."""
+
+    @property
     def places(self) -> int:
         """The number of calls of decode that can work at the same time."""
 

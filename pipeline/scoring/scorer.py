@@ -210,13 +210,17 @@ def _read_ahead(
         return
     chunk = min(_CHUNK, size)
     share, ahead = decoders, decoders.places + 2 * -(-size // chunk)
+    chunks = _one_after_another(batches(images, chunk), decoders.order)
     for rows in map_ahead(
-        threads,
-        lambda rows: list(zip(rows, share.decode(rows, reader.read), strict=True)),
-        batches(images, chunk),
-        ahead=ahead,
+        threads, lambda rows: list(zip(rows, share.decode(rows, reader.read), strict=True)), chunks, ahead=ahead
     ):
         yield from rows
+
+
+def _one_after_another(chunks: Iterator[list[Row]], order: _Context) -> Iterator[list[Row]]:
+    """Yields the chunks of a shard when the shard before, which needs the model first, has none left."""
+    with order:
+        yield from chunks
 
 
 def _take_turn(

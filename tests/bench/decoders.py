@@ -62,8 +62,10 @@ class SleepingReader:
 
 
 class SleepingDecoder(Decoder):
-    """A decoder that leaves its core to others. It sleeps once for all photos of a call: a sleep on a busy machine takes
-    some milliseconds too long."""
+    """A decoder that leaves its core to others.
+
+    It sleeps once for all photos of a call, because each sleep takes some milliseconds too long on a busy machine.
+    """
 
     decode_s = 0.0
 

@@ -27,6 +27,7 @@ class Shared:
 
     def __init__(self, reader: PhotoReader) -> None:
         self._reader = reader
+        self.order = threading.Lock()
         self._lock = threading.Lock()
         self.chunks: list[int] = []
         self.noted: list[tuple[float, int]] = []
