@@ -127,6 +127,7 @@ class ScoringActor:
         self._owner = leases.new_owner()
         self._turn = threading.Lock()
         self._lock = threading.Lock()
+        self._isolate = False
         self._decoders: DecoderPool | None = None
         self._guard = HangGuard()
         self._warnings = WarningKeeper()
@@ -175,9 +176,11 @@ class ScoringActor:
         """Scores a shard (see pipeline.scoring.score_shard), and counts its images in Ray's metrics.
 
         setups: references to the setups in Ray's object store, by class. A setup is fetched, and the memory of its
-        class made or read, before the first image of the class is scored. isolate: decode in another process.
+        class made or read, before the first image of the class is scored. isolate: decode in another process; from then
+        on, also references and peers.
         """
         self._setups.update(setups)
+        self._isolate = self._isolate or isolate
         if self._classes is None:
             self._classes = PreparedClasses(partial(self._prepare, run))
         decoders = None if isolate or self._job.engine.decode == "actor" else self._share_decoding(run)
@@ -211,7 +214,15 @@ class ScoringActor:
     def _prepare(self, run: Run, class_name: str) -> PromptEmbeddings:
         setup: ClassSetup = ray.get(self._setups[class_name])
         return prepare_class(
-            run, setup.embeddings, setup.neighbours, self._detector, self._source, self._output, self._owner
+            run,
+            setup.embeddings,
+            setup.neighbours,
+            self._detector,
+            self._source,
+            self._output,
+            self._owner,
+            guard=self._guard,
+            isolate=self._isolate,
         )
 
     def mask(self, shard_id: str, digest: str, thresholds: Mapping[str, Thresholds], run: Run) -> ShardStats:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -23,13 +24,15 @@ from pipeline.alfa import (
     fence_in,
     fingerprint_pixels,
 )
-from pipeline.images import Decoded, ImageError
-from pipeline.scoring.batches import detect, image_decoder, read_image, to_tensor
+from pipeline.images import Decoded, ImageError, Isolation
+from pipeline.scoring.batches import View, detect, read_image, to_tensor, view_decoder
 from pipeline.scoring.spans import RunSpans, Spans
 from pipeline.storage import AddressError, Run, Store, leases, open_store, paths
 from schemas.job import JobConfig
 
 logger = logging.getLogger(__name__)
+
+_ALONE = nullcontext()
 
 Row = Mapping[str, Any]
 
@@ -90,12 +93,16 @@ def prepare_class(
     source: Store,
     output: Store,
     owner: str,
+    *,
+    guard: AbstractContextManager[Any] = _ALONE,
+    isolate: bool = False,
 ) -> PromptEmbeddings:
     """Returns the embeddings of a class with the memory of its references and peers; makes the memory if it is missing.
 
     Of several processes, one makes the memory and the others wait (a lease). It is written create-only, so that all of
-    them score against the same memory. source: the store of the night's images. Raises OSError where the output cannot
-    be written, StoreError where a store cannot be used.
+    them score against the same memory. source: the store of the night's images. guard, isolate: as score_shard takes
+    them, because a reference or peer, too, can kill its decoder. Raises OSError where the output cannot be written,
+    StoreError where a store cannot be used.
     """
     wants_peers = run.job.peers is not None and (
         len(neighbours.peers) + len(neighbours.earlier) >= run.job.peers.min_images
@@ -106,9 +113,11 @@ def prepare_class(
     key = paths.memory_key(run.run_id, name)
     lease = leases.acquire(output, key, owner, lease_s, lambda: output.exists(key))
     if lease is not None:
-        with lease.held(lease_s, discard=True):
-            spans = RunSpans(run.job, run.run_id, source, output)
-            made = make_memory(embeddings, neighbours, detector, run.job, source, spans)
+        with lease.held(lease_s, discard=True), Isolation() if isolate else _ALONE as isolation:
+            spans = RunSpans(run.job, run.run_id, source, output, isolation)
+            made = make_memory(
+                embeddings, neighbours, detector, run.job, source, spans, guard=guard, isolation=isolation
+            )
             output.create(key, _pack(made))
     stored = read_memory(run.run_id, name, output)
     assert stored is not None, key
@@ -122,18 +131,26 @@ def make_memory(
     job: JobConfig,
     source: Store,
     spans: Spans,
+    *,
+    guard: AbstractContextManager[Any] = _ALONE,
+    isolation: Isolation | None = None,
 ) -> StoredMemory:
-    """Reads the references and peers of a class, and makes its memory.
+    """Reads the references and peers of a class, and makes its memory. guard, isolation: as PhotoReader takes them.
 
     References that cannot be read are left out with a warning. A peer that cannot be read, or has the same pixels as
     another, is replaced by the next candidate.
     """
     class_name = embeddings.ensemble.class_name
 
-    def read(row: Row, store: Store) -> Decoded | ImageError:
-        return read_image(row["uri"], store, lambda data: decode(data, span=spans.of(class_name, data)))
+    decoder = view_decoder(job, View.of(detector), isolation)
 
-    decode = image_decoder(job, detector)
+    def decode(data: bytes) -> Decoded:
+        with _ALONE if isolation else guard:
+            return decoder(data, span=spans.of(class_name, data))
+
+    def read(row: Row, store: Store) -> Decoded | ImageError:
+        return read_image(row["uri"], store, decode)
+
     good = list(_read_references(class_name, neighbours.references, job, read))
     if len(good) < (wanted := len(neighbours.references)):
         logger.warning("only %d of the %d reference images of %s can be read", len(good), wanted, class_name)

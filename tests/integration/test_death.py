@@ -188,12 +188,12 @@ BmpImagePlugin.BmpImageFile._open = lambda self: os.kill(os.getpid(), signal.SIG
 """
 
 _BMP_HANGS = """
-import ctypes, faulthandler, subprocess
+import ctypes, faulthandler, threading
 from PIL import BmpImagePlugin
 BmpImagePlugin.BmpImageFile._open = lambda self: ctypes.PyDLL(None).sleep(1000)  # PyDLL: with the interpreter's lock
-wait, run = faulthandler.dump_traceback_later, subprocess.run
+wait, timer = faulthandler.dump_traceback_later, threading.Timer
 faulthandler.dump_traceback_later = lambda limit, exit: wait(limit / 20, exit=exit)
-subprocess.run = lambda *a, timeout=None, **k: run(*a, timeout=timeout and timeout / 20, **k)
+threading.Timer = lambda limit, *a, **k: timer(limit / 20 if limit == 300 else limit, *a, **k)
 """
 
 
