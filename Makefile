@@ -60,6 +60,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.bench.storage
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.engine
+	$(BIN)/python -m tests.bench.decoders
 
 clean:
 	rm -rf .venv out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
