@@ -64,6 +64,7 @@ def make_row(grid: NDArray[np.float32], width: int, height: int) -> Row:
         "defect_names": list(DEFECTS),
         "defect_grid": defects.ravel(),
         "defect_grid_width": grid.shape[1],
+        "peer_grid": None,
     }
 
 
