@@ -46,8 +46,8 @@ def to_image(pixels: NDArray[np.uint8], mode: str) -> Image.Image:
 def view_pixels(image: Image.Image) -> NDArray[np.uint8]:
     """Returns the pixels of an RGB or CMYK image, read only: [h, w, 4], of which the fourth means nothing in RGB.
 
-    They are those in Pillow's memory. Images of more than some megapixels, which it keeps in several pieces, are
-    copied, to [h, w, 3] if RGB; that holds the interpreter's lock for a millisecond per megapixel.
+    They are those in Pillow's memory. Only an image of more than 1 GiB, which it keeps in several pieces, is copied, to
+    [h, w, 3] if RGB.
     """
     try:
         pixels: NDArray[np.uint8] = pa.array(image).flatten().to_numpy().reshape(image.height, image.width, 4)
