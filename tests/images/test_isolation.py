@@ -8,7 +8,7 @@ from pipeline.images import ImageError, Isolation, decode_image, isolation
 from schemas.tables import ErrorType
 from tests.images.hostile import encode
 
-OPTIONS = {"size": (8, 8), "interpolation": "bilinear", "max_pixels": 1000}
+OPTIONS = {"size": (8, 8), "interpolation": "nearest", "max_pixels": 1000}  # nearest needs no torch
 BROKEN = (
     "import os, signal, time\nfrom PIL import BmpImagePlugin\nBmpImagePlugin.BmpImageFile._open = lambda self: {}\n"
 )
@@ -30,12 +30,12 @@ def test_a_decoder_that_ends_its_process_or_never_ends_is_told(
     """The decoder of BMP is broken in the new process alone, as by a bug in a codec."""
     (tmp_path / "sitecustomize.py").write_text(BROKEN.format(deed))
     monkeypatch.syspath_prepend(tmp_path)
-    if "sleep" in deed:
-        monkeypatch.setattr(isolation, "LIMIT_S", 5.0)
     other, bad = (encode(Image.new("RGB", (20, 10)), kind) for kind in ("PNG", "BMP"))
     with Isolation() as isolated:
         for _ in range(2):
-            with pytest.raises(ImageError, match=word) as caught:
+            with pytest.raises(ImageError, match=word) as caught, monkeypatch.context() as patch:
+                if "sleep" in deed:
+                    patch.setattr(isolation, "LIMIT_S", 5.0)
                 isolated.decode(bad, **OPTIONS)
             assert caught.value.error_type is ErrorType.CRASHED
             assert isolated.decode(other, **OPTIONS).source_width == 20
