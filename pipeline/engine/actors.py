@@ -21,7 +21,7 @@ from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.engine.cluster import list_nodes
 from pipeline.engine.decoders import DecoderPool
-from pipeline.engine.errors import EngineError, cause_of
+from pipeline.engine.errors import EngineError, cause_of, reason_of
 from pipeline.engine.head import HeadWatch
 from pipeline.engine.plan import ActorPlan
 from pipeline.engine.relay import Reply, WarningKeeper, unpack
@@ -40,7 +40,6 @@ from pipeline.scoring import (
 from pipeline.storage import Run, leases, open_store
 from schemas.job import JobConfig
 from schemas.prompts import PromptEnsemble, PromptSet
-from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
             raise cause_of(error) from None
         except ray.exceptions.RayActorError as error:
             deaths += 1
-            reason = one_line(str(error))[:400]
+            reason = reason_of(error)
             if deaths > job.engine.max_restarts:
                 raise EngineError(
                     f"the prompt actor died {deaths} times, more than engine.max_restarts ({job.engine.max_restarts}) "

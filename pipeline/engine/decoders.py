@@ -19,12 +19,13 @@ import ray.exceptions
 import torch
 
 from pipeline.engine.cluster import list_nodes
+from pipeline.engine.errors import reason_of
 from pipeline.engine.growth import Growth
+from pipeline.engine.plan import away_from
 from pipeline.engine.relay import Reply, WarningKeeper, unpack
 from pipeline.images import Decoded, ImageError, give_back_freed_memory
 from pipeline.scoring import PhotoReader, Row, View
 from pipeline.storage import Run, open_store
-from schemas.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -153,8 +154,8 @@ class DecoderPool:
         if not count:
             return
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0}
-        if with_gpu := _nodes_with_gpu():
-            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(sorted(with_gpu))})"}
+        if labels := away_from(_nodes_with_gpu()):
+            options["label_selector"] = labels
         remote: Any = ray.remote(self._class).options(**options)
         with self._lock:
             for _ in range(count):
@@ -193,7 +194,7 @@ class DecoderPool:
         if not known:
             logger.warning(
                 "a decoder failed, and others decode its photos; more failures of this kind are not logged: %s",
-                one_line(str(error))[:400] or kind,
+                reason_of(error) or kind,
             )
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.engine.errors import EngineError
@@ -27,6 +27,11 @@ class Node:
     def amount(self, resource: str) -> float:
         """Returns the total amount of a resource on the node, whether in use or not."""
         return self.resources.get(resource, 0)
+
+
+def away_from(node_ids: Collection[str]) -> dict[str, str]:
+    """Returns the label selector of actors that must not be placed on these nodes."""
+    return {"ray.io/node-id": f"!in({','.join(sorted(node_ids))})"} if node_ids else {}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pipeline.engine.actors import ClassSetup, ScoringActor
 from pipeline.engine.cluster import is_local
 from pipeline.engine.errors import EngineError, cause_of, reason_of
 from pipeline.engine.head import REFRESH_EVERY_S
-from pipeline.engine.plan import ActorPlan, wanted_actors
+from pipeline.engine.plan import ActorPlan, away_from, wanted_actors
 from pipeline.engine.relay import unpack
 from pipeline.engine.view import ClusterView
 from pipeline.scoring import Neighbours, Shard, ShardStats, Thresholds, fixed_thresholds
@@ -268,10 +268,7 @@ class ScoringPool:
     def _start(self) -> None:
         engine, plan = self._run.job.engine, self.plan
         options: dict[str, Any] = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "resources": engine.resources}
-        labels = dict(engine.labels)
-        if excluded := self._view.excluded:
-            labels["ray.io/node-id"] = f"!in({','.join(excluded)})"
-        if labels:
+        if labels := {**engine.labels, **away_from(self._view.excluded)}:
             options["label_selector"] = labels
         remote = ray.remote(self._actor_class).options(**options, max_restarts=0, max_concurrency=_CALLS_AT_ONCE)
         worker = _Worker(remote.remote(*self._arguments, plan.cpus), replace(plan, count=0))

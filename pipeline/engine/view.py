@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from pipeline.engine.cluster import can_grow, is_local, list_nodes
 from pipeline.engine.errors import EngineError
@@ -55,9 +55,9 @@ class ClusterView:
         return self._head.silent
 
     @property
-    def excluded(self) -> list[str]:
-        """Ids of the nodes that get no actor, in order."""
-        return sorted(self._excluded)
+    def excluded(self) -> Collection[str]:
+        """Ids of the nodes that get no actor."""
+        return self._excluded
 
     def refresh_when_due(self) -> None:
         """Calls refresh() if the last look is five seconds old."""

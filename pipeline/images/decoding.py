@@ -190,11 +190,11 @@ def _fit(
         width, height = deep.width, deep.height
         span = deep.stated or span or choose_span([deep.extremes()])
         (image, clipped), bits, pixels = deep.render(span), span.bits, None
+    upright = None
     if pixels is None:
         upright = image if transform is not None and image.mode == "CMYK" else _to_rgb(image)
-        mode, pixels = upright.mode, view_pixels(upright)
-    else:
-        mode = "RGB"
+        pixels = view_pixels(upright)
+    mode = "RGB" if upright is None else upright.mode
 
     def convert(seen: Image.Image) -> Image.Image:
         return seen if transform is None else ImageCms.applyTransform(seen, transform) or seen
@@ -205,7 +205,8 @@ def _fit(
     tiling = None if cut is None else cut.plan(width, height, max(size))
     tiles = None
     if tiling is not None:
-        whole, how = to_image(pixels, mode), INTERPOLATIONS[interpolation]
+        whole = to_image(pixels, mode) if upright is None else upright
+        how = INTERPOLATIONS[interpolation]
         tiles = _cut(whole, tiling, size, lambda box: convert(whole.resize((size[1], size[0]), how, box=box)))
     return Decoded(np.ascontiguousarray(squashed[..., :3]), width, height, tiles, tiling, bits, clipped)
 

@@ -25,14 +25,13 @@ from pipeline.alfa import (
     fingerprint_pixels,
 )
 from pipeline.images import Decoded, ImageError, Isolation
-from pipeline.scoring.batches import View, detect, read_image, to_tensor, view_decoder
+from pipeline.scoring.batches import View, detect, read_image, to_tensor
+from pipeline.scoring.reading import PhotoDecoder
 from pipeline.scoring.spans import RunSpans, Spans
 from pipeline.storage import AddressError, Run, Store, leases, open_store, paths
 from schemas.job import JobConfig
 
 logger = logging.getLogger(__name__)
-
-_ALONE = nullcontext()
 
 Row = Mapping[str, Any]
 
@@ -94,7 +93,7 @@ def prepare_class(
     output: Store,
     owner: str,
     *,
-    guard: AbstractContextManager[Any] = _ALONE,
+    guard: AbstractContextManager[Any] | None = None,
     isolate: bool = False,
 ) -> PromptEmbeddings:
     """Returns the embeddings of a class with the memory of its references and peers; makes the memory if it is missing.
@@ -113,7 +112,7 @@ def prepare_class(
     key = paths.memory_key(run.run_id, name)
     lease = leases.acquire(output, key, owner, lease_s, lambda: output.exists(key))
     if lease is not None:
-        with lease.held(lease_s, discard=True), Isolation() if isolate else _ALONE as isolation:
+        with lease.held(lease_s, discard=True), Isolation() if isolate else nullcontext() as isolation:
             spans = RunSpans(run.job, run.run_id, source, output, isolation)
             made = make_memory(
                 embeddings, neighbours, detector, run.job, source, spans, guard=guard, isolation=isolation
@@ -132,24 +131,19 @@ def make_memory(
     source: Store,
     spans: Spans,
     *,
-    guard: AbstractContextManager[Any] = _ALONE,
+    guard: AbstractContextManager[Any] | None = None,
     isolation: Isolation | None = None,
 ) -> StoredMemory:
-    """Reads the references and peers of a class, and makes its memory. guard, isolation: as PhotoReader takes them.
+    """Reads the references and peers of a class, and makes its memory. guard, isolation: as PhotoDecoder takes them.
 
     References that cannot be read are left out with a warning. A peer that cannot be read, or has the same pixels as
     another, is replaced by the next candidate.
     """
     class_name = embeddings.ensemble.class_name
-
-    decoder = view_decoder(job, View.of(detector), isolation)
-
-    def decode(data: bytes) -> Decoded:
-        with _ALONE if isolation else guard:
-            return decoder(data, span=spans.of(class_name, data))
+    decoder = PhotoDecoder(job, View.of(detector), spans, guard=guard, isolation=isolation)
 
     def read(row: Row, store: Store) -> Decoded | ImageError:
-        return read_image(row["uri"], store, decode)
+        return read_image(row["uri"], store, partial(decoder.decode, class_name))
 
     good = list(_read_references(class_name, neighbours.references, job, read))
     if len(good) < (wanted := len(neighbours.references)):

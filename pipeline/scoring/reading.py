@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from pipeline.images import FILE_BYTES, Decoded, ImageError, Isolation
 from pipeline.scoring.batches import View, read_image, view_decoder
-from pipeline.scoring.spans import RunSpans
+from pipeline.scoring.spans import RunSpans, Spans
 from pipeline.storage import Run, Store
+from schemas.job import JobConfig
 from schemas.tables import ErrorType
 
 Row = dict[str, Any]
@@ -19,6 +20,29 @@ Row = dict[str, Any]
 _MAX_BYTES_PER_PIXEL = 8
 """Bytes per pixel of uncompressed RGBA of 16 bits."""
 _MAX_METADATA_BYTES = 16_000_000
+
+
+class PhotoDecoder:
+    """Decodes the bytes of photos, deep ones with the span of their class. Safe for use by several threads."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        view: View,
+        spans: Spans,
+        *,
+        guard: contextlib.AbstractContextManager[Any] | None = None,
+        isolation: Isolation | None = None,
+    ) -> None:
+        """guard: entered around each decoding here. isolation: decodes in another process; then use one thread."""
+        self._decoder = view_decoder(job, view, isolation)
+        self._spans = spans
+        self._guard = contextlib.nullcontext() if guard is None or isolation else guard
+
+    def decode(self, class_name: str, data: bytes) -> Decoded:
+        """Decodes a photo of a class. Raises ImageError where the photo is at fault, StoreError as Spans.of does."""
+        with self._guard:
+            return self._decoder(data, span=self._spans.of(class_name, data))
 
 
 class PhotoReader:
@@ -34,11 +58,10 @@ class PhotoReader:
         guard: contextlib.AbstractContextManager[Any] | None = None,
         isolation: Isolation | None = None,
     ) -> None:
-        """guard: entered around each decoding here. isolation: decodes in another process; then use one thread."""
+        """guard, isolation: as PhotoDecoder takes them."""
         self._source = source
-        self._decoder = view_decoder(run.job, view, isolation)
-        self._spans = RunSpans(run.job, run.run_id, source, output, isolation)
-        self._guard = contextlib.nullcontext() if guard is None or isolation else guard
+        spans = RunSpans(run.job, run.run_id, source, output, isolation)
+        self._decoder = PhotoDecoder(run.job, view, spans, guard=guard, isolation=isolation)
         self._max_pixels = run.job.dataset.max_pixels
 
     def read(self, image: Row) -> Decoded | ImageError:
@@ -51,11 +74,7 @@ class PhotoReader:
             message = f"its file has {size} bytes, more than dataset.max_pixels ({self._max_pixels}) can need"
             return ImageError(ErrorType.TOO_MANY_PIXELS, message)
         with FILE_BYTES.hold(size):
-            return read_image(image["uri"], self._source, partial(self._decode, image["class_name"]))
-
-    def _decode(self, class_name: str, data: bytes) -> Decoded:
-        with self._guard:
-            return self._decoder(data, span=self._spans.of(class_name, data))
+            return read_image(image["uri"], self._source, partial(self._decoder.decode, image["class_name"]))
 
 
 class Decoders(Protocol):

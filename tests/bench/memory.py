@@ -25,7 +25,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import give_back_freed_memory, list_images, open_dataset
 from pipeline.scoring import cut_shards
 from pipeline.storage import Run, Store
@@ -33,6 +32,7 @@ from schemas.job import parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import print_table, resident_bytes, write_results
 from tests.bench.models import compose_base, score_shards
+from tests.scoring.runs import load_detector
 
 SIZE = (4000, 3000)
 CLASS = "part"
@@ -84,7 +84,7 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     shards = cut_shards(list_images(source), batch)
     torch.set_num_threads(cpus)
     give_back_freed_memory()
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     prompts = {CLASS: detector.embed(compose_base(CLASS))}
     loaded = resident_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

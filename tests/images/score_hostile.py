@@ -13,13 +13,13 @@ import resource
 import sys
 import time
 
-from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import budget, list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
 from pipeline.scoring import cut_shards, score_shard
 from pipeline.storage import Run, Store
 from schemas.job import Dataset, parse_job
 from tests.places import DEMO
+from tests.scoring.runs import load_detector
 
 
 def peak_bytes() -> int:
@@ -38,7 +38,7 @@ def main(images: str, output_uri: str, pixels: int) -> None:
         "model": {"batch_size": 16},
     }  # full with whole photos
     job = parse_job({**document, **settings})
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     output = Store(job.output.uri)
     prompts = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="test"), lambda _: True))
 

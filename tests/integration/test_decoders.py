@@ -11,14 +11,14 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.alfa import Detector, PromptEmbeddings
 from pipeline.engine import Decoder, DecoderPool
 from pipeline.engine.relay import Reply
 from pipeline.scoring import Row, View, score_shard
 from pipeline.storage import Run, Store
 from tests.places import DEMO
 from tests.processes import kill_processes
-from tests.scoring.runs import comparable_rows, embed, job_for, shards_of, write_mixed_photos
+from tests.scoring.runs import comparable_rows, embed, job_for, load_detector, shards_of, write_mixed_photos
 from tests.shared_ray import share_ray
 
 OPTIONS = ("model.image_size=98", "model.batch_size=2", "dataset.layout=folders")
@@ -60,7 +60,7 @@ class Shard:
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO, *OPTIONS)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    return load_detector(job)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.lake import collect_garbage, publish_night
 from pipeline.scoring import score_shard
 from pipeline.storage import AddressError, Run, Store, StoreError, read_shard
@@ -20,7 +19,7 @@ from tests.command import alfa, alfa_alone
 from tests.lake.nights import make_run
 from tests.nights import NIGHT
 from tests.places import DEMO
-from tests.scoring.runs import embed, job_for, shards_of
+from tests.scoring.runs import embed, job_for, load_detector, shards_of
 from tests.seaweed import ObjectStorage
 
 
@@ -94,7 +93,7 @@ def test_a_local_table_names_photos_in_a_bucket(s3: ObjectStorage, tmp_path: Pat
     uris.append("s3://no-such-bucket/d.jpg")
     (tmp_path / "table.csv").write_text("uri,class_name\n" + "".join(f"{uri},hazelnut\n" for uri in uris))
     job = job_for(tmp_path / "table.csv", tmp_path / "out")
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     (shard,), output = shards_of(job), Store(job.output.uri)
     run, prompts = Run("run", job, "alfa-small", "0" * 64), embed(detector, job, "hazelnut")
     score_shard(shard, run, detector, prompts, Store(str(tmp_path)), output, 2)

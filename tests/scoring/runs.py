@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipeline.alfa import Detector, PromptEmbeddings
+from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
 from pipeline.scoring import Shard, cut_shards, score_shard
@@ -19,6 +19,11 @@ from tests.places import DEMO
 def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:
     document = {"dataset": {"images": str(images)}, "output": {"uri": str(output)}, "run_date": "2026-01-02"}
     return parse_job(document, overrides)
+
+
+def load_detector(job: JobConfig) -> Detector:
+    """The detector of a job without references."""
+    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
 
 
 def shards_of(job: JobConfig) -> list[Shard]:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
+from pipeline.alfa import Detector, PromptEmbeddings
 from pipeline.images import Decoded, ImageError
 from pipeline.scoring import Decoders, PhotoReader, Row, Shard, ShardStats, View, score_shard
 from pipeline.storage import Run, Store, StoreError
 from schemas.job import JobConfig
 from schemas.tables import MANIFEST
 from tests.places import DEMO
-from tests.scoring.runs import comparable_rows, embed, job_for, shards_of, write_mixed_photos
+from tests.scoring.runs import comparable_rows, embed, job_for, load_detector, shards_of, write_mixed_photos
 
 OPTIONS = ("model.image_size=98", "model.batch_size=4", "dataset.layout=folders")
 
@@ -54,7 +54,7 @@ class Unusable(Shared):
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO, *OPTIONS)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    return load_detector(job)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,13 @@ from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig
 from schemas.tables import SCORES
 from tests.places import DEMO
-from tests.scoring.runs import embed, job_for, score, shards_of
+from tests.scoring.runs import embed, job_for, load_detector, score, shards_of
 
 
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    return load_detector(job)
 
 
 def read_mask(row: dict[str, object]) -> np.ndarray:

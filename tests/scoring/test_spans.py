@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.alfa import Detector, load_encoder, locate_weights
+from pipeline.alfa import Detector
 from pipeline.images import list_images, measure_image, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
 from pipeline.scoring import (
@@ -27,6 +27,7 @@ from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig, parse_job
 from tests.images.deep_files import as_png, as_pnm, as_tiff, deep
 from tests.places import DEMO
+from tests.scoring.runs import load_detector
 
 PHOTOS = [DEMO / "hazelnut/test" / name for name in ("good/02.jpg", "colour/01.jpg")]
 SIDE = 128
@@ -35,7 +36,7 @@ SIDE = 128
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     job = job_for(DEMO, DEMO)
-    return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    return load_detector(job)
 
 
 def job_for(images: Path, output: Path, *overrides: str) -> JobConfig:

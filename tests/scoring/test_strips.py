@@ -11,13 +11,12 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.alfa import Detector, load_encoder, locate_weights
 from pipeline.images import Cut, Isolation, decode_image
 from pipeline.prompts import compose_ensemble, make_offline
 from pipeline.scoring import View, detect, image_decoder
 from tests.images.hostile import encode
 from tests.places import DEMO
-from tests.scoring.runs import job_for, score
+from tests.scoring.runs import job_for, load_detector, score
 
 NUT = DEMO / "hazelnut/test/good/01.jpg"
 DEFECT = 20
@@ -55,7 +54,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     (folder / "nut/steel").mkdir(parents=True)
     (folder / "nut/steel/nut.jpg").write_bytes(NUT.read_bytes())
     job = job_for(folder / "in", folder / "out", "model.device=cpu", "output.maps=true")
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     found: dict[str, Any] = {Path(str(row["image_key"])).stem: row for row in score(detector, job, "steel")}
     (found["alone"],) = score(detector, job_for(folder / "nut", folder / "out2", "model.device=cpu"), "steel")
     return found
@@ -89,7 +88,7 @@ def test_maps_and_masks_of_strips_lie_as_the_photo_does(rows: dict[str, dict[str
 def test_a_strip_of_30_000_pixels_shows_in_tiles_what_it_hides_as_a_whole() -> None:
     """Squashed to 224 pixels, the defect would be a seventh of a pixel long."""
     job = job_for(DEMO, DEMO, "model.device=cpu")
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     prompts = detector.embed(compose_ensemble(make_offline("steel"), lambda _: True))
     decode = image_decoder(job, detector)
     clean, defect = (decode(encode(Image.fromarray(pixels), "PNG")) for pixels in pair(64, 30_000, 21_000))
@@ -115,7 +114,7 @@ def test_jpeg_strips_are_cut_at_a_reduced_size_as_in_full() -> None:
 
 def test_a_process_of_its_own_cuts_strips_alike() -> None:
     job = job_for(DEMO, DEMO, "model.device=cpu")
-    detector = Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
+    detector = load_detector(job)
     options, data = View.of(detector).options(job), encode(Image.fromarray(strip(64, 2000)), "PNG")
     with Isolation() as isolated:
         here, alone = decode_image(data, **options), isolated.decode(data, **options)

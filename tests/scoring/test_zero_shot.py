@@ -14,13 +14,13 @@ import pytest
 from PIL import Image
 
 from pipeline import Prediction, ZeroShotDetector
-from pipeline.alfa import Detector, ModelError, load_encoder, locate_weights
+from pipeline.alfa import ModelError
 from pipeline.images import ImageError, decode_mask
 from pipeline.storage import Store
 from schemas.job import JobError, Method
 from schemas.prompts import Prompt, PromptEnsemble, PromptSet
 from tests.places import DEMO, ROOT
-from tests.scoring.runs import job_for, score
+from tests.scoring.runs import job_for, load_detector, score
 
 PHOTO = DEMO / "hazelnut" / "test" / "colour" / "00.jpg"
 GOOD = DEMO / "hazelnut" / "test" / "good" / "01.jpg"
@@ -50,7 +50,7 @@ def test_the_readme_shows_ten_lines_that_run_without_ray() -> None:
 
 def test_a_prediction_is_the_row_of_a_night(detector: ZeroShotDetector, tmp_path: Path) -> None:
     job = job_for(DEMO, tmp_path, "dataset.class_name=hazelnut", "model.device=cpu")
-    night = score(Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method), job, "hazelnut")
+    night = score(load_detector(job), job, "hazelnut")
     rows = {str(row["image_uri"]): row for row in night}
     photos = [path for path in (PHOTO, GOOD) if str(path) in rows]
     assert len(photos) == 2
