@@ -18,8 +18,8 @@ BROKEN = (
     ("deed", "word"),
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
-        ("os.abort()", "SIGABRT"),
+        pytest.param("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("os.abort()", "SIGABRT", marks=pytest.mark.slow),
         ("os._exit(3)", "exit code 3"),
         ("time.sleep(1000)", "did not end within 5 s"),
     ],
