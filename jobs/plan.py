@@ -25,7 +25,7 @@ from pipeline.alfa import locate_weights, text_fits
 from pipeline.images import describe_left_out
 from pipeline.lake import Selection, published_nights, read_commit, read_stats
 from pipeline.prompts import compose_ensemble, find_or_make, record_prompts
-from pipeline.scoring import SHARD_ID_COLUMNS, Manifest, identify_shards
+from pipeline.scoring import Manifest, identify_shards
 from pipeline.storage import Store, open_store, paths
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
@@ -162,7 +162,7 @@ def plan_night(job: JobConfig) -> NightPlan:
         table, _ = read_thresholds(job, weights, classes)
         references = select_references(job, chosen, classes)
         sets = {name: find_or_make(output, name, job.prompts) for name in classes}
-        shard_ids = list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), job.engine.shard_size))
+        shard_ids = list(identify_shards(manifest, job.engine.shard_size))
         files = _summarise_files(manifest)
     run_id = finished = is_published = None
     known = [prompt_set for prompt_set in sets.values() if prompt_set is not None]

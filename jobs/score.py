@@ -33,7 +33,6 @@ from pipeline.lake import (
 )
 from pipeline.scoring import (
     SAMPLE_COLUMNS,
-    SHARD_ID_COLUMNS,
     Neighbours,
     Thresholds,
     choose_samples,
@@ -125,13 +124,13 @@ def _execute(
     output.create(paths.manifest_key(run.run_id, manifest.digest), manifest.path)
     if job.dataset.bit_depth is None:
         write_samples(run.run_id, choose_samples(manifest.batches(SAMPLE_COLUMNS)), plan.spans, output)
-    size = job.engine.shard_size
-    shard_ids = list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), size))
+    sizes = identify_shards(manifest, job.engine.shard_size)
+    shard_ids = list(sizes)
     finished = paths.finished_shards(output, run.shards) & set(shard_ids)
     if finished:
         logger.info("run %s: %d of %d shards are finished already", run.run_id, len(finished), len(shard_ids))
-    waiting = (shard for shard in cut_shards(manifest.batches(), size) if shard.shard_id not in finished)
-    left = max(0, manifest.images - len(finished) * size)
+    waiting = (shard for shard in cut_shards(manifest, job.engine.shard_size) if shard.shard_id not in finished)
+    left = sum(images for shard_id, images in sizes.items() if shard_id not in finished)
     facts = RunStats(
         run_id=run.run_id,
         run_date=job.run_date,

@@ -63,9 +63,14 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Task:
-    """An item of work. deaths: the nodes on which workers died over it. tries: number of its running calls."""
+    """An item of work.
+
+    size: how much work it is, compared with the others. deaths: the nodes on which workers died over it. tries: number
+    of its running calls.
+    """
 
     item: Any
+    size: int = 1
     deaths: list[str | None] = field(default_factory=list)
     tries: int = 0
     done: bool = False
@@ -151,8 +156,11 @@ class ScoringPool:
             setups = {name: self._setups[name] for name in classes}
             return _call(actor, "score", shard, self._run, setups, deaths > 0)
 
+        def count_images(shard: Shard) -> int:
+            return max(1, shard.images.num_rows)
+
         masks_follow = fixed_thresholds(self._run.job) is None
-        return self._each(shards, self._shards, submit, self._shards if masks_follow else 0)
+        return self._each(shards, self._shards, submit, self._shards if masks_follow else 0, count_images)
 
     def mask(self, shard_ids: Sequence[str], digest: str, thresholds: Mapping[str, Thresholds]) -> Iterator[ShardStats]:
         """Makes the masks of scored shards, and yields their stats as they finish. digest: of the thresholds."""
@@ -164,19 +172,24 @@ class ScoringPool:
         return self._each(iter(shard_ids), len(shard_ids), submit, 0)
 
     def _each(
-        self, items: Iterator[Any], count: int, submit: Callable[[Any, Any, int], Any], afterwards: int
+        self,
+        items: Iterator[Any],
+        count: int,
+        submit: Callable[[Any, Any, int], Any],
+        afterwards: int,
+        size: Callable[[Any], int] = lambda _: 1,
     ) -> Iterator[Any]:
         """Yields the results of submit(actor, item, deaths) for all items, in the order in which they finish.
 
         count: number of items, or more. deaths: number of workers that died over the item, without those of lost nodes.
-        afterwards: number of items that other calls of this method will bring later.
+        afterwards: number of items that other calls of this method will bring later. size: how much work an item is.
         """
         waiting: deque[_Task] = deque()
         calls: dict[Any, _Call] = {}
         taken: deque[float] = deque(maxlen=99)
         while True:
             room = max(0, len(self._workers) + 1 - len(waiting))
-            more = [_Task(item) for item in islice(items, room)]
+            more = [_Task(item, size(item)) for item in islice(items, room)]
             count = count - room if len(more) == room else 0
             waiting += more
             once = [] if waiting else [call for call in calls.values() if call.task.tries == 1 and not call.task.done]
@@ -208,7 +221,7 @@ class ScoringPool:
                     self._replace_dead(call.worker, error, call.task)
                 else:
                     self._deaths.clear()
-                    taken.append(time.monotonic() - call.started)
+                    taken.append((time.monotonic() - call.started) / call.task.size)
                     if not call.task.done:
                         call.task.done = True
                         yield result
@@ -229,14 +242,20 @@ class ScoringPool:
     ) -> _Task | None:
         """Takes the next waiting task for a worker. If none waits, returns the longest running one if it straggles.
 
-        once: calls that could be tried a second time. taken: seconds that the last successful calls have taken.
+        once: calls that could be tried a second time. taken: seconds that the last successful calls have taken, divided
+        by the sizes of their items.
         """
         if worker is None:
             return None
         if waiting:
             return waiting.popleft()
-        slowest = min((call for call in once if call.worker is not worker), key=lambda call: call.started, default=None)
-        if slowest and taken and time.monotonic() - slowest.started > _STRAGGLER_FACTOR * statistics.median(taken):
+        now = time.monotonic()
+
+        def pace(call: _Call) -> float:
+            return (now - call.started) / call.task.size
+
+        slowest = max((call for call in once if call.worker is not worker), key=pace, default=None)
+        if slowest and taken and pace(slowest) > _STRAGGLER_FACTOR * statistics.median(taken):
             return slowest.task
         return None
 

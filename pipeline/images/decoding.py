@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, _imaging
 
 from pipeline.images.budget import PIXELS, trim_small_blocks
+from pipeline.images.codecs import decode_upright
 from pipeline.images.colour import choose_transform
 from pipeline.images.depth import Extremes, Span, choose_span, read_deep, states_depth
 from pipeline.images.formats import FORMATS, explain_unknown
-from pipeline.images.jpeg import decode_upright_jpeg
 from pipeline.images.resizing import INTERPOLATIONS, resize, to_image, view_pixels
 from pipeline.tiling import Tiling, plan_strip, plan_tiling
 from schemas.tables import ErrorType
@@ -184,7 +184,7 @@ def _fit(
     deep = read_deep(image, data, _turn_upright)
     if deep is None:
         bits, clipped = 8, 0
-        pixels = decode_upright_jpeg(image, data)
+        pixels = decode_upright(image, data)
         width, height = reversed(stored) if pixels is None and _turn_upright(image) else stored
     else:
         width, height = deep.width, deep.height

@@ -17,7 +17,7 @@ from pipeline.scoring.memories import (
 from pipeline.scoring.reading import Decoders, PhotoReader, Row
 from pipeline.scoring.references import choose_references, describe_choice
 from pipeline.scoring.scorer import ShardStats, mask_shard, score_shard
-from pipeline.scoring.shards import SHARD_ID_COLUMNS, Manifest, Shard, cut_shards, identify_shards, write_manifest
+from pipeline.scoring.shards import Manifest, Shard, cut_shards, identify_shards, write_manifest
 from pipeline.scoring.spans import (
     SAMPLE_COLUMNS,
     RunSpans,
@@ -42,7 +42,6 @@ from pipeline.scoring.zero_shot import Prediction, ZeroShotDetector
 __all__ = [
     "CANDIDATES_PER_PEER",
     "SAMPLE_COLUMNS",
-    "SHARD_ID_COLUMNS",
     "Decoders",
     "LowestIds",
     "Manifest",

@@ -323,6 +323,10 @@ class Store:
                 if (data := bucket.get(name)) is not None:
                     return data
             try:
+                if self.is_local:
+                    # A fifth of the time of the way below, which tries again, or says what is wrong.
+                    with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                        return file.read()
                 return bytes(patiently(self.fs.cat_file)(path))
             except ValueError as error:  # a NUL, or characters that cannot be encoded
                 raise OSError(errno.EINVAL, f"no object can have such a name: {error}") from None

@@ -89,7 +89,7 @@ def plan(job: JobConfig, scratch: str) -> Plan:
 
 
 def shards_of(night: Plan) -> Iterator[Shard]:
-    return cut_shards(night.manifest.batches(), night.run.job.engine.shard_size)
+    return cut_shards(night.manifest, night.run.job.engine.shard_size)
 
 
 @functools.cache

@@ -27,14 +27,15 @@ from torch import Tensor
 import pipeline.alfa.encoder
 from pipeline.alfa import Detector, PromptEmbeddings
 from pipeline.alfa.device import to_device
-from pipeline.images import give_back_freed_memory, list_images, open_dataset
-from pipeline.scoring import Shard, cut_shards, image_decoder, to_tensor
+from pipeline.images import give_back_freed_memory
+from pipeline.scoring import Shard, image_decoder, to_tensor
 from pipeline.storage import Store
 from schemas.job import EMBEDDED_MODEL, Method
 from tests.bench.detector import with_peers
 from tests.bench.measuring import measure, write_results
 from tests.bench.models import DEVICE, build, compose_base, encode_bare, name_device
 from tests.bench.pipeline import ANOMALOUS, Actor, build_actor, describe_job, measure_busy, write_photos
+from tests.scoring.runs import shards_of
 
 LAST_START_S = 400.0
 """Rows that have not begun by then are left out, so that all is over in eight minutes."""
@@ -104,7 +105,7 @@ class Bench:
         found = actor.detector.detect(pixels, [actor.prompts["part"]] * len(pixels))
         highest = float(np.quantile([detection.grid.max() for detection in found], 1 - ANOMALOUS))
         job = describe_job(str(self.folder), self.options.batch, highest)
-        shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
+        shards = shards_of(job)
         return replace(actor, run=replace(actor.run, job=job)), shards
 
     def encode(self, pixels: Tensor) -> object:

@@ -26,13 +26,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipeline.images import give_back_freed_memory, list_images, open_dataset
-from pipeline.scoring import cut_shards
 from pipeline.storage import Run, Store
 from schemas.job import parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import print_table, resident_bytes, write_results
 from tests.bench.models import compose_base, score_shards
-from tests.scoring.runs import load_detector
+from tests.scoring.runs import cut_batches, load_detector
 
 SIZE = (4000, 3000)
 CLASS = "part"
@@ -81,7 +80,7 @@ def score(images: str, output: str, model: str, weights: str, batch: int, cpus: 
     }
     job = parse_job(document)
     source, store = open_dataset(job.dataset, job.storage), Store(job.output.uri)
-    shards = cut_shards(list_images(source), batch)
+    shards = cut_batches(list_images(source), batch)
     torch.set_num_threads(cpus)
     give_back_freed_memory()
     detector = load_detector(job)

@@ -28,13 +28,14 @@ import torch
 
 from pipeline.alfa import Detector, Encoder, Features, PromptEmbeddings
 from pipeline.alfa.device import to_device
-from pipeline.images import give_back_freed_memory, list_images, open_dataset
-from pipeline.scoring import Shard, cut_shards, image_decoder, to_tensor
+from pipeline.images import give_back_freed_memory
+from pipeline.scoring import Shard, image_decoder, to_tensor
 from pipeline.storage import Run, Store, map_ahead
 from schemas.job import JobConfig, Method, parse_job
 from tests.bench.decoding import make_jpeg
 from tests.bench.measuring import measure, print_table, write_results
 from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device, score_shards
+from tests.scoring.runs import shards_of
 from tests.seaweed import run_seaweed
 
 SIDES = (240, 512, 768, 1024)
@@ -191,7 +192,7 @@ def main() -> None:
 
         job = describe_job(place, options.batch, float(np.quantile(run_detector(), 1 - ANOMALOUS)))
         actor = replace(actor, run=replace(actor.run, job=job))
-        shards = list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
+        shards = shards_of(job)
         timeless = TimelessDetector(encoder, job.method)
         runs: dict[str, Callable[[], object]] = {
             "bare encode_image": run_bare,

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.images import list_images, open_dataset
-from pipeline.scoring import SHARD_ID_COLUMNS, cut_shards, identify_shards, write_manifest
+from pipeline.scoring import cut_shards, identify_shards, write_manifest
 from schemas.job import Dataset, Storage
 from tests.bench.measuring import print_table, write_results
 
@@ -56,9 +56,9 @@ def plan(images: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         started, started_cpu = time.perf_counter(), time.process_time()
         manifest = write_manifest(list_images(open_dataset(Dataset(images=images), Storage())), Path(scratch))
-        shards = len(list(identify_shards(manifest.batches(SHARD_ID_COLUMNS), SHARD_SIZE)))
+        shards = len(identify_shards(manifest, SHARD_SIZE))
         planned, planned_cpu = time.perf_counter(), time.process_time()
-        deque(cut_shards(manifest.batches(), SHARD_SIZE), maxlen=0)
+        deque(cut_shards(manifest, SHARD_SIZE), maxlen=0)
         cut = time.perf_counter()
     return {
         "images": manifest.images,

@@ -15,11 +15,11 @@ import time
 
 from pipeline.images import budget, list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.scoring import cut_shards, score_shard
+from pipeline.scoring import score_shard
 from pipeline.storage import Run, Store
 from schemas.job import Dataset, parse_job
 from tests.places import DEMO
-from tests.scoring.runs import load_detector
+from tests.scoring.runs import cut_batches, load_detector
 
 
 def peak_bytes() -> int:
@@ -44,7 +44,7 @@ def main(images: str, output_uri: str, pixels: int) -> None:
 
     def score(dataset: Dataset, run_id: str) -> None:
         source = open_dataset(dataset, job.storage)
-        for shard in cut_shards(list_images(source), job.engine.shard_size):
+        for shard in cut_batches(list_images(source), job.engine.shard_size):
             names = dict.fromkeys(shard.images.column("class_name").to_pylist(), prompts)
             score_shard(
                 shard, Run(run_id, job, "alfa-small", "0" * 64), detector, names, source.store, output, threads=8

@@ -13,14 +13,13 @@ import ray
 from rich.console import Console
 
 from jobs.plan import plan_night, run_plan
-from pipeline.images import list_images, open_dataset
 from pipeline.prompts import make_offline
-from pipeline.scoring import identify_shards
 from pipeline.storage import Store
 from schemas.job import JobConfig
 from schemas.prompts import PromptSet, Usage
 from tests.jobs.nights import copy_photos, job_of, publish_as_scored
 from tests.nights import FIRST, SECOND
+from tests.scoring.runs import shards_of
 
 
 @pytest.fixture
@@ -123,7 +122,6 @@ def test_a_run_that_is_published_or_under_way_is_recognised(folder: Path) -> Non
     job = job_of(folder, FIRST, dataset={"select": "all"})
     plan = plan_night(job)
     assert plan.run_id is not None and plan.finished_shards == 0
-    source = open_dataset(job.dataset, job.storage)
-    (shard,) = identify_shards(list_images(source), job.engine.shard_size)
-    Store(str(folder / "out")).write(f"runs/{plan.run_id}/shards/{shard}.arrow", b"")
+    (shard,) = shards_of(job)
+    Store(str(folder / "out")).write(f"runs/{plan.run_id}/shards/{shard.shard_id}.arrow", b"")
     assert plan_night(job).finished_shards == 1

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from PIL import Image
 
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.prompts import compose_ensemble, obtain
-from pipeline.scoring import Shard, cut_shards, score_shard
+from pipeline.scoring import Shard, cut_shards, score_shard, write_manifest
 from pipeline.storage import Run, Store, read_shard
 from schemas.job import JobConfig, parse_job
 from tests.places import DEMO
@@ -26,8 +29,14 @@ def load_detector(job: JobConfig) -> Detector:
     return Detector(load_encoder(job.model, locate_weights(job.model)), job.resolved_method)
 
 
+def cut_batches(batches: Iterable[pa.RecordBatch], size: int) -> list[Shard]:
+    """The shards of listed images."""
+    with tempfile.TemporaryDirectory() as folder:
+        return list(cut_shards(write_manifest(batches, Path(folder)), size))
+
+
 def shards_of(job: JobConfig) -> list[Shard]:
-    return list(cut_shards(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size))
+    return cut_batches(list_images(open_dataset(job.dataset, job.storage)), job.engine.shard_size)
 
 
 def embed(detector: Detector, job: JobConfig, *classes: str) -> dict[str, PromptEmbeddings]:

@@ -21,7 +21,6 @@ from pipeline.scoring import (
     LowestIds,
     Neighbours,
     PreparedClasses,
-    cut_shards,
     prepare_class,
     score_shard,
 )
@@ -30,7 +29,7 @@ from pipeline.storage import Run, Store, read_shard
 from schemas.job import JobConfig
 from schemas.tables import MANIFEST
 from tests.places import DEMO
-from tests.scoring.runs import embed, job_for
+from tests.scoring.runs import cut_batches, embed, job_for
 
 PHOTOS = sorted((DEMO / "hazelnut" / "test").rglob("*.jpg"))
 SMALL = ("peers.images=6", "peers.min_images=4", "model.batch_size=4")
@@ -71,7 +70,7 @@ def score(
     run, output, source = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri), Store(job.dataset.images)
     classes = PreparedClasses(lambda _: prepare_class(run, prompts, neighbours, detector, source, output, "me"))
     rows: list[dict[str, Any]] = []
-    for shard in cut_shards(list_images(open_dataset(job.dataset, job.storage)), size):
+    for shard in cut_batches(list_images(open_dataset(job.dataset, job.storage)), size):
         score_shard(shard, run, detector, classes, source, output, threads=2)
         rows += read_shard(output, run.shards, shard.shard_id).to_pylist()
     return {row["image_key"]: row for row in rows}

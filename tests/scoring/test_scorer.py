@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from pipeline.alfa import Detection, Detector, Pending, PromptEmbeddings, load_encoder, locate_weights
 from pipeline.images import list_images, open_dataset
 from pipeline.lake import publish_night, read_commit
-from pipeline.scoring import Shard, ShardStats, Thresholds, cut_shards, mask_shard, quantile_thresholds, score_shard
+from pipeline.scoring import Shard, ShardStats, Thresholds, mask_shard, quantile_thresholds, score_shard
 from pipeline.storage import Run, Store, paths, read_shard
 from schemas.job import JobConfig
 from schemas.tables import SCORES
 from tests.places import DEMO
-from tests.scoring.runs import embed, job_for, load_detector, score, shards_of
+from tests.scoring.runs import cut_batches, embed, job_for, load_detector, score, shards_of
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_every_image_has_a_row_and_every_good_one_a_mask_of_its_size(detector: D
     (images / "gone.jpg").unlink()
     run, output = Run("run", job, "alfa-small", "0" * 64), Store(job.output.uri)
     prompts, rows = embed(detector, job, "nut"), []
-    for shard in cut_shards(batches, 3):
+    for shard in cut_batches(batches, 3):
         score_shard(shard, run, detector, prompts, Store(job.dataset.images), output, threads=2)
         rows += read_shard(output, run.shards, shard.shard_id).to_pylist()
     outcome = {Path(row["image_key"]).name: row["error_type"] for row in rows}

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from pipeline.scoring import SHARD_ID_COLUMNS, cut_shards, identify_shards, write_manifest
+from pipeline.scoring import identify_shards, write_manifest
 from schemas.tables import MANIFEST
+from tests.scoring.runs import cut_batches
 
 
 def batch(first: int, count: int) -> pa.RecordBatch:
@@ -16,26 +17,38 @@ def batch(first: int, count: int) -> pa.RecordBatch:
 
 def cut(sizes: list[int], size: int) -> list[tuple[str, list[str]]]:
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-    shards = cut_shards((batch(first, count) for first, count in zip(firsts, sizes, strict=True)), size)
+    shards = cut_batches((batch(first, count) for first, count in zip(firsts, sizes, strict=True)), size)
     return [(shard.shard_id, shard.images.column("key").to_pylist()) for shard in shards]
 
 
 def test_shards_hold_every_image_once_in_order() -> None:
     shards = cut([3, 10, 1, 0, 7], 4)
-    assert [len(keys) for _, keys in shards] == [4, 4, 4, 4, 4, 1]
+    assert [len(keys) for _, keys in shards] == [4, 4, 4, 4, 1, 1, 1, 1, 1]
     assert [key for _, keys in shards for key in keys] == [f"{n}.png" for n in range(21)]
+
+
+def test_the_last_fourth_of_the_shards_is_small_up_to_a_limit() -> None:
+    def sizes(images: int, size: int) -> list[int]:
+        return [len(keys) for _, keys in cut([images], size)]
+
+    assert sizes(20, 8) == [8, 8, 4]
+    assert sizes(32, 8) == [8, 8, 8, 2, 2, 2, 2]
+    assert sizes(70, 8) == [8] * 6 + [2] * 11
+    assert sizes(7, 1) == [1] * 7
+    assert sizes(7, 3) == [3, 3, 1]
+    assert sizes(1600, 4) == [4] * 336 + [1] * 256
 
 
 def test_shards_depend_on_images_not_on_how_they_were_listed() -> None:
     assert cut([21], 4) == cut([1, 5, 15], 4)
 
 
-def test_shards_are_identified_as_they_are_cut() -> None:
-    """Also by the two columns alone, and by the very ids that finished nights are stored under."""
+def test_shards_are_identified_as_they_are_cut(tmp_path: Path) -> None:
+    """Also by the very ids that finished nights are stored under."""
     batches = [batch(0, 10), batch(10, 0), batch(10, 11)]
-    ids = list(identify_shards((item.select(SHARD_ID_COLUMNS) for item in batches), 8))
-    assert ids == [shard.shard_id for shard in cut_shards(batches, 8)]
-    assert ids == ["4822610ec8fbd510", "8c91dbf1a7121902", "1eb65abb10927e83"]
+    sizes = identify_shards(write_manifest(batches, tmp_path), 8)
+    assert sizes == {shard.shard_id: shard.images.num_rows for shard in cut_batches(batches, 8)}
+    assert sizes == {"4822610ec8fbd510": 8, "8c91dbf1a7121902": 8, "1eb65abb10927e83": 5}
 
 
 def test_appended_images_leave_full_shards_as_they_are() -> None:
@@ -44,7 +57,7 @@ def test_appended_images_leave_full_shards_as_they_are() -> None:
 
 
 def test_a_shard_does_not_drag_its_batch_along() -> None:
-    shard = next(cut_shards([batch(0, 5000)], 4))
+    shard = cut_batches([batch(0, 5000)], 4)[0]
     assert shard.images.get_total_buffer_size() < 2000
 
 

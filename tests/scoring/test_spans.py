@@ -55,7 +55,7 @@ def score(
     known = detector.embed(compose_ensemble(obtain(output, "hazelnut", job.prompts, owner="t"), lambda _: True))
     prompts, run = dict.fromkeys(manifest.classes, known), Run("run", job, "alfa-small", "0" * 64)
     rows = []
-    for shard in cut_shards(manifest.batches(), 1):
+    for shard in cut_shards(manifest, 1):
         stats = score_shard(shard, run, detector, prompts, Store(job.dataset.images), output, threads=2)
         (row,) = read_shard(output, run.shards, shard.shard_id).to_pylist()
         assert stats.clipped == bool(row["clipped"])
