@@ -16,6 +16,7 @@ import ray
 import ray.exceptions
 import torch
 from ray.util.metrics import Counter, Histogram
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import prompts as prompt_library
 from pipeline.alfa import Detector, PromptEmbeddings, load_encoder, locate_weights
@@ -84,8 +85,13 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
     deaths, head = 0, HeadWatch()
     while True:
         head.ask()
+        # Where the driver works, an actor probably can, too; another node may have a full disk, or be taken away. Not
+        # soft, because Ray would then prefer a node with cores to a head without.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        strategy = "DEFAULT" if deaths else here
         # Ray could restart the actor, but would then print a retry of each running call when the actor is stopped.
-        actor: Any = ray.remote(PromptActor).options(num_cpus=0).remote(job, owner)
+        options = ray.remote(PromptActor).options(num_cpus=0, scheduling_strategy=strategy)
+        actor: Any = options.remote(job, owner)
         try:
             return [unpack(reply) for reply in head.get([actor.ask.remote(class_name) for class_name in classes])]
         except ray.exceptions.RayTaskError as error:

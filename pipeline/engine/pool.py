@@ -157,7 +157,7 @@ class ScoringPool:
             return _call(actor, "score", shard, self._run, setups, deaths > 0)
 
         def count_images(shard: Shard) -> int:
-            return max(1, shard.images.num_rows)
+            return max(1, len(shard.images))
 
         masks_follow = fixed_thresholds(self._run.job) is None
         return self._each(shards, self._shards, submit, self._shards if masks_follow else 0, count_images)

@@ -15,7 +15,7 @@ except ImportError:  # it comes with the extra `fast`
 try:
     import imagecodecs
 except ImportError:  # as above
-    imagecodecs = None
+    imagecodecs = None  # type: ignore[assignment]
 
 _MODES = ("RGB", "L")
 _PLAIN_CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"bKGD", b"cHRM", b"gAMA", b"pHYs", b"sBIT", b"sRGB", b"tEXt", b"tIME")

@@ -2,10 +2,10 @@
 
 One actor through Ray alternates with the same score_shard in a process without Ray: the same threads, the same number
 of shards at once, the same images, each with its own output. Then 1 to 8 actors use simulated devices that take a fixed
-time per image; everything else is real, so the loss is that of the pool, Ray and the cores. Eight such devices of which
-one is slower show how long the end of a night takes. Finally, many actors without work show how many shards per second
-the driver can hand out. The start of Ray and of actors happens once a
-night, and is not counted.
+time per image; everything else is real, so the loss is that of the pool, Ray and the cores. Eight such devices, of
+which one may be slower, show how long the end of a night takes, with shards of one size and with those that a night
+has. Finally, many actors without work show how many shards per second the driver can hand out. The start of Ray and of
+actors happens once a night, and is not counted.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -38,10 +38,11 @@ from jobs.planning import Plan, open_source, plan_run
 from pipeline.alfa import Detection, Pending, Preprocess, PromptEmbeddings
 from pipeline.alfa.explain import explain
 from pipeline.engine import ScoringActor, ScoringPool, connect
-from pipeline.scoring import Shard, ShardStats, cut_shards
+from pipeline.scoring import Manifest, Shard, ShardStats, cut_shards, write_manifest
 from pipeline.storage import Run, open_store
 from schemas.job import JobConfig, parse_job
 from schemas.prompts import PromptEnsemble
+from schemas.tables import MANIFEST
 from tests.bench.measuring import print_table, write_results
 from tests.bench.models import score_shards
 
@@ -55,8 +56,10 @@ DEVICE_S = 0.1
 """What the fake device takes for an image: so long that eight actors leave two cores half idle."""
 DEVICE_SHARD, DEVICE_BATCH = 10, 5
 PATCHES = 15
-TAIL_SHARDS, TAIL_SHARD_S, SLOWER = 144, 0.5, 5
-"""Of the row about the end of a night: twenty shards for each of the fast actors, and ten seconds at best."""
+TAIL_SHARD, TAIL_SHARD_S = 8, 0.5
+"""Of the rows about the end of a night: the images of a whole shard, and their seconds."""
+TAILS = ((144, 5), (36, 1), (20, 1))
+"""Numbers of whole shards, and how many times longer one of the actors takes."""
 
 
 def write_images(root: Path, count: int) -> None:
@@ -255,53 +258,73 @@ def measure_driver(folder: Path, actors: int, shards: int) -> DriverRate:
 
 
 class UnequalActor(ScoringActor):
-    """A scoring actor on a device that only takes its time for a shard; the first of them to load takes SLOWER times
-    as long."""
+    """A scoring actor on a device that only takes its time for an image; the first of them to load takes as many times
+    as long as a file says."""
 
     def load(self) -> None:
-        with contextlib.suppress(FileExistsError):
-            Path(self._job.output.uri, "slow").touch(exist_ok=False)
-            self._shard_s = SLOWER * TAIL_SHARD_S
-            return
-        self._shard_s = TAIL_SHARD_S
+        self._image_s = TAIL_SHARD_S / TAIL_SHARD
+        slow = Path(self._job.output.uri, "slow")
+        with contextlib.suppress(FileNotFoundError):
+            self._image_s *= int(slow.rename(slow.with_name("taken")).read_text())
+
+    def embed(self, ensemble: Any) -> Any:
+        return SimpleNamespace(ensemble=ensemble)
 
     def score(self, shard: Shard, run: Run, *_: Any, **__: Any) -> ShardStats:
         with self._turn:
-            time.sleep(self._shard_s)
+            time.sleep(self._image_s * shard.images.num_rows)
         return ShardStats(shard.shard_id, 0)
 
 
-def measure_tail(folder: Path) -> dict[str, float]:
-    """Seconds of TAIL_SHARDS shards on eight actors of which one is slower, and of an ideal split of the same work."""
+def list_nothing(images: int, folder: Path) -> Manifest:
+    """A manifest of images that do not exist."""
+    names = [f"{number:032x}" for number in range(images)]
+    rows = [{"uri": name, "key": name, "class_name": CLASSES[0], "image_id": name} for name in names]
+    return write_manifest([pa.RecordBatch.from_pylist(rows, schema=MANIFEST)], folder)
+
+
+def measure_tail(folder: Path, shards: int, slower: int) -> dict[str, float]:
+    """Seconds of so many shards on eight actors of which one is slower, all of one size and cut as a night cuts them,
+    divided by the seconds of an ideal split."""
+    manifest = list_nothing(shards * TAIL_SHARD, folder)
+    rows = pa.Table.from_batches(manifest.batches())
+    ways = {
+        "of one size": [Shard(f"{n:016x}", rows.slice(n * TAIL_SHARD, TAIL_SHARD)) for n in range(shards)],
+        "smaller at the end": list(cut_shards(manifest, TAIL_SHARD)),
+    }
+    ideal = shards * TAIL_SHARD_S / (max(ACTORS) - 1 + 1 / slower)
+    return {way: time_unequal(folder, cut, slower) / ideal for way, cut in ways.items()}
+
+
+def time_unequal(folder: Path, shards: Sequence[Shard], slower: int) -> float:
+    """Seconds of the shards on eight new actors of which one is slower."""
     actors = max(ACTORS)
-    output = folder / "tail"
-    output.mkdir()
+    output = Path(tempfile.mkdtemp(dir=folder))
+    (output / "slow").write_text(str(slower))
     job = make_job(folder, output, {"actors": actors, "cpus_per_actor": 1})
-    pool = ScoringPool(Run("run", job, "none", ""), "", str(folder), TAIL_SHARDS, UnequalActor)
+    pool = ScoringPool(Run("run", job, "none", ""), "", str(folder), MANY, UnequalActor)
     try:
         await_actors(pool, actors)
-        empty = pa.table({"class_name": pa.array([], pa.string())})
+        pool.embed([cast(PromptEnsemble, SimpleNamespace(class_name=CLASSES[0]))], {})
         started = time.perf_counter()
-        done = [stats.shard_id for stats in pool.score(Shard(f"{number:016x}", empty) for number in range(TAIL_SHARDS))]
+        done = {stats.shard_id for stats in pool.score(iter(shards))}
         seconds = time.perf_counter() - started
+        assert len(done) == len(shards)
     finally:
         pool.close()
-    assert len(set(done)) == len(done) == TAIL_SHARDS
-    return {"seconds": seconds, "ideal_s": TAIL_SHARDS * TAIL_SHARD_S / (actors - 1 + 1 / SLOWER)}
+    return seconds
 
 
-def print_tail(folder: Path) -> dict[str, float]:
+def print_tail(folder: Path) -> list[dict[str, float]]:
     """Measures the end of a night on a Ray of its own, and prints it."""
     ray.init(address="local", num_cpus=max(ACTORS), include_dashboard=False, logging_level=logging.WARNING)
     try:
-        found = measure_tail(folder)
+        found = [{"shards": n, "slower": slower, **measure_tail(folder, n, slower)} for n, slower in TAILS]
     finally:
         ray.shutdown()
-    seconds, ideal = found["seconds"], found["ideal_s"]
-    print(
-        f"{TAIL_SHARDS} shards of {TAIL_SHARD_S} s, {max(ACTORS)} actors of which one takes {SLOWER} times as long: "
-        f"{seconds:.1f} s, {seconds / ideal:.2f} x an ideal split ({ideal:.1f} s)"
-    )
+    names = list(found[0])
+    rows = [[f"{row[name]:.2f}" if name in names[2:] else f"{row[name]:g}" for name in names] for row in found]
+    print_table(f"{max(ACTORS)} actors of which one is slower: time / that of an ideal split", names, rows)
     return found
 
 

@@ -28,7 +28,7 @@ from tests.places import DEMO
 from tests.processes import kill_processes
 from tests.shared_ray import share_ray
 
-SHARDS = 5
+SHARDS = 9
 
 DRIVER_POINTS = [
     "after:^prompts/.*json$:1",
@@ -49,7 +49,7 @@ DRIVER_POINTS = [
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's 24 images, and one that is none: 25 images in 5 shards."""
+    """The demo's 24 images, and one that is none: 25 images in four shards of five and five of one."""
     folder = tmp_path_factory.mktemp("images")
     for path in DEMO.glob("*/test/*/*.jpg"):
         target = folder / path.parts[-4] / f"{path.parts[-2]}-{path.name}"

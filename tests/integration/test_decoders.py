@@ -90,6 +90,7 @@ def await_decoders(pool: DecoderPool, count: int) -> None:
     assert pool.places == before + count
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_decoders_give_the_same_rows_and_leave_bad_files_to_the_actor(
     detector: Detector, photos: Path, prompts: dict[str, PromptEmbeddings], alone: list[Row], tmp_path: Path

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import ray
 
+from pipeline.engine import obtain_prompts
+from schemas.job import parse_job
 from tests.places import ROOT
 from tests.pools import make_pool, score
 from tests.ray_head import run_node
@@ -92,6 +94,16 @@ def test_a_node_on_whose_disk_no_actor_can_start_is_excluded(
     (said,) = (message for message in caplog.messages if "is excluded" in message)
     assert f"node {full[:12]} is excluded, and others do its work: 2 workers died there" in said
     assert not uploads or "No space left on device" in said
+
+
+def test_prompts_are_obtained_beside_the_driver(nodes: Nodes, tmp_path: Path) -> None:
+    """Not on any node that has room for an actor without cores."""
+    nodes.fill()
+    nodes.join(_node_ip_address="127.0.0.1")
+    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(tmp_path)}, "engine": {"max_restarts": 0}})
+    for number in range(6):
+        (found,) = obtain_prompts(job, ["bolt"], f"job {number}")
+        assert found.class_name == "bolt"
 
 
 def test_a_node_whose_disk_fills_up_goes_on_and_its_warnings_arrive(

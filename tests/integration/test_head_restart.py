@@ -77,7 +77,7 @@ def start(images: Path, output: Path, port: int, log: Path) -> subprocess.Popen[
 
 
 def finished(output: Path) -> int:
-    return len(list(output.glob("runs/*/shards/*.parquet")))
+    return len(list(output.glob("runs/*/shards/*.arrow")))
 
 
 @pytest.fixture

@@ -52,6 +52,7 @@ def test_the_demo_scores_its_images_and_says_where_everything_lies(demo: tuple[P
     assert "Embedded model." in report.read_text() and "hold all 24 scored images" in report.read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_run_measures_as_its_images_scored_anew(demo: tuple[Path, str], tmp_path: Path) -> None:
     """Of the demo, one class; each class is scored by itself, so the other moves nothing."""
     night, _ = demo
