@@ -84,7 +84,7 @@ def _errors_of_the_pipeline() -> tuple[tuple[type[Exception], ...], tuple[type[E
 
 def _give_up(error: Exception) -> int:
     _complain(f"{error}")
-    _complain("finished work is kept; run the same command again to resume")
+    _complain("run the same command again to resume; nothing that has finished is done twice")
     return ERRORS
 
 

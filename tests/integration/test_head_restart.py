@@ -115,7 +115,7 @@ def test_a_night_that_loses_the_head_says_so_and_the_next_one_resumes(
             assert driver.wait(60) == 1, log.read_text()
         kept = finished(output)
         lines = log.read_text().splitlines()
-        assert said in lines[-2] and "finished work is kept" in lines[-1]
+        assert said in lines[-2] and "run the same command again" in lines[-1]
         assert "Traceback" not in log.read_text() and "rpc_client" not in log.read_text()
         if not comes_back:
             stack.enter_context(run_head(port))

@@ -17,7 +17,7 @@ from tests.llm_server import HANG, LLMServer, Reply
 from tests.places import DEMO
 
 REFUSED: Reply = (401, {}, '{"error": {"message": "no such key"}}')
-RESUME = "alfa: finished work is kept; run the same command again to resume"
+RESUME = "alfa: run the same command again to resume; nothing that has finished is done twice"
 
 
 @pytest.mark.slow
