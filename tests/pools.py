@@ -51,6 +51,12 @@ def await_it(happened: Callable[[], Any]) -> None:
         time.sleep(0.1)
 
 
+def actors_alive() -> list[str]:
+    """The classes of all actors of the cluster that run or wait for a node."""
+    actors = ray._private.state.actors().values()
+    return [str(actor["ActorClassName"]) for actor in actors if actor["State"] != "DEAD"]
+
+
 def work_until(happened: Callable[[], bool]) -> Iterator[str]:
     """Yields names of shards until something has happened."""
     for number in count():

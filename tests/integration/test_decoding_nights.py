@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import time
@@ -23,7 +24,7 @@ from pipeline.storage import Store
 from tests.autoscaling import run_autoscaler, worker_nodes
 from tests.command import COMMAND
 from tests.nights import NIGHT, run_of
-from tests.pools import await_it
+from tests.pools import actors_alive, await_it
 from tests.processes import find_processes, kill_processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
@@ -32,15 +33,29 @@ VIEW = View((98, 98), "bicubic", (7, 7))
 COPIES = 80
 
 
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head without cores, and a node with four: one for the actor, three for decoders."""
+@contextlib.contextmanager
+def run_cluster(cores: int) -> Iterator[Cluster]:
+    """A head without cores, and a node with some."""
     ray.shutdown()  # that of other tests
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=4)
+    cluster.add_node(num_cpus=cores)
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A core for the actor, and three for decoders."""
+    with run_cluster(4) as started:
+        yield started
+
+
+@pytest.fixture
+def full_cluster() -> Iterator[Cluster]:
+    """A core for the actor, and none for decoders."""
+    with run_cluster(1) as started:
+        yield started
 
 
 def write_slow_photos(folder: Path) -> None:
@@ -121,3 +136,19 @@ def test_decoders_without_a_node_make_an_autoscaler_add_one_until_their_actor_en
             await_it(lambda: not worker_nodes())
         finally:
             ray.shutdown()
+
+
+def test_a_night_that_is_stopped_while_decoders_wait_for_a_node_leaves_no_demand(
+    full_cluster: Cluster, tmp_path: Path
+) -> None:
+    write_slow_photos(tmp_path / "in" / "nut")
+    ray.init(address=full_cluster.address, log_to_driver=False)
+    try:
+        night = start(full_cluster, tmp_path / "in", tmp_path / "out")
+        await_it(lambda: "Decoder" in actors_alive() or night.poll() is not None)
+        night.terminate()
+        _, error = night.communicate()
+        assert night.returncode == 130, error
+        await_it(lambda: not actors_alive())
+    finally:
+        ray.shutdown()
