@@ -240,7 +240,7 @@ class ScoringPool:
     def _find_task(
         self, waiting: deque[_Task], once: Sequence[_Call], worker: _Worker | None, taken: Sequence[float]
     ) -> _Task | None:
-        """Takes the next waiting task for a worker. If none waits, returns the longest running one if it straggles.
+        """Takes the next waiting task for a worker. If none waits, returns the slowest running one if it straggles.
 
         once: calls that could be tried a second time. taken: seconds that the last successful calls have taken, divided
         by the sizes of their items.
