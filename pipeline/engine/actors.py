@@ -88,10 +88,9 @@ def obtain_prompts(job: JobConfig, classes: Sequence[str], owner: str) -> list[P
         # Where the driver works, an actor probably can, too; another node may have a full disk, or be taken away. Not
         # soft, because Ray would then prefer a node with cores to a head without.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        strategy = "DEFAULT" if deaths else here
+        options = {"num_cpus": 0, "scheduling_strategy": "DEFAULT" if deaths else here}
         # Ray could restart the actor, but would then print a retry of each running call when the actor is stopped.
-        options = ray.remote(PromptActor).options(num_cpus=0, scheduling_strategy=strategy)
-        actor: Any = options.remote(job, owner)
+        actor: Any = ray.remote(PromptActor).options(**options).remote(job, owner)
         try:
             return [unpack(reply) for reply in head.get([actor.ask.remote(class_name) for class_name in classes])]
         except ray.exceptions.RayTaskError as error:

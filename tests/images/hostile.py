@@ -40,10 +40,11 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes], depth: int = 8, c
     """A PNG with a header that claims width x height, and then whatever chunks (tag, data) are given."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     every = ((b"IHDR", header), *chunks, (b"IEND", b""))
-    packed = (
-        struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data)) for tag, data in every
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(tag, data) for tag, data in every)
+
+
+def png_chunk(tag: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + tag + data + struct.pack(">I", zlib.crc32(tag + data))
 
 
 def black_png(width: int, height: int, *, depth: int = 8, colour: int = 0) -> bytes:

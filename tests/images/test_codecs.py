@@ -1,8 +1,9 @@
 """simplejpeg, imagecodecs and Pillow give the same pixels."""
 
+import contextlib
 import io
 import struct
-import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,19 +11,31 @@ import pytest
 from PIL import Image
 
 from pipeline.images import ImageError, codecs, decode_image
-from tests.images.hostile import encode, hostile_files
+from tests.images.hostile import encode, hostile_files, png_chunk
 
 PHOTO = Image.radial_gradient("L").resize((399, 320))
 COLOURS = Image.merge("RGB", [PHOTO, PHOTO.rotate(90).resize(PHOTO.size), Image.effect_noise(PHOTO.size, 60)])
 OPTIONS: dict[str, Any] = {"size": (16, 24), "interpolation": "bicubic", "max_pixels": 399 * 320}
 
 
-def decode_without(data: bytes, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
-    """Decodes by Pillow alone."""
+@contextlib.contextmanager
+def pillow_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(codecs, "simplejpeg", None)
         patch.setattr(codecs, "imagecodecs", None)
+        yield
+
+
+def decode_without(data: bytes, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """Decodes by Pillow alone."""
+    with pillow_alone(monkeypatch):
         return decode_image(data, **{**OPTIONS, **options})
+
+
+def is_fast(data: bytes) -> bool:
+    """Whether a photo is decoded by one of the fast libraries."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return codecs.decode_upright(opened, data) is not None
 
 
 @pytest.mark.parametrize("size", [(16, 24), (60, 90), (300, 399)])
@@ -33,8 +46,7 @@ def test_both_decoders_give_the_same_pixels(
 ) -> None:
     """Decoded at an eighth, at a half and in full."""
     data = encode(COLOURS.convert(mode), "JPEG", **how)
-    with Image.open(io.BytesIO(data)) as opened:
-        assert codecs.decode_upright(opened, data) is not None
+    assert is_fast(data)
     fast, plain = decode_image(data, **{**OPTIONS, "size": size}), decode_without(data, monkeypatch, size=size)
     np.testing.assert_array_equal(fast.pixels, plain.pixels)
     assert (fast.source_width, fast.source_height) == (plain.source_width, plain.source_height) == (399, 320)
@@ -60,16 +72,6 @@ def test_bytes_behind_the_end_and_inside_the_photo_are_no_reason_to_refuse_it(mo
         np.testing.assert_array_equal(decode_without(data + more, monkeypatch).pixels, expected)
 
 
-def opened_by(data: bytes) -> bool:
-    """Whether a photo is decoded by one of the fast libraries."""
-    with Image.open(io.BytesIO(data)) as opened:
-        return codecs.decode_upright(opened, data) is not None
-
-
-def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def with_chunks(png: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
     """A PNG with more chunks before and after its pixels."""
     first, end = png.index(b"IDAT") - 4, png.index(b"IEND") - 4
@@ -80,10 +82,10 @@ def saved_as_png(mode: str = "RGB", **how: Any) -> bytes:
     return encode(COLOURS.convert(mode), "PNG", **how)
 
 
-GAMMA = chunk(b"gAMA", struct.pack(">I", 100_000))
+GAMMA = png_chunk(b"gAMA", struct.pack(">I", 100_000))
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
-EXIF = chunk(b"eXIf", TURNED.tobytes()[6:])
+EXIF = png_chunk(b"eXIf", TURNED.tobytes()[6:])
 XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
 
 
@@ -95,13 +97,15 @@ XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta
         saved_as_png("L"),
         saved_as_png(compress_level=0),
         saved_as_png(optimize=True),
-        with_chunks(saved_as_png(), before=GAMMA + chunk(b"tEXt", b"Software\0camera"), after=chunk(b"tEXt", b"a\0b")),
+        with_chunks(
+            saved_as_png(), before=GAMMA + png_chunk(b"tEXt", b"Software\0camera"), after=png_chunk(b"tEXt", b"a\0b")
+        ),
     ],
 )
 def test_plain_pngs_have_the_same_pixels_by_both(
     data: bytes, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert opened_by(data)
+    assert is_fast(data)
     fast, plain = decode_image(data, **{**OPTIONS, "size": size}), decode_without(data, monkeypatch, size=size)
     np.testing.assert_array_equal(fast.pixels, plain.pixels)
     assert (fast.source_width, fast.source_height) == (plain.source_width, plain.source_height) == (399, 320)
@@ -118,15 +122,15 @@ def test_plain_pngs_have_the_same_pixels_by_both(
         (saved_as_png(icc_profile=b"profile" * 9), 399),
         (saved_as_png(exif=TURNED), 320),
         (with_chunks(saved_as_png(), after=EXIF), 320),
-        (with_chunks(saved_as_png(), after=chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)), 320),
-        (with_chunks(saved_as_png(), before=chunk(b"tEXt", b"Raw profile type exif\0")), 399),
+        (with_chunks(saved_as_png(), after=png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)), 320),
+        (with_chunks(saved_as_png(), before=png_chunk(b"tEXt", b"Raw profile type exif\0")), 399),
         (encode(COLOURS, "PNG", save_all=True, append_images=[COLOURS]), 399),
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_pngs_that_may_look_otherwise_are_left_to_pillow(data: bytes, width: int) -> None:
     """Also those that say only after their pixels how they have to be turned."""
-    assert not opened_by(data)
+    assert not is_fast(data)
     assert decode_image(data, **OPTIONS).source_width == width
 
 
@@ -143,8 +147,6 @@ def test_hostile_files_have_the_same_pixels_or_error_by_both(monkeypatch: pytest
         if name.endswith((".png", ".jpg")) and number % 16 == 0:
             checked += 1
             expected = outcome(data)
-            with monkeypatch.context() as patch:
-                patch.setattr(codecs, "simplejpeg", None)
-                patch.setattr(codecs, "imagecodecs", None)
+            with pillow_alone(monkeypatch):
                 assert outcome(data) == expected, name
     assert checked > 80
