@@ -230,7 +230,7 @@ class Detector:
         distances = _reference_distances(self._tokens_of(self._reference_levels, compared), prompts)
         to_peers, to_each = self._peer_distances(compared, prompts, fingerprints)
         defects = to_device(_pad([item.defect_embeddings for item in prompts]), self.encoder.device)
-        cosines = defects @ F.normalize(local.mean(0), dim=-1).transpose(1, 2)
+        cosines = defects @ _mean_direction(local).transpose(1, 2)
         return torch.cat([shares[:, None], distances[:, None], to_peers[:, None], cosines, to_each], dim=1)
 
     def _tokens_of(self, levels: tuple[int, ...], compared: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ class Detector:
 
     def _anomalous_share(self, embeddings: Tensor, sides: Tensor) -> Tensor:
         """softmax(<x, t_N> / tau, <x, t_A> / tau)[anomalous] of embeddings [B, P, D] and sides [B, 2, D]: [B, P]."""
-        logits = self.encoder.logit_scale * embeddings @ sides.transpose(1, 2)
+        logits = embeddings @ (self.encoder.logit_scale * sides).transpose(1, 2)  # the sides are few
         return logits.softmax(-1)[..., 1]
 
 
@@ -416,6 +416,11 @@ def _gather(prompts: Sequence[PromptEmbeddings], device: torch.device) -> Prompt
 
 def _pad(parts: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+
+
+def _mean_direction(levels: Tensor) -> Tensor:
+    """Returns the normalised mean [B, P, D] of normalised patches [L, B, P, D]."""
+    return levels[0] if len(levels) == 1 else F.normalize(levels.mean(0), dim=-1)
 
 
 def _mean_filter(grid: Tensor) -> Tensor:

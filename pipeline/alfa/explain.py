@@ -28,14 +28,15 @@ def explain(
 ) -> tuple[Evidence, ...]:
     """Returns the five kept anomalous prompts of an image with the highest weight x similarity, best first.
 
-    weights, similarities: [P], in the order of the prompts; weights need not sum to one.
+    weights, similarities: of each prompt, in their order, perhaps padded at the end; weights need not sum to one.
     """
-    anomalous = [number for number, prompt in enumerate(prompts) if prompt.side == "anomalous" and weights[number] > 0]
-    total = float(sum(weights[number] for number in anomalous))
-    best = sorted(anomalous, key=lambda number: -float(weights[number] * similarities[number]))[:_PROMPTS_KEPT]
+    kept = [
+        (prompt, weight, similarity)
+        for prompt, weight, similarity in zip(prompts, weights.tolist(), similarities.tolist(), strict=False)
+        if prompt.side == "anomalous" and weight > 0
+    ]
+    total = sum(weight for _, weight, _ in kept)
+    best = sorted(kept, key=lambda item: -item[1] * item[2])[:_PROMPTS_KEPT]
     return tuple(
-        Evidence(
-            prompts[number].text, prompts[number].defect, float(weights[number]) / total, float(similarities[number])
-        )
-        for number in best
+        Evidence(prompt.text, prompt.defect, weight / total, similarity) for prompt, weight, similarity in best
     )
