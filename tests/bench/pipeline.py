@@ -16,7 +16,6 @@ import os
 import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from pipeline.scoring import Shard, image_decoder, to_tensor
 from pipeline.storage import Run, Store, map_ahead
 from schemas.job import JobConfig, Method, parse_job
 from tests.bench.decoding import make_jpeg
+from tests.bench.lock import sample_lock
 from tests.bench.measuring import measure, print_table, write_results
 from tests.bench.models import DEVICE, SETTLE, build, compose_base, encode_bare, name_device, score_shards
 from tests.scoring.runs import shards_of
@@ -206,9 +206,8 @@ def main() -> None:
             runs[f"score_shard in {options.actors} processes"] = lambda: processes.score(shards)
         seconds = measure(runs, options.repetitions, SETTLE)
         busy = {name: measure_busy(run) for name, run in runs.items()} if on_gpu else {}
-        before = time.process_time()
-        actor.score(shards, timeless)
-        host_s = (time.process_time() - before) / options.images
+        beside = stack.enter_context(sample_lock()).measure(lambda: actor.score(shards, timeless))
+        core_s, lock_s = beside.core / options.images, beside.lock / options.images
     where = name_device()
     rows = [
         (name, f"{options.images / value:.2f}", f"{seconds['bare encode_image'] / value:.3f}")
@@ -220,8 +219,9 @@ def main() -> None:
     print_table(title, ("run", "images/s", "rate / bare"), rows)
     for name, share in busy.items():
         print(f"{name}: the GPU is busy {share:.0%} of the time")
-    print(f"beside the model, an image takes {host_s * 1e3:.1f} ms of a core")
-    facts = {"machine": where, **vars(options), "seconds": seconds, "busy": busy, "host_core_seconds_an_image": host_s}
+    print(f"beside the model, an image takes {core_s * 1e3:.1f} ms of a core, {lock_s * 1e3:.2f} ms of Python's lock")
+    costs = {"host_core_seconds_an_image": core_s, "host_lock_seconds_an_image": lock_s}
+    facts = {"machine": where, **vars(options), "seconds": seconds, "busy": busy, **costs}
     write_results(f"pipeline-{DEVICE.type}{'-s3' if options.s3 else ''}", facts)
 
 

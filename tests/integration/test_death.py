@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 from ray.cluster_utils import Cluster
 
@@ -182,9 +184,9 @@ def test_workers_that_die_again_and_again_end_the_job_and_the_next_resumes(
 
 
 _BMP_KILLS = """
-import os, signal
+import ctypes
 from PIL import BmpImagePlugin
-BmpImagePlugin.BmpImageFile._open = lambda self: os.kill(os.getpid(), signal.SIGSEGV)
+BmpImagePlugin.BmpImageFile._open = lambda self: ctypes.string_at(0)  # unlike os.kill, it ends this very thread
 """
 
 _BMP_HANGS = """
@@ -230,6 +232,7 @@ def test_images_that_kill_their_decoder_cost_their_own_rows_alone(
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without cores, and two nodes with one each."""
+    ray.shutdown()  # that of other tests: the cluster's end would break it
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     yield cluster
@@ -250,7 +253,7 @@ def test_the_loss_of_a_node_is_survived_by_the_others(
             assert driver.poll() is None, (tmp_path / "log").read_text()
         cluster.remove_node(doomed)
         assert driver.wait(240) == 0, (tmp_path / "log").read_text()
-    assert "a scoring worker died and is replaced" in (tmp_path / "log").read_text()
+    assert re.search("a scoring worker died( with its node)? and is replaced", (tmp_path / "log").read_text())
     rows = published(tmp_path)
     for row, expected in zip(rows, undisturbed, strict=True):
         assert (row["image_uri"], row["status"]) == (expected["image_uri"], expected["status"])

@@ -59,11 +59,11 @@ def full_cluster() -> Iterator[Cluster]:
 
 
 def write_slow_photos(folder: Path) -> None:
-    """Four PNG files of 1.5 megapixels by many names, each of which takes tens of milliseconds, and a broken one."""
+    """Four PNG files of 3 megapixels by many names, each of which takes tens of milliseconds, and a broken one."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(0)
     for number in range(4):
-        texture = Image.fromarray(random.integers(0, 255, (60, 40, 3), dtype=np.uint8)).resize((1000, 1500))
+        texture = Image.fromarray(random.integers(0, 255, (60, 40, 3), dtype=np.uint8)).resize((2000, 1500))
         texture.save(folder / f"{number}-000.png", compress_level=1)
         for copy in range(1, COPIES):
             os.link(folder / f"{number}-000.png", folder / f"{number}-{copy:03}.png")
@@ -73,7 +73,7 @@ def write_slow_photos(folder: Path) -> None:
 def start(cluster: Cluster, images: Path, output: Path) -> subprocess.Popen[str]:
     options = (
         "engine.decode=cluster", "engine.actors=1", "engine.cpus_per_actor=1", "engine.shard_size=128",
-        "model.batch_size=8", "model.image_size=98", "peers=none", "engine.max_error_rate=1",
+        "model.batch_size=8", "model.image_size=56", "peers=none", "engine.max_error_rate=1",
     )  # fmt: skip
     sets = [part for option in options for part in ("--set", option)]
     night = ["score", "--images", str(images), "--output", str(output), "--run-date", NIGHT, *sets]

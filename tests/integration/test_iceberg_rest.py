@@ -43,7 +43,7 @@ def test_a_driver_killed_between_commit_and_snapshot_is_resumed(
         assert "already published" in again.stderr and SECRET_KEY not in again.stderr + again.stdout
     table = catalog.load_table("inspection.scores")
     (snapshot,) = table.snapshots()
-    assert snapshot.summary is not None and snapshot.summary["alfa.run_id"] == commit.run_id
+    assert snapshot.summary is not None and snapshot.summary["alfa.run_id"] == commit["run_id"]
     rows = table.scan(f"run_date = '{NIGHT}' and class_name = 'hazelnut'").to_arrow().to_pylist()
     assert sorted(row["image_uri"] for row in rows) == [photos.uri(f"hazelnut/{number}.jpg") for number in range(2)]
     assert SECRET_KEY.encode() not in b"".join(output.read(info.key) for info in output.list("runs"))
