@@ -18,7 +18,7 @@ from pathlib import Path
 import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from tests.ray_head import await_start, start_ray
+from tests.ray_head import auth_mode, await_start, start_ray
 from tests.seaweed import free_ports
 
 IDLE_S = 6
@@ -42,7 +42,7 @@ def run_autoscaler(nodes: int, resources: dict[str, float]) -> Iterator[str]:
     ]  # fmt: skip
     environment = {
         **os.environ,
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": auth_mode(),
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",

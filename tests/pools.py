@@ -45,6 +45,9 @@ class Actor(ScoringActor):
                 os.open(folder / "never", os.O_RDONLY)
         return ShardStats(shard.shard_id, 0)
 
+    def mask(self, shard_id: str, *_: Any) -> ShardStats:
+        return ShardStats(shard_id, 0)
+
 
 def await_it(happened: Callable[[], Any]) -> None:
     while not happened():
@@ -66,11 +69,17 @@ def work_until(happened: Callable[[], bool]) -> Iterator[str]:
 
 
 def make_pool(
-    address: str, folder: Path, shards: int, actor_class: type[ScoringActor] = Actor, **engine: Any
+    address: str,
+    folder: Path,
+    shards: int,
+    actor_class: type[ScoringActor] = Actor,
+    policy: str = "fixed",
+    **engine: Any,
 ) -> ScoringPool:
     os.mkfifo(folder / "never")
     options = {"address": address, **engine}
-    job = parse_job({"dataset": {"images": "x"}, "output": {"uri": str(folder)}, "engine": options})
+    places = {"dataset": {"images": "x"}, "output": {"uri": str(folder)}}
+    job = parse_job({**places, "threshold": {"policy": policy}, "engine": options})
     return ScoringPool(Run("run", job, "none", ""), "", str(folder), shards, actor_class)
 
 

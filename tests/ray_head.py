@@ -48,6 +48,15 @@ class Head:
             return {job["submission_id"]: job for job in json.load(answer)}
 
 
+def auth_mode() -> str:
+    """Returns the mode of a head that this process joins.
+
+    The first `ray.init` that starts a Ray sets it to token for the rest of the process. A head of another mode could
+    not ask the process which actors it still wants, and would end them all.
+    """
+    return os.environ.get("RAY_AUTH_MODE", "disabled")
+
+
 @contextlib.contextmanager
 def run_head(cpus: int = 2) -> Iterator[Head]:
     """`ray start --head`; stopped at the end, with all that it started."""

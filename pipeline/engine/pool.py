@@ -113,6 +113,9 @@ class ScoringPool:
         self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
+        self._calls: dict[
+            Any, _Call
+        ] = {}  # that run; also of an earlier pass, if their results are not needed any more
         self._deaths: list[str | None] = []  # nodes of the workers that died since the last successful call
         self._failed_starts: Counter[str] = Counter()  # by node, since a worker was ready there
         self._resize(shards)
@@ -185,7 +188,7 @@ class ScoringPool:
         afterwards: number of items that other calls of this method will bring later. size: how much work an item is.
         """
         waiting: deque[_Task] = deque()
-        calls: dict[Any, _Call] = {}
+        calls = self._calls
         taken: deque[float] = deque(maxlen=99)
         while True:
             room = max(0, len(self._workers) + 1 - len(waiting))
@@ -221,15 +224,16 @@ class ScoringPool:
                     self._replace_dead(call.worker, error, call.task)
                 else:
                     self._deaths.clear()
-                    taken.append((time.monotonic() - call.started) / call.task.size)
                     if not call.task.done:
+                        taken.append((time.monotonic() - call.started) / call.task.size)
                         call.task.done = True
                         yield result
                     continue
                 if not call.task.done and not call.task.tries:
                     waiting.appendleft(call.task)
-        for call in calls.values():  # second tries whose results are not needed
-            self._stop(call.worker)
+        if not afterwards:  # else the workers of needless second tries keep their models for what follows
+            for call in calls.values():
+                self._stop(call.worker)
 
     def _find_worker(self, waiting: int) -> _Worker | None:
         """Finds the worker that takes the next task; None if all are busy. waiting: number of waiting tasks."""

@@ -15,7 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.engine import EngineError
-from tests.pools import InThread, actors_alive, await_it, make_pool, score, work_until
+from tests.pools import InThread, actors_alive, await_it, empty_shard, make_pool, score, work_until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -86,6 +86,19 @@ def test_a_straggler_is_tried_a_second_time_elsewhere(cluster: Cluster, tmp_path
     cluster.wait_for_nodes()
     names = ["a", "b", "c", "d", "hangs"]
     assert score(make_pool(cluster.address, tmp_path, 5), names) == names
+
+
+@pytest.mark.slow
+def test_the_actor_of_a_needless_try_keeps_its_model_until_the_masks_are_made(cluster: Cluster, tmp_path: Path) -> None:
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    names = ["a", "b", "c", "d", "hangs"]
+    pool = make_pool(cluster.address, tmp_path, 5, policy="quantile")
+    assert sorted(stats.shard_id for stats in pool.score(map(empty_shard, names))) == names
+    assert sorted(stats.shard_id for stats in pool.mask(names, "digest", {})) == names
+    pool.close()
+    assert len(ray._private.state.actors()) == 2, "an actor had to be replaced"
 
 
 _DRIVER = """

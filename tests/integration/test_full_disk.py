@@ -19,7 +19,7 @@ from pipeline.engine import obtain_prompts
 from schemas.job import parse_job
 from tests.places import ROOT
 from tests.pools import make_pool, score
-from tests.ray_head import run_node
+from tests.ray_head import auth_mode, run_node
 from tests.seaweed import free_ports
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
@@ -56,7 +56,7 @@ class Nodes:
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Nodes]:
     ray.shutdown()  # that of other tests
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_MODE", auth_mode())
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     disk = Path(tempfile.mkdtemp(prefix="disk-", dir="/tmp"))
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", str(disk)], capture_output=True)
