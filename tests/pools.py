@@ -16,7 +16,7 @@ import ray
 
 from pipeline.engine import EngineError, ScoringActor, ScoringPool, list_nodes
 from pipeline.scoring import Shard, ShardStats
-from pipeline.storage import Run
+from pipeline.storage import Run, StoreError
 from schemas.job import parse_job
 
 _NO_IMAGES = pa.table({"class_name": pa.array([], pa.string())})
@@ -40,6 +40,11 @@ class Actor(ScoringActor):
             if deed == "hangs" and not (folder / "hung").exists():
                 (folder / "hung").write_text(ray.get_runtime_context().get_node_id())
                 os.open(folder / "never", os.O_RDONLY)  # until somebody writes
+            if deed == "fails" and not (folder / "first").exists():
+                (folder / "first").touch()
+                os.open(folder / "never", os.O_RDONLY)
+                (folder / "failed").touch()
+                raise StoreError("the store cannot be used")
             if deed == "waits":
                 (folder / "waiting").touch()
                 os.open(folder / "never", os.O_RDONLY)

@@ -113,9 +113,7 @@ class ScoringPool:
         self._setups: dict[str, ray.ObjectRef[ClassSetup]] = {}
         self._workers: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
-        self._calls: dict[
-            Any, _Call
-        ] = {}  # that run; also of an earlier pass, if their results are not needed any more
+        self._calls: dict[Any, _Call] = {}  # those that run, also needless ones of an earlier pass
         self._deaths: list[str | None] = []  # nodes of the workers that died since the last successful call
         self._failed_starts: Counter[str] = Counter()  # by node, since a worker was ready there
         self._resize(shards)
@@ -219,7 +217,8 @@ class ScoringPool:
                 try:
                     result = unpack(ray.get(reference))
                 except ray.exceptions.RayTaskError as error:
-                    self._exclude_node(call.worker, cause_of(error))
+                    if not call.task.done:  # else another try has succeeded
+                        self._exclude_node(call.worker, cause_of(error))
                 except ray.exceptions.RayError as error:
                     self._replace_dead(call.worker, error, call.task)
                 else:

@@ -31,6 +31,15 @@ def cluster() -> Iterator[Cluster]:
     cluster.shutdown()
 
 
+@pytest.fixture
+def two_nodes(cluster: Cluster) -> Cluster:
+    """The cluster with two nodes of a core each."""
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    return cluster
+
+
 @pytest.mark.slow
 def test_nodes_that_come_late_take_part(cluster: Cluster, tmp_path: Path) -> None:
     """The head has no cores: nothing runs before the first node has come; and the shards end when the second has."""
@@ -80,22 +89,19 @@ def test_where_no_node_has_the_weights_that_is_the_error(cluster: Cluster, tmp_p
 
 
 @pytest.mark.slow
-def test_a_straggler_is_tried_a_second_time_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
+def test_a_straggler_is_tried_a_second_time_elsewhere(two_nodes: Cluster, tmp_path: Path) -> None:
     names = ["a", "b", "c", "d", "hangs"]
-    assert score(make_pool(cluster.address, tmp_path, 5), names) == names
+    assert score(make_pool(two_nodes.address, tmp_path, 5), names) == names
 
 
 @pytest.mark.slow
-def test_the_actor_of_a_needless_try_keeps_its_model_until_the_masks_are_made(cluster: Cluster, tmp_path: Path) -> None:
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    names = ["a", "b", "c", "d", "hangs"]
-    pool = make_pool(cluster.address, tmp_path, 5, policy="quantile")
+def test_the_actor_of_a_needless_try_keeps_its_model_for_the_masks(two_nodes: Cluster, tmp_path: Path) -> None:
+    """The try ends with an error when its shard is scored already, which nobody needs to know."""
+    names = ["a", "b", "c", "d", "fails"]
+    pool = make_pool(two_nodes.address, tmp_path, 5, policy="quantile")
     assert sorted(stats.shard_id for stats in pool.score(map(empty_shard, names))) == names
+    with (tmp_path / "never").open("wb"):
+        await_it((tmp_path / "failed").exists)
     assert sorted(stats.shard_id for stats in pool.mask(names, "digest", {})) == names
     pool.close()
     assert len(ray._private.state.actors()) == 2, "an actor had to be replaced"
