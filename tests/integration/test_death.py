@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from PIL import Image
 from ray.cluster_utils import Cluster
 
 from pipeline.storage import STAGING
+from tests.clusters import run_cluster
 from tests.command import COMMAND, Ended, alfa, alfa_alone
 from tests.llm_server import LLMServer
 from tests.nights import NIGHT
@@ -231,12 +231,9 @@ def test_images_that_kill_their_decoder_cost_their_own_rows_alone(
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """A head without cores, and two nodes with one each."""
-    ray.shutdown()  # that of other tests: the cluster's end would break it
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    yield cluster
-    cluster.shutdown()
+    """A head without cores, and a node with one."""
+    with run_cluster(1) as started:
+        yield started
 
 
 @pytest.mark.slow

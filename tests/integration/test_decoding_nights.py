@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import time
@@ -22,6 +21,7 @@ from pipeline.engine import DecoderPool
 from pipeline.scoring import View
 from pipeline.storage import Store
 from tests.autoscaling import run_autoscaler, worker_nodes
+from tests.clusters import run_cluster
 from tests.command import COMMAND
 from tests.nights import NIGHT, run_of
 from tests.pools import actors_alive, await_it
@@ -31,17 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
 
 VIEW = View((98, 98), "bicubic", (7, 7))
 COPIES = 80
-
-
-@contextlib.contextmanager
-def run_cluster(cores: int) -> Iterator[Cluster]:
-    """A head without cores, and a node with some."""
-    ray.shutdown()  # that of other tests
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=cores)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
 
 
 @pytest.fixture
@@ -143,12 +132,9 @@ def test_a_night_that_is_stopped_while_decoders_wait_for_a_node_leaves_no_demand
 ) -> None:
     write_slow_photos(tmp_path / "in" / "nut")
     ray.init(address=full_cluster.address, log_to_driver=False)
-    try:
-        night = start(full_cluster, tmp_path / "in", tmp_path / "out")
-        await_it(lambda: "Decoder" in actors_alive() or night.poll() is not None)
-        night.terminate()
-        _, error = night.communicate()
-        assert night.returncode == 130, error
-        await_it(lambda: not actors_alive())
-    finally:
-        ray.shutdown()
+    night = start(full_cluster, tmp_path / "in", tmp_path / "out")
+    await_it(lambda: "Decoder" in actors_alive() or night.poll() is not None)
+    night.terminate()
+    _, error = night.communicate()
+    assert night.returncode == 130, error
+    await_it(lambda: not actors_alive())

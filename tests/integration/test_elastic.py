@@ -15,6 +15,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.engine import EngineError
+from tests.clusters import run_cluster
 from tests.pools import InThread, actors_alive, await_it, empty_shard, make_pool, score, work_until
 
 pytestmark = pytest.mark.timeout(180)
@@ -23,12 +24,9 @@ pytestmark = pytest.mark.timeout(180)
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without cores, to which this process is connected."""
-    ray.shutdown()  # that of other tests
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with run_cluster() as started:
+        ray.init(address=started.address, log_to_driver=False, logging_level=logging.ERROR)
+        yield started
 
 
 @pytest.fixture
